@@ -1,0 +1,100 @@
+"""Pictures from the JSON files of evaluate.py; computes no statistics.
+
+    python plots.py                                        # results/*.json -> figures/*.png
+    python plots.py --results figures --out figures        # the README's own
+
+For each model: <model>-budget.png, cosine and FVU against k with the elbows; <model>-bytes.png,
+perplexity against bytes. Colours are Okabe and Ito's, which colour-blind readers can tell apart;
+markers and dashes repeat the distinction in grey. Non-goals: styling options, interactive plots.
+"""
+import argparse
+import json
+import pathlib
+
+import matplotlib
+
+matplotlib.use("Agg")  # write files; no window, no display needed
+import matplotlib.pyplot as plt
+
+
+STYLE = {"key": ("#0072B2", "o", "-"), "value": ("#D55E00", "s", "--")}
+VARIANTS = {"dense": ("black", "*"), "keys": ("#0072B2", "o"), "values": ("#D55E00", "s"),
+            "dual": ("#009E73", "D"), "uniform": ("#CC79A7", "^")}
+
+
+def budget_curve(result):
+    """Two panels, cosine and FVU: a thin line a layer, a thick one for the mean over layers."""
+    figure, panels = plt.subplots(1, 2, figsize=(10, 4.2), constrained_layout=True)
+    for panel, metric, label in zip(panels, ("cos", "fvu"), (
+            "cosine similarity of x and x_hat", "FVU (share of variance unexplained)")):
+        for kind, (colour, marker, dash) in STYLE.items():
+            curves = [layer[kind] for layer in result["curves"].values()]
+            ks = [point["k"] for point in curves[0]]
+            for curve in curves:
+                panel.plot(ks, [p[metric] for p in curve], color=colour, ls=dash, lw=0.7, alpha=0.35)
+            mean = [sum(curve[i][metric] for curve in curves) / len(curves) for i in range(len(ks))]
+            panel.plot(ks, mean, color=colour, ls=dash, marker=marker, lw=2, label=f"{kind}s, mean")
+            elbows = sorted(layer[f"elbow_{kind[:3]}"] for layer in result["curves"].values())
+            at = elbows[len(elbows) // 2]
+            panel.plot(at, mean[ks.index(at)], marker="o", ms=15, mfc="none", mec=colour, ls="",
+                       mew=1.5, label=f"{kind}s: median elbow, k = {at}")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks(ks, [str(k) for k in ks])
+        panel.set_xlabel("budget k (atoms a vector)")
+        panel.set_ylabel(label)
+        panel.grid(alpha=0.25)
+    panels[0].axhline(0.8, color="grey", lw=1, ls=":")
+    panels[0].annotate("paper: keys pass 0.8 at k = 8", (ks[0], 0.8), xytext=(0, -12),
+                       textcoords="offset points", color="dimgrey", fontsize=8)
+    panels[0].legend(fontsize=8, loc="lower right")
+    figure.suptitle(f"{result['model']}: what k atoms keep of a key and of a value "
+                    f"({len(result['curves'])} layers)")
+    return figure
+
+
+def bytes_picture(result):
+    """Perplexity of every variant against its share of the bf16 cache's bytes."""
+    figure, panel = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    dense = result["rows"][0]["perplexity"]
+    for row in result["rows"]:
+        colour, marker = VARIANTS.get(row["name"], ("grey", "x"))
+        share = 100 * row["bytes_share"]
+        # one standard error of the paired difference to dense, carried over to perplexity
+        error = row["perplexity"] * (row["delta_ce_stderr"] or 0)
+        budget = "" if row["name"] == "dense" else " ({}, {})".format(
+            *("-" if row[k] is None else row[k] for k in ("k_key", "k_val")))
+        panel.errorbar(share, row["perplexity"], yerr=error, color=colour, marker=marker, ms=9,
+                       capsize=3, ls="", label=row["name"] + budget)
+    panel.axhline(dense, color="grey", lw=1, ls=":")
+    panel.set_xlim(0, 105)
+    panel.set_xlabel("bytes of the KV cache, % of bf16")
+    panel.set_ylabel(f"perplexity ({result['tokens']:,} tokens)")
+    panel.set_title(f"{result['model']}: perplexity against bytes, "
+                    f"{len(result['layers'])} of {result['n_layers']} layers", fontsize=11)
+    panel.legend(title="variant (k_key, k_val)", fontsize=8, title_fontsize=8)
+    panel.grid(alpha=0.25)
+    return figure
+
+
+def main():
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"))
+    args = parser.parse_args()
+    paths = [p for p in sorted(args.results.glob("*.json")) if "curves" in json.loads(p.read_text())]
+    if not paths:
+        parser.exit(2, f"error: {args.results}: no results; first run: python train_sae.py && python evaluate.py\n")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for path in paths:
+        result = json.loads(path.read_text())
+        for name, draw in (("budget", budget_curve), ("bytes", bytes_picture)):
+            figure = draw(result)
+            target = args.out / f"{path.stem}-{name}.png"
+            figure.savefig(target, dpi=130)
+            plt.close(figure)
+            print(f"wrote {target}")
+
+
+if __name__ == "__main__":
+    main()

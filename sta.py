@@ -1,0 +1,533 @@
+"""STA-Attention: key-value caches as sparse codes over semantic atoms. The method, in order.
+
+Source: "Unlocking the Address Book: Dissecting the Sparse Semantic Structure of LLM Key-Value
+Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arXiv 2601.17702.
+
+    x     = one head's key (before RoPE, after any k_norm) or value                   (D,)
+    z     = the k largest entries of ReLU((x/s - b_dec) W_enc + b_enc), and           (k,)
+    idx   = their places in the dictionary: (z, idx) is the code of x                 (k,)
+    x_hat = s (sum_j z_j W_dec[idx_j] + b_dec)                                        (D,)
+    loss  = |x - x_hat|^2 / s^2 + AuxK/32, with s^2 = mean |x - mean(x)|^2
+    dual budget: each key becomes its k_key strongest atoms, each value its k_val
+
+Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents, k budget
+Use:    saes = load_saes("saes/tiny", model)
+        with reconstruct(model, dual(saes, Budget(8, 16))): model.generate(...)
+Sections: 1 the Top-K SAE, 2 where K and V live, 3 the budget curve and its elbow, 4 the dual
+budget, 6 the fast path, 7 models, text, files. Read 1-4; the rest serves them.
+Departures from the paper, or choices that its readable text leaves open, say `not in paper`.
+Non-goals: model types beyond `kv_sites`, training the language model, speed records.
+"""
+import contextlib
+import functools
+import hashlib
+import json
+import math
+import os
+import pathlib
+import sys
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+KINDS = ("key", "value")
+
+
+class UsageError(Exception):
+    """Bad input: one line that names the value, the limit and the likely fix."""
+
+
+# ------------------------------------------------------------------ 1. the Top-K SAE
+
+class TopKSAE(nn.Module):
+    """Top-K sparse autoencoder for one layer's keys or values, shared by its kv heads.
+
+    W_enc (D, M), b_enc (M,), W_dec (M, D) with unit rows, b_dec (D,); buffers: scale (), the s
+    above, and idle (M,), rows seen since each latent last fired. Everything in float32."""
+
+    def __init__(self, head_dim, n_latents, generator=None):
+        super().__init__()
+        atoms = F.normalize(torch.randn(n_latents, head_dim, generator=generator), dim=-1)
+        self.W_dec = nn.Parameter(atoms)
+        self.W_enc = nn.Parameter(atoms.T.clone())  # tied at the start, else latents die [Gao 2024]
+        self.b_enc = nn.Parameter(torch.zeros(n_latents))
+        self.b_dec = nn.Parameter(torch.zeros(head_dim))
+        self.register_buffer("scale", torch.ones(()))
+        self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.long))
+        self.n_latents = n_latents
+
+    @torch.no_grad()
+    def centre(self, x):
+        """Set b_dec and scale from rows x (N, D): inside, mean 0 and mean square norm 1."""
+        self.scale.copy_((x - x.mean(0)).square().sum(-1).mean().sqrt().clamp_min(1e-8))
+        self.b_dec.copy_(x.mean(0) / self.scale)
+
+    def preactivations(self, x):
+        """x (..., D) -> (..., M)."""
+        return (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc
+
+    def encode(self, x, k):
+        """x (..., D) -> z (..., k) >= 0 and idx (..., k), strongest first; in units of scale.
+
+        The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
+        if not 1 <= k <= self.n_latents:
+            raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
+        z, idx = self.preactivations(x).topk(k, dim=-1)
+        return F.relu(z), idx
+
+    def decode(self, z, idx):
+        """z, idx (..., k) -> x_hat (..., D): a sum of k rows of W_dec, never a dense latent."""
+        return ((_sum_atoms(z, idx, self.W_dec)) + self.b_dec) * self.scale
+
+    def forward(self, x, k):
+        return self.decode(*self.encode(x, k))
+
+    def loss(self, x, ks, dead_window):
+        """Rows x (N, D), budgets ks with the main one first -> (loss, error at ks[0]).
+
+        The error is |x - x_hat|^2 / s^2, about FVU. Latents idle for dead_window rows are dead.
+        not in paper: the mean over several budgets, so that one SAE serves them all."""
+        target = x / self.scale
+        pre = self.preactivations(x)  # (N, M)
+        z, idx = pre.topk(max(ks), dim=-1)  # (N, k_max)
+        z = F.relu(z)
+        rests = [target - self.b_dec - _sum_atoms(z[:, :k], idx[:, :k], self.W_dec) for k in ks]
+        errors = [rest.square().sum(-1).mean() for rest in rests]
+        with torch.no_grad():
+            self.idle += len(x)
+            self.idle[idx[:, :ks[0]][z[:, :ks[0]] > 0]] = 0  # fired: chosen and above zero
+        aux = self.auxk(pre, rests[0].detach(), self.idle > dead_window)
+        return sum(errors) / len(ks) + aux / 32, errors[0].detach()
+
+    def auxk(self, pre, residual, dead):
+        """AuxK [Gao 2024, 2.3]: the best dead latents rebuild residual (N, D), in units of its
+        variance and without bias, which gives them a gradient. Zero if nothing is dead."""
+        k_aux = min(residual.shape[-1] // 2, int(dead.sum()))
+        if k_aux == 0:
+            return residual.new_zeros(())
+        z, chosen = pre[:, dead].topk(k_aux, dim=-1)  # (N, k_aux), among the dead
+        guess = _sum_atoms(F.relu(z), dead.nonzero().squeeze(-1)[chosen], self.W_dec)
+        variance = (residual - residual.mean(0)).square().sum(-1).mean()
+        return (residual - guess).square().sum(-1).mean() / variance.clamp_min(1e-12)
+
+    @torch.no_grad()
+    def project_gradient(self):
+        """Remove the part of W_dec's gradient along each atom: lengths are not learned."""
+        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+
+    @torch.no_grad()
+    def renormalise(self):
+        """Unit atoms again, after the optimiser's step."""
+        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+
+
+def _sum_atoms(z, idx, atoms):
+    """sum_j z_j atoms[idx_j]: z, idx (..., k), atoms (M, D) -> (..., D)."""
+    k = idx.shape[-1]
+    rows = F.embedding_bag(idx.reshape(-1, k), atoms, per_sample_weights=z.reshape(-1, k),
+                           mode="sum")  # (N, D)
+    return rows.view(*idx.shape[:-1], atoms.shape[-1])
+
+
+class Fidelity:
+    """How well rows are reconstructed, streamed; sums in float64."""
+
+    def __init__(self, n_latents=0):
+        self.x_sum, self.sums = 0, 0
+        self.fired = torch.zeros(n_latents, dtype=torch.bool)
+
+    @torch.no_grad()
+    def update(self, x, x_hat, z=None, idx=None):
+        """x, x_hat (N, D), and the code z, idx (N, k) if there is one."""
+        x, x_hat = x.double(), x_hat.double()
+        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
+        active = torch.zeros(()) if z is None else z > 0
+        self.x_sum = self.x_sum + x.sum(0)
+        self.sums = self.sums + torch.tensor(
+            [len(x), x.square().sum(), (x - x_hat).square().sum(),
+             F.cosine_similarity(x, x_hat, dim=-1).sum(), ratio.sum(), active.sum()],
+            dtype=torch.float64)
+        if z is not None:
+            self.fired[idx[active].cpu()] = True
+
+    def result(self):
+        """fvu = sum |x - x_hat|^2 / sum |x - mean|^2 over all rows; cos (uncentred), rel_norm =
+        |x_hat| / |x| and l0 (atoms above 0) are means; dead: share of latents no row fired."""
+        n, square, error, cos, ratio, active = self.sums.tolist()
+        spread = square - self.x_sum.square().sum().item() / n
+        return {"fvu": error / max(spread, 1e-12), "cos": cos / n, "rel_norm": ratio / n,
+                "l0": active / n, "dead": 1 - self.fired.double().mean().item(), "rows": int(n)}
+
+
+# ------------------------------------------------------------------ 2. where K and V live
+
+class Site(NamedTuple):
+    """Where one layer's keys or values appear: view(module's output) is (B, T, H, D)."""
+    module: nn.Module
+    view: callable
+
+
+def kv_shape(config):
+    """(n_kv_heads, head_dim) of a Hugging Face text config."""
+    heads = config.num_attention_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    return getattr(config, "num_key_value_heads", None) or heads, dim
+
+
+def kv_sites(model):
+    """{(layer, kind): Site} of a Hugging Face decoder; Yi and SmolLM are llama, Pythia gpt_neox.
+
+    Keys before RoPE, after any k_norm. not in paper, which says "projections": RoPE would turn
+    one semantic key into one copy a position. Raises UsageError for other model types."""
+    decoder = model.get_decoder()
+    config = decoder.config
+    heads, dim = kv_shape(config)
+    n_query = config.num_attention_heads * dim
+    flat = lambda y: y.unflatten(-1, (heads, dim))  # (B, T, H*D) -> (B, T, H, D)
+    in_head = lambda i, y: y.unflatten(-1, (heads, 3 * dim))[..., i * dim:(i + 1) * dim]
+    after_q = lambda i, y: flat(y[..., n_query:].unflatten(-1, (2, heads * dim))[..., i, :])
+    plain = {"key": ("k_proj", flat), "value": ("v_proj", flat)}
+    families = {
+        "llama": plain, "mistral": plain, "qwen2": plain,
+        "qwen3": {**plain, "key": ("k_norm", lambda y: y)},  # sees (B, T, H, D)
+        "gemma3_text": {**plain, "key": ("k_norm", lambda y: y.transpose(1, 2))},  # (B, H, T, D)
+        "olmo2": {**plain, "key": ("k_norm", flat)},
+        "gpt_neox": {kind: ("query_key_value", functools.partial(in_head, i + 1))
+                     for i, kind in enumerate(KINDS)},  # [q | k | v] within each head
+        "phi3": {kind: ("qkv_proj", functools.partial(after_q, i))
+                 for i, kind in enumerate(KINDS)}}  # [all q | all k | all v]
+    if config.model_type not in families:
+        raise UsageError(f"model type {config.model_type!r} is not supported; supported types: "
+                         f"{', '.join(families)} (add yours to kv_sites in sta.py)")
+    attention = "attention" if config.model_type == "gpt_neox" else "self_attn"
+    return {(i, kind): Site(getattr(getattr(layer, attention), name), view)
+            for i, layer in enumerate(decoder.layers)
+            for kind, (name, view) in families[config.model_type].items()}
+
+
+@contextlib.contextmanager
+def capture(model, layers=None):
+    """`with capture(model) as rows: model(ids)` puts (B, T, H, D) into rows[layer, kind].
+
+    layers: those to capture, None for all. The hooks are removed on every way out."""
+    rows = {}
+    with contextlib.ExitStack() as hooks:
+        for key, site in kv_sites(model).items():
+            if layers is None or key[0] in layers:
+                def store(module, args, y, key=key, view=site.view):
+                    rows[key] = view(y).detach()
+                hooks.callback(site.module.register_forward_hook(store).remove)
+        yield rows
+
+
+# ------------------------------------------------------------------ 3. the budget curve
+
+class BudgetCurve:
+    """Fidelity of one SAE at each budget of ks, streamed: one encode serves them all."""
+
+    def __init__(self, sae, ks=(1, 2, 4, 8, 16, 32, 64)):
+        self.sae = sae
+        self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= sae.n_latents}
+
+    @torch.no_grad()
+    def update(self, x):
+        """x (N, D)."""
+        for rows in x.split(8192):
+            z, idx = self.sae.encode(rows, max(self.at))
+            for k, fidelity in self.at.items():
+                code = z[:, :k], idx[:, :k]
+                fidelity.update(rows, self.sae.decode(*code), *code)
+
+    def result(self):
+        """[{k, and the keys of Fidelity.result}] by rising k."""
+        return [{"k": k, **fidelity.result()} for k, fidelity in self.at.items()]
+
+
+def elbow(curve):
+    """The semantic elbow: the k whose cosine lies furthest above the chord of the curve.
+
+    Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends on the largest k
+    measured, so state that. not in paper: the readable text gives no rule for its elbow."""
+    first, last = curve[0], curve[-1]
+    rise, run = max(last["cos"] - first["cos"], 1e-12), max(last["k"] - first["k"], 1)
+    height = lambda p: (p["cos"] - first["cos"]) / rise - (p["k"] - first["k"]) / run
+    return max(curve, key=height)["k"]
+
+
+# ------------------------------------------------------------------ 4. the dual budget
+
+class Budget(NamedTuple):
+    """Atoms a key and atoms a value; None leaves that kind dense."""
+    k_key: int | None = 8
+    k_val: int | None = 16
+
+
+def dual(saes, budget):
+    """{(layer, kind): function} for `reconstruct`: every row becomes its k strongest atoms.
+
+    saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}."""
+    codecs = {}
+    for (layer, kind), sae in saes.items():
+        k = (budget[layer] if isinstance(budget, dict) else budget)[KINDS.index(kind)]
+        if k is not None:
+            codecs[layer, kind] = functools.partial(sae, k=k)
+    return codecs
+
+
+@contextlib.contextmanager
+def reconstruct(model, codecs, sink=1):
+    """Inside, `model` computes with replaced K and V: prefill, decode and generate alike.
+
+    codecs: {(layer, kind): function (B, T, H, D) -> (B, T, H, D)}, called on float32. The first
+    `sink` real tokens of a sequence stay exact (not in paper; their norms are extreme,
+    arXiv 2309.17453). The hooks are removed on every way out. Raises UsageError for a layer
+    that the model lacks."""
+    sites, exact = kv_sites(model), {}
+    absent = sorted({layer for layer, _ in codecs} - {layer for layer, _ in sites})
+    if absent:
+        raise UsageError(f"layer {absent[0]}: the model has layers 0 to {max(sites)[0]}")
+
+    def find_sinks(module, args, kwargs):  # before the decoder runs; padding has no position
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # (B, T)
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        past = cache.get_seq_length() if cache is not None else 0
+        if not (isinstance(mask, torch.Tensor) and mask.dim() == 2):  # else (B, past + T)
+            mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
+        position = mask.long().cumsum(-1)[:, -ids.shape[1]:] - 1  # (B, T)
+        exact["mask"] = (position < sink)[..., None, None]  # (B, T, 1, 1)
+
+    def replace(module, args, y, codec, view):
+        y = y.clone()
+        x = view(y)  # (B, T, H, D), sharing y's memory
+        mask = exact["mask"].to(x.device)
+        x.copy_(torch.where(mask, x, codec(x.float()).to(x.dtype)))
+        return y
+
+    with contextlib.ExitStack() as hooks:
+        handle = model.get_decoder().register_forward_pre_hook(find_sinks, with_kwargs=True)
+        hooks.callback(handle.remove)
+        for key, codec in codecs.items():
+            hook = functools.partial(replace, codec=codec, view=sites[key].view)
+            hooks.callback(sites[key].module.register_forward_hook(hook).remove)
+        yield
+
+
+def bytes_per_token(budget, n_kv_heads, head_dim, n_latents):
+    """Bytes one layer keeps of a coded token, K and V of all kv heads. An atom: fp16 coefficient
+    and int16 index (int32 above 65,536 latents); a dense vector: bf16."""
+    atom = 2 + (2 if n_latents <= 65536 else 4)
+    return sum(n_kv_heads * (2 * head_dim if k is None else atom * k) for k in budget)
+
+
+# ------------------------------------------------------------------ 6. the fast path
+
+@functools.cache
+def _compiled():
+    return [torch.compile(f, fullgraph=True, dynamic=True)
+            for f in (TopKSAE.encode, TopKSAE.decode)]
+
+
+def speed_up(saes):
+    """Give each SAE compiled twins of encode and decode: same signatures, same values."""
+    for sae in saes.values():
+        sae.encode, sae.decode = (functools.partial(f, sae) for f in _compiled())
+
+
+# ------------------------------------------------------------------ 7. models, text, files
+
+HERE = pathlib.Path(__file__).resolve().parent
+MODELS = {"tiny": str(HERE / "tiny"), "yi-6b": "01-ai/Yi-6B",
+          "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+          "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+          "smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}
+TEXTS = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
+         "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
+
+
+def run(main):
+    """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130."""
+    try:
+        main()
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("\ninterrupted; a checkpoint, if one was written, is kept", file=sys.stderr)
+        sys.exit(130)
+
+
+def _line(error):
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:200]}"
+
+
+def pick_device(device, dtype):
+    """(torch.device, torch.dtype) from --device and --dtype, printed with the reason."""
+    cuda = torch.cuda.is_available()
+    if device not in (None, "cpu") and not (device.startswith("cuda") and cuda):
+        raise UsageError(f"--device {device}: not on this machine; leave it out to use "
+                         f"{'cuda' if cuda else 'cpu'}")
+    reason = "asked for" if device else "a GPU was found" if cuda else "no GPU was found"
+    device = device or ("cuda" if cuda else "cpu")
+    dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
+    print(f"device {device} ({reason}); model in {dtype}, SAEs in float32")
+    return torch.device(device), getattr(torch, dtype)
+
+
+def parse_layers(spec, n_layers):
+    """'all', '12', '0-7' or '3,9' -> sorted layer numbers, each below n_layers."""
+    try:
+        parts = [part.split("-") for part in spec.replace("all", f"0-{n_layers - 1}").split(",")]
+        layers = sorted({i for p in parts for i in range(int(p[0]), int(p[-1]) + 1)})
+        if layers and layers[-1] < n_layers:
+            return layers
+    except ValueError:
+        pass
+    raise UsageError(f"--layer {spec}: want all, 12, 0-7 or 3,9; the model has layers 0 to "
+                     f"{n_layers - 1}")
+
+
+def slug(name):
+    """The name that SAEs and results of a model are filed under."""
+    return name if name in MODELS else pathlib.Path(name).resolve().name.lower()
+
+
+def load_model(name, device, dtype, layers="all", last_only=False):
+    """--model and --layer -> (model in eval mode, tokenizer, layer numbers).
+
+    name: a key of MODELS, a hub id or a folder. last_only: load no layer above the last chosen."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
+    logging.set_verbosity_error()  # else a table of the layers left out on purpose
+    logging.disable_progress_bar()
+    if name not in MODELS and "/" not in name and not os.path.isdir(name):
+        raise UsageError(f"--model {name}: want a folder, a hub id (owner/name) or one of "
+                         f"{', '.join(MODELS)}")
+    source = MODELS.get(name, name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        text = config.get_text_config()
+        layers = parse_layers(layers, text.num_hidden_layers)
+        if last_only:
+            text.num_hidden_layers = layers[-1] + 1
+            if getattr(text, "layer_types", None):
+                text.layer_types = text.layer_types[:layers[-1] + 1]
+        tokenizer = AutoTokenizer.from_pretrained(source)
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--model {name}: cannot be loaded; check the name, and that the hub is "
+                         f"reachable and the model not gated ({_line(error)})") from None
+    if info["missing_keys"]:
+        raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
+    return model.to(device).eval().requires_grad_(False), tokenizer, layers
+
+
+def fingerprint(model):
+    """A hash of the first value projection: tells models of one shape apart."""
+    weight = kv_sites(model)[0, "value"].module.weight.bfloat16().cpu().view(torch.int16)
+    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:12]
+
+
+def read_text(spec, split, model_name, max_chars=None):
+    """--text -> str: a UTF-8 file, or a hub data set owner/name[:config[:split]] whose documents
+    are joined by blank lines. None: tiny's own, else WikiText; split "train" or "valid"."""
+    default = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else TEXTS[split]
+    spec = spec or default
+    try:
+        if os.path.isfile(spec):
+            with open(spec, encoding="utf-8") as file:
+                text = file.read(max_chars)
+        elif "/" not in spec or spec.endswith(".txt"):
+            raise UsageError(f"--text {spec}: no such file")
+        else:
+            text = _hub_text(*(spec.split(":") + [None, None])[:3], split, max_chars)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {spec}: not UTF-8 at byte {error.start}; convert it") from None
+    except ImportError:
+        raise UsageError(f"--text {spec}: a hub data set needs `pip install datasets`") from None
+    if not text.strip():
+        raise UsageError(f"--text {spec}: empty")
+    return text
+
+
+def _hub_text(name, config, part, split, max_chars):
+    from datasets import load_dataset
+    documents, n = [], 0
+    try:
+        part = part or {"train": "train", "valid": "test"}[split]
+        for row in load_dataset(name, config, split=part, streaming=True):
+            documents.append(row["text"])
+            n += len(row["text"]) + 2
+            if max_chars and n >= max_chars:
+                break
+    except Exception as error:  # of many kinds: no connection, no such name, no column "text"
+        raise UsageError(f"--text {name}: cannot be loaded ({_line(error)})") from None
+    return "\n\n".join(documents)
+
+
+def write_atomic(path, data):
+    """Write bytes or str under a temporary name, then rename: the file is old or new, whole."""
+    path = pathlib.Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UsageError(f"cannot write {path}: {error.strerror}; nothing was replaced") from None
+
+
+def save_sae(folder, sae, metadata):
+    """cfg.json and sae_weights.safetensors in the layout of SAELens 6. The scale is folded into
+    the biases: ReLU is homogeneous, so z in units of x and s = 1 give the same function."""
+    from safetensors.torch import save
+    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale,
+               "W_dec": sae.W_dec, "b_dec": sae.b_dec * sae.scale}
+    cfg = {"architecture": "topk", "d_in": len(sae.b_dec), "d_sae": sae.n_latents,
+           "k": metadata["k"], "dtype": "float32", "device": "cpu",
+           "apply_b_dec_to_input": True, "normalize_activations": "none",
+           "metadata": {"sae_lens_version": "6.54.0", **metadata}}
+    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
+    write_atomic(folder / "sae_weights.safetensors", save(weights))
+    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=1) + "\n")  # last: now it is whole
+
+
+def load_sae(folder):
+    """(TopKSAE, metadata) from a folder that `save_sae` wrote."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+    try:
+        cfg = json.loads((folder / "cfg.json").read_text())
+        sae = TopKSAE(cfg["d_in"], cfg["d_sae"])
+        weights = load((folder / "sae_weights.safetensors").read_bytes())
+        sae.load_state_dict({**weights, "scale": sae.scale, "idle": sae.idle})
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
+                         f"({_line(error)})") from None
+    return sae.requires_grad_(False), cfg["metadata"]
+
+
+def load_saes(folder, model, layers=None):
+    """({(layer, kind): TopKSAE} on the model's device, metadata of one) from folder/layer*.*.
+
+    Raises UsageError if one is absent, corrupt, or of another model."""
+    folder, mark = pathlib.Path(folder), fingerprint(model)
+    found = {int(path.parent.name[5:].split(".")[0]) for path in folder.glob("layer*.*/cfg.json")}
+    head_dim = kv_shape(model.get_decoder().config)[1]
+    saes = {}
+    for layer in sorted(found) if layers is None else layers:
+        for kind in KINDS:
+            sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
+            if metadata["fingerprint"] != mark or len(sae.b_dec) != head_dim:
+                raise UsageError(f"{folder}: SAEs of {metadata['model']}, another model than this")
+            saes[layer, kind] = sae.to(model.device)
+    if not saes:
+        raise UsageError(f"{folder}: no SAEs here")
+    return saes, metadata

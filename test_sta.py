@@ -1,0 +1,525 @@
+"""What the README says, executably: python -m pytest -q (CPU, offline, under two minutes).
+
+Each check compares with something independent: a Python loop, float64, numpy, Hugging Face's own
+cache or loss, an uninterrupted run. Non-goals: speed (README has the commands), model quality.
+"""
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import evaluate
+import plots
+import sta
+import train_sae
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "gpt_neox", "phi3"]
+
+
+def rows_of(n, dim=16, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(n, dim, generator=generator) * 3 + 1
+
+
+def small_sae(dim=16, n_latents=40, seed=0):
+    sae = sta.TopKSAE(dim, n_latents, torch.Generator().manual_seed(seed))
+    sae.centre(rows_of(500, dim))
+    with torch.no_grad():
+        sae.b_enc.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
+    return sae
+
+
+def small_model(family, kv_heads=2, vocab_size=128):
+    config = transformers.AutoConfig.for_model(
+        family, vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
+        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
+        **({"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}))
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+
+
+def small_saes(model, n_latents=64):
+    heads, dim = sta.kv_shape(model.get_decoder().config)
+    return {key: small_sae(dim, n_latents, seed) for seed, key in enumerate(sta.kv_sites(model))}
+
+
+def tokens_of(batch, length, seed=0):
+    return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def script(module, monkeypatch, *argv):
+    """Run a script's main in this process; returns its exit status."""
+    monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", *map(str, argv)])
+    try:
+        sta.run(module.main)
+    except SystemExit as stop:
+        return stop.code
+    return 0
+
+
+# ---------------------------------------------------------------- 1. the Top-K SAE
+
+def test_code_is_that_of_a_python_loop():
+    sae, x = small_sae().double(), rows_of(7).double()
+    z, idx = sae.encode(x, 5)
+    x_hat = sae.decode(z, idx)
+    for n in range(len(x)):
+        acts = [max(0.0, sum((x[n, d] / sae.scale - sae.b_dec[d]) * sae.W_enc[d, m]
+                             for d in range(16)).item() + sae.b_enc[m].item()) for m in range(40)]
+        best = sorted(range(40), key=lambda m: -acts[m])[:5]
+        assert idx[n].tolist() == best
+        assert z[n].tolist() == pytest.approx([acts[m] for m in best], abs=1e-12)
+        expected = sae.scale * (sum(acts[m] * sae.W_dec[m] for m in best) + sae.b_dec)
+        torch.testing.assert_close(x_hat[n], expected, atol=1e-10, rtol=0)
+
+
+def test_code_at_a_smaller_budget_is_a_prefix_and_shapes_are_free():
+    sae, x = small_sae(), rows_of(24)
+    z, idx = sae.encode(x, 9)
+    assert torch.equal(sae.encode(x, 4)[0], z[:, :4]) and (z.diff(dim=-1) <= 0).all()
+    torch.testing.assert_close(sae(x.view(2, 3, 4, 16), 9).view(24, 16), sae.decode(z, idx))
+
+
+def test_all_latents_is_the_dense_autoencoder():
+    sae, x = small_sae().double(), rows_of(20).double()
+    dense = torch.relu((x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc)  # (N, M)
+    torch.testing.assert_close(sae(x, 40), (dense @ sae.W_dec + sae.b_dec) * sae.scale)
+
+
+@pytest.mark.parametrize("k", [0, -1, 41])
+def test_budget_out_of_range(k):
+    with pytest.raises(sta.UsageError, match=f"k = {k}: .* n_latents = 40"):
+        small_sae().encode(rows_of(2), k)
+
+
+def test_gradients_equal_a_dense_float64_autoencoder():
+    sae, x, ks = small_sae().double(), rows_of(30).double(), (4, 2, 8)
+    sae.loss(x, ks, dead_window=10**9)[0].backward()
+    found = {name: p.grad.clone() for name, p in sae.named_parameters()}
+    sae.zero_grad()
+    target, total = x / sae.scale, 0
+    for k in ks:
+        acts = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
+        keep = acts >= acts.sort(dim=-1, descending=True).values[:, k - 1:k]
+        total = total + ((target - (acts * keep) @ sae.W_dec - sae.b_dec) ** 2).sum(-1).mean()
+    (total / len(ks)).backward()
+    for name, p in sae.named_parameters():
+        torch.testing.assert_close(found[name], p.grad, atol=1e-10, rtol=0, msg=name)
+
+
+def test_auxk_reaches_the_encoder_of_dead_latents_only():
+    sae, x = small_sae(), rows_of(50)
+    dead = torch.zeros(40, dtype=torch.bool)
+    dead[30:] = True
+    sae.auxk(sae.preactivations(x), rows_of(50, seed=1), dead).backward()
+    assert sae.W_enc.grad[:, dead].abs().sum() > 0 and sae.W_dec.grad[dead].abs().sum() > 0
+    assert sae.W_enc.grad[:, ~dead].abs().sum() == 0 and sae.W_dec.grad[~dead].abs().sum() == 0
+
+
+def test_idle_counts_rows_since_a_latent_was_above_zero():
+    sae, x = small_sae(), rows_of(50)
+    with torch.no_grad():
+        sae.b_enc[:20] = -100.0  # these may be chosen at k = 40, with z = 0: not fired
+    sae.loss(x, [40], 10**9)
+    assert (sae.idle[:20] == 50).all() and (sae.idle[20:] == 0).all()
+
+
+def test_atoms_stay_unit_and_training_reduces_the_error():
+    sae, x, errors = small_sae(), rows_of(512), []
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for _ in range(60):
+        loss, error = sae.loss(x, [4], 10**9)
+        loss.backward()
+        sae.project_gradient()
+        assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.renormalise()
+        errors.append(error.item())
+    torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6, rtol=0)
+    assert errors[-1] < 0.8 * errors[0]
+
+
+def test_fidelity_equals_numpy_however_it_is_streamed():
+    x, x_hat = rows_of(64), rows_of(64, seed=3)
+    z, idx = torch.relu(rows_of(64, 4, seed=5) - 1), torch.arange(256).view(64, 4) % 7
+    fidelity = sta.Fidelity(n_latents=10)
+    for part in torch.arange(64).split(24):
+        fidelity.update(x[part], x_hat[part], z[part], idx[part])
+    a, b = x.numpy().astype(float), x_hat.numpy().astype(float)
+    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
+    fired = np.unique(idx.numpy()[z.numpy() > 0])
+    expected = {"fvu": ((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum(),
+                "cos": ((a * b).sum(1) / norm_a / norm_b).mean(), "rel_norm": (norm_b / norm_a).mean(),
+                "l0": (z.numpy() > 0).sum(1).mean(), "dead": 1 - len(fired) / 10, "rows": 64}
+    assert fidelity.result() == pytest.approx(expected, abs=1e-9)
+
+
+# ---------------------------------------------------------------- 2-4. hooks, elbow, budgets
+
+@pytest.mark.parametrize("family,kv_heads", [(f, h) for f in FAMILIES for h in (1, 2, 4)
+                                             if (f, h) not in (("gpt_neox", 1), ("gpt_neox", 2))])
+def test_family(family, kv_heads):
+    """Captured K and V are those of Hugging Face's cache; identity changes nothing, zero does."""
+    model, ids = small_model(family, kv_heads), tokens_of(2, 12)
+    cache = transformers.DynamicCache(config=model.config)
+    with sta.capture(model) as rows:
+        logits = model(ids, past_key_values=cache).logits
+    for layer in range(2):
+        keys, values = rows[layer, "key"], rows[layer, "value"]  # (B, T, H, D)
+        cached = cache.layers[layer].keys.transpose(1, 2)  # after RoPE
+        assert keys.shape == (2, 12, kv_heads, 16)
+        torch.testing.assert_close(values, cache.layers[layer].values.transpose(1, 2))
+        torch.testing.assert_close(keys[:, 0], cached[:, 0])  # RoPE turns position 0 by no angle
+        torch.testing.assert_close(keys.norm(dim=-1), cached.norm(dim=-1))
+    same, zero = {key: lambda x: x for key in rows}, lambda x: torch.zeros_like(x)
+    with sta.reconstruct(model, same, sink=0):
+        torch.testing.assert_close(model(ids).logits, logits, atol=0, rtol=0)
+    for kind in sta.KINDS:
+        with sta.reconstruct(model, {(1, kind): zero}, sink=0):
+            assert (model(ids).logits - logits)[:, 1:].abs().max() > 1e-3  # already at prefill
+    with sta.reconstruct(model, {key: zero for key in rows}, sink=12):
+        torch.testing.assert_close(model(ids).logits, logits, atol=0, rtol=0)
+
+
+def test_capture_chooses_layers_and_detaches():
+    model = small_model("llama").requires_grad_(True)
+    with sta.capture(model, [1]) as rows:
+        model(tokens_of(1, 5))
+    assert set(rows) == {(1, "key"), (1, "value")} and not rows[1, "key"].requires_grad
+
+
+@pytest.mark.parametrize("context", [
+    lambda model: sta.capture(model), lambda model: sta.reconstruct(model, {(0, "key"): torch.sin})])
+def test_hooks_are_gone_after_an_exception(context):
+    model, ids = small_model("llama"), tokens_of(1, 5)
+    before = model(ids).logits
+    with pytest.raises(ZeroDivisionError):
+        with context(model):
+            model(ids)
+            1 / 0
+    assert torch.equal(model(ids).logits, before)
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_unsupported_family_and_absent_layer():
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2))
+    with pytest.raises(sta.UsageError, match="'gpt2' is not supported; supported types: llama"):
+        sta.kv_sites(gpt2)
+    with pytest.raises(sta.UsageError, match="layer 5: the model has layers 0 to 1"):
+        with sta.reconstruct(small_model("llama"), {(5, "key"): torch.sin}):
+            pass
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate_sees_the_reconstruction(family):
+    """Greedy generate, left-padded, equals choosing from full forward passes without a cache."""
+    model = small_model(family, 4)
+    codecs = sta.dual(small_saes(model), sta.Budget(4, 6))
+    ids, mask = tokens_of(2, 9), torch.ones(2, 9, dtype=torch.long)
+    ids[1, :4], mask[1, :4] = 0, 0
+    with sta.reconstruct(model, codecs, sink=2):
+        output = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)
+        for row, start in ((0, 0), (1, 4)):
+            text = ids[row:row + 1, start:]
+            for _ in range(6):
+                text = torch.cat([text, model(text).logits[:, -1:].argmax(-1)], 1)
+            assert output[row, start:].tolist() == text[0].tolist()
+    plain = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False,
+                           eos_token_id=None, pad_token_id=0)
+    assert not torch.equal(plain, output)
+
+
+def test_budget_by_layer_and_dense_kinds():
+    saes = small_saes(small_model("llama"))
+    codecs = sta.dual(saes, {0: sta.Budget(2, None), 1: sta.Budget(None, 5)})
+    assert set(codecs) == {(0, "key"), (1, "value")}
+    x = rows_of(6)
+    assert torch.equal(codecs[1, "value"](x), saes[1, "value"](x, 5))
+
+
+def test_curve_and_elbow():
+    sae, x = small_sae(), rows_of(100)
+    curve = sta.BudgetCurve(sae, [8, 1, 40, 64])  # 64 is over n_latents: left out
+    curve.update(x[:30])
+    curve.update(x[30:])
+    points = curve.result()
+    assert [p["k"] for p in points] == [1, 8, 40]
+    whole = sta.Fidelity()
+    whole.update(x, sae(x, 8))
+    assert points[1]["fvu"] == pytest.approx(whole.result()["fvu"])
+    kinked = [{"k": k, "cos": min(0.9, 0.1 * k) + 0.0001 * k} for k in range(1, 33)]
+    assert sta.elbow(kinked) == 9
+    assert sta.elbow([{"k": 1, "cos": 0.9}]) == 1
+
+
+def test_bytes():
+    dense, budget = sta.Budget(None, None), sta.Budget(8, 16)
+    assert sta.bytes_per_token(dense, 1, 128, 1024) == 512
+    assert sta.bytes_per_token(budget, 1, 128, 1024) == 96  # METHOD: 18.75 % of 512
+    assert sta.bytes_per_token(sta.Budget(8, None), 4, 64, 1024) == 4 * (32 + 128)
+    assert sta.bytes_per_token(budget, 1, 128, 70_000) == 144  # wider indices
+
+
+# ---------------------------------------------------------------- 6. the fast path
+
+def check_compiled(device):
+    saes = {(0, kind): small_sae(seed=i).to(device) for i, kind in enumerate(sta.KINDS)}
+    eager = {key: sae.encode(rows_of(50).to(device), 8) for key, sae in saes.items()}
+    sta.speed_up(saes)
+    for key, sae in saes.items():
+        z, idx = sae.encode(rows_of(50).to(device), 8)
+        torch.testing.assert_close(z, eager[key][0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sae.decode(z, idx), sta.TopKSAE.decode(sae, *eager[key]),
+                                   atol=1e-5, rtol=1e-5)
+        assert sae(rows_of(30).to(device), 3).shape == (30, 16)  # another size and budget
+
+
+def test_compiled_path_equals_eager():
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(3))
+    except Exception as error:
+        pytest.skip(f"no compiler for torch.compile here: {type(error).__name__}")
+    check_compiled("cpu")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_compiled_path_equals_eager_on_cuda():
+    check_compiled("cuda")
+
+
+# ---------------------------------------------------------------- 7. files
+
+METADATA = {"k": 8, "model": "small", "fingerprint": "f", "settings": {}}
+
+
+def test_saved_sae_is_the_same_function(tmp_path):
+    sae, x = small_sae(), rows_of(50)
+    sta.save_sae(tmp_path / "layer0.key", sae, METADATA)
+    loaded, metadata = sta.load_sae(tmp_path / "layer0.key")
+    torch.testing.assert_close(loaded(x, 8), sae(x, 8), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(loaded.encode(x, 8)[0], sae.encode(x, 8)[0] * sae.scale)  # folded
+    assert loaded.scale == 1 and {k: metadata[k] for k in METADATA} == METADATA
+
+
+@pytest.mark.parametrize("spoil", [
+    lambda data: data[:len(data) // 2], lambda data: b"\xff" * 64, lambda data: b""])
+def test_corrupt_weights(tmp_path, spoil):
+    sta.save_sae(tmp_path / "layer0.key", small_sae(), METADATA)
+    weights = tmp_path / "layer0.key" / "sae_weights.safetensors"
+    weights.write_bytes(spoil(weights.read_bytes()))
+    with pytest.raises(sta.UsageError, match="layer0.key: missing, truncated or corrupt"):
+        sta.load_sae(tmp_path / "layer0.key")
+
+
+def test_saes_of_another_model_or_shape(tmp_path):
+    model = small_model("llama")
+    for key, sae in small_saes(model).items():
+        metadata = {**METADATA, "fingerprint": sta.fingerprint(model)}
+        sta.save_sae(tmp_path / f"layer{key[0]}.{key[1]}", sae, metadata)
+    assert set(sta.load_saes(tmp_path, model)[0]) == set(sta.kv_sites(model))
+    with pytest.raises(sta.UsageError, match="SAEs of small, another model"):
+        sta.load_saes(tmp_path, small_model("qwen2", vocab_size=64))
+    sta.save_sae(tmp_path / "layer0.key", small_sae(24), {**METADATA, "fingerprint": "f"})
+    with pytest.raises(sta.UsageError, match="another model"):
+        sta.load_saes(tmp_path, model)
+    with pytest.raises(sta.UsageError, match="layer7.key: missing"):
+        sta.load_saes(tmp_path, model, [7])
+
+
+def test_full_disk_loses_nothing(tmp_path):
+    """A real write error, from a limit on the size of files, half-way through the new file."""
+    path = tmp_path / "file"
+    sta.write_atomic(path, "old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(sta.UsageError, match="cannot write .*; nothing was replaced"):
+            sta.write_atomic(path, b"x" * 5000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+# ---------------------------------------------------------------- the scripts, on tiny
+
+SHORT = ["--tokens", 16_384, "--n-latents", 64, "--buffer-tokens", 2048, "--layer", "1-2"]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run over two layers of tiny, uninterrupted."""
+    out = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        assert script(train_sae, patch, *SHORT, "--out", out) == 0
+    return out
+
+
+def test_training_writes_saes_that_work(trained):
+    assert not (trained / "tiny" / "unfinished.safetensors").exists()
+    sae, metadata = sta.load_sae(trained / "tiny" / "layer1.value")
+    assert metadata["held_out"]["fvu"] < 0.8 and metadata["k"] == 16
+    log = json.loads((trained / "tiny" / "run-1-2.json").read_text())["log"]
+    assert log[-1]["fvu_key"] < 0.8
+
+
+def test_second_run_overwrites_nothing(trained, monkeypatch, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+    assert script(train_sae, monkeypatch, *SHORT, "--out", trained) == 0
+    assert "trained already" in capsys.readouterr().out
+    assert script(train_sae, monkeypatch, *SHORT, "--seed", 1, "--out", trained) == 2
+    assert "was trained otherwise" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+
+
+def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
+    code = ("import train_sae, sta; train_sae.CHECKPOINT_SECONDS = 0; "
+            f"import torch; torch.set_num_threads({torch.get_num_threads()}); sta.run(train_sae.main)")
+    run = subprocess.Popen([sys.executable, "-c", code, *map(str, SHORT), "--out", tmp_path],
+                           cwd=sta.HERE, stdout=subprocess.DEVNULL)
+    state = tmp_path / "tiny" / "unfinished.safetensors"
+    while not state.exists() and run.poll() is None:
+        time.sleep(0.01)
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    assert state.exists() and not (tmp_path / "tiny" / "layer2.value").exists()
+    assert script(train_sae, monkeypatch, *SHORT, "--out", tmp_path) == 2
+    assert "unfinished run: add --resume" in capsys.readouterr().err
+    assert script(train_sae, monkeypatch, *SHORT, "--lr", 1, "--out", tmp_path, "--resume") == 2
+    assert "begun with lr = " in capsys.readouterr().err
+    assert script(train_sae, monkeypatch, *SHORT, "--out", tmp_path, "--resume") == 0
+    assert "resuming at step" in capsys.readouterr().out
+    for path in trained.rglob("*.safetensors"):
+        assert path.read_bytes() == (tmp_path / path.relative_to(trained)).read_bytes(), path
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, tmp_path_factory):
+    out = tmp_path_factory.mktemp("results")
+    with pytest.MonkeyPatch.context() as patch:
+        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 2048, "--out", out) == 0
+    return out
+
+
+def test_evaluation_table(evaluated):
+    result = json.loads((evaluated / "tiny.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert list(rows) == ["dense", "keys", "values", "dual", "uniform"]
+    assert result["layers"] == [1, 2] and result["n_layers"] == 6 and result["tokens"] == 2048
+    dual, dense = rows["dual"], rows["dense"]
+    assert (dual["k_key"], dual["k_val"], dense["k_key"]) == (8, 16, None)
+    assert (rows["uniform"]["k_key"], rows["uniform"]["k_val"]) == (12, 12)
+    assert dense["bytes_per_token"] == 6 * 2 * 2 * 128 * 2
+    assert dual["bytes_share"] == pytest.approx((4 + 2 * 0.1875) / 6)
+    assert dual["perplexity"] > rows["values"]["perplexity"] > dense["perplexity"]
+    assert dual["delta_ce"] == pytest.approx(math.log(dual["perplexity"] / dense["perplexity"]))
+    assert dual["fvu_key"] == rows["keys"]["fvu_key"] == pytest.approx(
+        np.mean([layer["fvu_key"] for layer in dual["by_layer"].values()]))
+    assert rows["keys"]["fvu_val"] == 0 and rows["keys"]["cos_val"] == 1
+
+
+def test_perplexity_is_that_of_hugging_face(evaluated):
+    """The dense row against transformers' own labels= loss on windows cut here."""
+    rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
+    model = transformers.AutoModelForCausalLM.from_pretrained(sta.HERE / "tiny").float()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sta.HERE / "tiny")
+    ids = tokenizer((sta.HERE / "tiny" / "valid.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    with torch.no_grad():
+        losses = [model(input_ids=w, labels=w).loss.item() for w in ids[:, :2048].split(256, dim=1)]
+    assert rows[0]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+
+
+def test_plots(evaluated, tmp_path, monkeypatch, capsys):
+    assert script(plots, monkeypatch, "--results", evaluated, "--out", tmp_path) == 0
+    for name in ("tiny-budget.png", "tiny-bytes.png"):
+        image = plots.plt.imread(tmp_path / name)
+        assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
+    assert script(plots, monkeypatch, "--results", tmp_path, "--out", tmp_path) == 2
+    assert "python evaluate.py" in capsys.readouterr().err
+
+
+def test_tiny_fits_and_beats_a_trigram_model():
+    folder = sta.HERE / "tiny"
+    assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= 12e6
+    assert sum(p.stat().st_size for p in folder.glob("*.txt")) <= 2e6
+    made = json.loads((folder / "make.json").read_text())
+    assert made["perplexity"] < 0.8 * made["perplexity_trigram"]
+    for line in (folder / "cloze.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        assert set(row) == {"context", "choices", "label"} and len(set(row["choices"])) == 4
+        assert 0 <= row["label"] < 4
+
+
+# ---------------------------------------------------------------- bad input
+
+def text_file(path, data):
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--model", "gpt5"], "--model gpt5: want a folder, a hub id"),
+    (["--model", "no-one/nothing"], "--model no-one/nothing: cannot be loaded"),
+    (["--layer", "6"], "--layer 6: .* layers 0 to 5"),
+    (["--layer", "4-9"], "--layer 4-9"),
+    (["--layer", "two"], "--layer two: want all, 12, 0-7 or 3,9"),
+    (["--k-key", "0"], "--k-key 0: must be at least 1"),
+    (["--k-val", "2000"], "--k-val 2000: larger than --n-latents 1024"),
+    (["--text", "absent.txt"], "--text absent.txt: no such file"),
+    (["--text", "{tmp}/empty.txt"], "empty.txt: empty"),
+    (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8 at byte 3"),
+    (["--text", "{tmp}/short.txt"], "too short"),
+    (["--text", "no-one/nothing"], "--text no-one/nothing"),
+    (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
+    (["--out", "{tmp}/short.txt/below"], "cannot write"),
+])
+def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
+    text_file(tmp_path / "empty.txt", b" \n")
+    text_file(tmp_path / "latin1.txt", b"caf\xe9")
+    text_file(tmp_path / "short.txt", b"too little")
+    argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
+    assert script(train_sae, monkeypatch, "--tokens", 1000, "--out", tmp_path / "out", *argv) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+@pytest.mark.parametrize("argv,message", [
+    (["--saes", "{tmp}"], "no SAEs; first run: python train_sae.py"),
+    (["--saes", "{tmp}", "--model", "yi-6b"], "first run: python train_sae.py --model yi-6b"),
+    (["--k-val", "65"], "--k-val 65: larger than the SAEs' n_latents = 64"),
+    (["--k-key", "0"], "--k-key 0: must be at least 1"),
+    (["--layer", "5"], "layer5.key: missing"),
+    (["--layer", "7"], "--layer 7: .* layers 0 to 5"),
+    (["--text", "{tmp}/short.txt"], "too short for one window of 256"),
+])
+def test_bad_evaluation_input(argv, message, trained, tmp_path, monkeypatch, capsys):
+    text_file(tmp_path / "short.txt", b"too little")
+    argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
+    assert script(evaluate, monkeypatch, "--saes", trained, "--out", tmp_path, *argv) == 2
+    assert_one_line(capsys.readouterr().err, message)
+
+
+def assert_one_line(printed, message):
+    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and "Traceback" not in printed, printed
+    re.search(message, lines[0]) or pytest.fail(f"{message!r} not in {lines[0]}")
+
+
+def test_activation_that_is_not_finite():
+    model = small_model("llama")
+    model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
+    with pytest.raises(sta.UsageError, match="layer 1: a value is not finite in float32"):
+        train_sae.harvest(model, [0, 1], tokens_of(2, 8))

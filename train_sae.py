@@ -1,0 +1,300 @@
+"""Train a key SAE and a value SAE for each chosen layer, all in one pass over the text.
+
+    python train_sae.py                              # tiny, all layers: minutes on 2 cores
+    python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
+
+Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
+training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
+the same bits on a CPU. Sources: Top-K SAEs and AuxK, Gao et al. 2024 (arXiv 2406.04093); the
+order inside the loop, dictionary_learning. Non-goals: several machines, tuning the model itself.
+"""
+import argparse
+import hashlib
+import json
+import math
+import pathlib
+import time
+
+import torch
+from tqdm import tqdm
+
+import sta
+
+CHECKPOINT_SECONDS, LOG_STEPS = 20, 50
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    # what
+    add("--model", default="tiny",
+        help=f"{', '.join(sta.MODELS)}, a hub id or a folder (default tiny)")
+    add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
+    add("--text", help="UTF-8 file, or hub data set as owner/name[:config[:split]] "
+                       "(default: tiny's own, else WikiText-103)")
+    # how much
+    add("--tokens", type=int, help="tokens to train on; a shorter text is read again "
+                                   "(default 800,000 for tiny, else 10 million)")
+    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
+    add("--buffer-tokens", type=int, default=32_768,
+        help="tokens whose rows are shuffled together (default 32,768)")
+    add("--batch-rows", type=int, default=2048,
+        help="rows a step; a token gives one for each kv head (default 2048)")
+    # the SAEs
+    add("--n-latents", type=int, default=1024, help="atoms in each dictionary (default 1024)")
+    add("--k-key", type=int, default=8, help="atoms a key (default 8)")
+    add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--lr", type=float, help="Adam's peak rate (default 8e-4 sqrt(1024 / n_latents))")
+    add("--seed", type=int, default=0)
+    # where
+    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"],
+        help="of the model (default float32 on cpu, bfloat16 on cuda)")
+    add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
+    add("--resume", action="store_true", help="take up the unfinished run in --out")
+    args = parser.parse_args(argv)
+    args.tokens = args.tokens if args.tokens is not None else (
+        800_000 if args.model == "tiny" else 10_000_000)
+    args.lr = args.lr if args.lr is not None else 8e-4 * math.sqrt(1024 / max(1, args.n_latents))
+    for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val"):
+        value, flag = getattr(args, name), "--" + name.replace("_", "-")
+        if value is not None and value < 1:
+            raise sta.UsageError(f"{flag} {value}: must be at least 1")
+        if name.startswith("k_") and value > args.n_latents:
+            raise sta.UsageError(f"{flag} {value}: larger than --n-latents {args.n_latents}")
+    return args
+
+
+# ------------------------------------------------------------------ text -> rows
+
+def token_windows(text, tokenizer, seq_len, n_tokens):
+    """Text -> token ids (n_windows, seq_len), about n_tokens; each window begins with the special
+    tokens (BOS) that this tokenizer puts before a text. Raises UsageError if short of two."""
+    prefix, ids = tokenizer("")["input_ids"], []
+    for i in range(0, len(text), 1 << 20):  # in blocks: on one long string some are very slow
+        block = text[i:i + (1 << 20)]
+        ids += tokenizer(block, add_special_tokens=False, verbose=False)["input_ids"]
+        if len(ids) >= n_tokens:
+            break
+    body = seq_len - len(prefix)
+    n = min(len(ids), max(n_tokens, 2 * body)) // max(1, body)
+    if n < 2 or body < 2:
+        raise sta.UsageError(f"text of {len(ids)} tokens: too short for two windows of {seq_len} "
+                             "(training, held out); give more text or another --seq-len")
+    windows = torch.tensor(ids[:n * body]).view(n, body)
+    return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(n, -1), windows], 1)
+
+
+def schedule(windows, n_tokens, buffer_tokens, seed):
+    """(held-out windows, one index tensor into `windows` for each buffer of rows).
+
+    The order is drawn once from the seed, so that any buffer mixes windows from all the text and
+    a resumed run finds the same ones; a text shorter than n_tokens is read again, reshuffled."""
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randperm(len(windows), generator=generator)
+    n_held = min(16, -(-len(windows) // 10))
+    held, seen = drawn[:n_held], drawn[n_held:]
+    n = max(1, n_tokens // windows.shape[1])
+    epochs = [seen[torch.randperm(len(seen), generator=generator)]
+              for _ in range(-(-n // len(seen)))]
+    return windows[held], torch.cat(epochs)[:n].split(max(1, buffer_tokens // windows.shape[1]))
+
+
+@torch.no_grad()
+def harvest(model, layers, windows):
+    """{(layer, kind): rows (N, D)} of every token but each window's first, the attention sink.
+
+    Raises UsageError at a value that is not finite."""
+    parts = {}
+    for batch in windows.split(max(1, 4096 // windows.shape[1])):
+        with sta.capture(model, layers) as rows:
+            model.get_decoder()(batch.to(model.device), use_cache=False)
+        for key, x in rows.items():
+            parts.setdefault(key, []).append(x[:, 1:].flatten(0, 2))  # (B*(T-1)*H, D)
+    rows = {key: torch.cat(x) for key, x in parts.items()}
+    for (layer, kind), x in rows.items():
+        if not x.isfinite().all():
+            raise sta.UsageError(f"layer {layer}: a {kind} is not finite in {str(x.dtype)[6:]}; "
+                                 "use --dtype float32 or bfloat16")
+    return rows
+
+
+# ------------------------------------------------------------------ state on disk
+
+def save_state(path, saes, optimizer, progress):
+    """All that resuming needs, in one safetensors file, so that it is replaced as one."""
+    from safetensors.torch import save
+    tensors = {f"sae/{layer}/{kind}/{name}": t for (layer, kind), sae in saes.items()
+               for name, t in sae.state_dict().items()}
+    tensors |= {f"adam/{i}/{name}": t for i, state in optimizer.state_dict()["state"].items()
+                for name, t in state.items()}
+    tensors = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    sta.write_atomic(path, save(tensors, metadata={"progress": json.dumps(progress)}))
+
+
+def load_state(path, saes, optimizer, settings):
+    """Inverse of `save_state`; returns progress. Raises UsageError if corrupt or of other
+    settings."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, "pt") as file:
+            progress = json.loads(file.metadata()["progress"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        raise sta.UsageError(f"{path}: corrupt; delete it and train again") from None
+    for name, value in settings.items():
+        if progress["settings"].get(name) != value:
+            raise sta.UsageError(f"{path} was begun with {name} = {progress['settings'].get(name)}"
+                                 f", not {value}; resume with that, or choose another --out")
+    for (layer, kind), sae in saes.items():
+        sae.load_state_dict({n: tensors[f"sae/{layer}/{kind}/{n}"] for n in sae.state_dict()})
+    moments = {}
+    for name in tensors:
+        if name.startswith("adam/"):
+            _, i, field = name.split("/")
+            moments.setdefault(int(i), {})[field] = tensors[name]
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": moments, "param_groups": groups})
+    return progress
+
+
+def check_folder(folder, layers, settings, resume):
+    """True if this very run is finished there. Raises UsageError rather than overwrite."""
+    if (folder / "unfinished.safetensors").exists():
+        if resume:
+            return False
+        raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
+                             "--out, or delete unfinished.safetensors")
+    paths = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS]
+    done = [path for path in paths if (path / "cfg.json").exists()]
+    if done and all(sta.load_sae(path)[1]["settings"] == settings for path in done):
+        return len(done) == len(paths)
+    if done:
+        raise sta.UsageError(f"{done[0]} is there, trained with other settings; choose another "
+                             "--out, or delete it")
+    return False
+
+
+# ------------------------------------------------------------------ the loop
+
+def budgets(k, n_latents):
+    """The budgets an SAE is trained at, its own first: one SAE then serves k/2 to 4k."""
+    return [k] + [j for j in (k // 2, 4 * k) if 1 <= j <= n_latents]
+
+
+def learning_rate(peak, step, n_steps):
+    """Linear warm-up over 5 % of the steps, linear decay over the last 30 %."""
+    return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
+
+
+def train(model, windows, layers, settings, args, folder):
+    """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves)."""
+    n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
+    ks = {"key": budgets(args.k_key, args.n_latents), "value": budgets(args.k_val, args.n_latents)}
+    generator = torch.Generator().manual_seed(args.seed)
+    saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator).to(model.device)
+            for layer in layers for kind in sta.KINDS}
+    optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()],
+                                 lr=args.lr, fused=True)
+    held_out, buffers = schedule(windows, args.tokens, args.buffer_tokens, args.seed)
+    held_rows = harvest(model, layers, held_out)
+    steps = [max(1, len(buffer) * (windows.shape[1] - 1) * n_heads // args.batch_rows)
+             for buffer in buffers]  # in each buffer
+    dead_window = max(50, sum(steps) // 20) * args.batch_rows  # rows; scaled to the run
+
+    state = folder / "unfinished.safetensors"
+    progress = {"buffer": 0, "step": 0, "settings": settings, "log": []}
+    if args.resume and state.exists():
+        progress = load_state(state, saes, optimizer, settings)
+    if args.resume:
+        print(f"resuming at step {progress['step']}/{sum(steps)}")
+    step, saved, logged = progress["step"], time.time(), (progress["step"], time.time())
+    errors = torch.zeros(2, device=model.device)  # of keys and values, since the last log line
+    bar = tqdm(total=sum(steps), initial=step, unit="step", disable=None)  # on a terminal only
+    for b in range(progress["buffer"], len(buffers)):
+        rows = harvest(model, layers, windows[buffers[b]])
+        if b == 0:
+            for key, sae in saes.items():
+                sae.centre(rows[key].float())
+        shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + b)
+        shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle).to(model.device)
+        for batch in shuffled.split(args.batch_rows)[:steps[b]]:
+            for (layer, kind), sae in saes.items():
+                x = rows[layer, kind][batch].float()  # (batch_rows, D)
+                loss, error = sae.loss(x, ks[kind], dead_window)
+                loss.backward()
+                errors[sta.KINDS.index(kind)] += error / len(layers)
+                sae.project_gradient()
+            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
+            optimizer.step()
+            optimizer.zero_grad()
+            for sae in saes.values():
+                sae.renormalise()
+            step += 1
+            bar.update()
+            if step % LOG_STEPS == 0 or step == sum(steps):
+                n, seconds = step - logged[0], time.time() - logged[1]
+                key, value = (errors / n).tolist()
+                if not math.isfinite(key + value):
+                    raise sta.UsageError(f"step {step}: the loss is not finite; use a smaller "
+                                         f"--lr (now {args.lr:g})")
+                dead = torch.stack([(s.idle > dead_window).float().mean() for s in saes.values()])
+                entry = {"step": step, "fvu_key": key, "fvu_val": value,
+                         "dead": dead.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
+                progress["log"].append(entry)
+                bar.write(f"step {step}/{sum(steps)} | fvu_K {key:.3f} | fvu_V {value:.3f} | "
+                          f"dead {100 * entry['dead']:.1f}% | lr {entry['lr']:.1e} | "
+                          f"{1000 * seconds / n:.0f} ms | "
+                          f"{n * args.batch_rows * len(saes) / seconds / 1e6:.2f}M rows/s")
+                errors.zero_()
+                logged = (step, time.time())
+        if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
+            save_state(state, saes, optimizer, {**progress, "buffer": b + 1, "step": step})
+            saved = time.time()
+    bar.close()
+    return saes, held_rows, progress["log"]
+
+
+def main():
+    args = parse_args()
+    device, dtype = sta.pick_device(args.device, args.dtype)
+    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer, last_only=True)
+    limit = getattr(model.get_decoder().config, "max_position_embeddings", 512)
+    args.seq_len = args.seq_len or min(512, limit)
+    text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
+    windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
+    settings = {name: getattr(args, name) for name in (
+        "tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr",
+        "seed")} | {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
+                    "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
+    folder = args.out / sta.slug(args.model)
+    if check_folder(folder, layers, settings, args.resume):
+        print(f"{folder}: trained already with these settings; nothing to do")
+        return
+    run = folder / f"run-{args.layer}.json"
+    sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": []}))
+    print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
+          f"training on {args.tokens:,} in windows of {args.seq_len}")
+
+    saes, held_rows, log = train(model, windows, layers, settings, args, folder)
+    print("held out   cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
+    mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
+    for layer in layers:
+        line = []
+        for kind, k in ks.items():
+            curve = sta.BudgetCurve(saes[layer, kind], [k])
+            curve.update(held_rows[layer, kind].float())
+            point = curve.result()[0]
+            line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
+            sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
+                "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
+                "k_trained": budgets(k, args.n_latents), "held_out": point, "settings": settings})
+        print(f"layer {layer:3} {' |'.join(line)}")
+    sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
+    (folder / "unfinished.safetensors").unlink(missing_ok=True)
+    print(f"wrote {2 * len(layers)} SAEs to {folder}; next: python evaluate.py")
+
+
+if __name__ == "__main__":
+    sta.run(main)
