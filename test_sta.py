@@ -105,17 +105,16 @@ def test_budget_out_of_range(k):
         small_sae().encode(rows_of(2), k)
 
 
-def test_gradients_equal_a_dense_float64_autoencoder():
-    sae, x, ks = small_sae().double(), rows_of(30).double(), (4, 2, 8)
-    sae.loss(x, ks, dead_window=10**9)[0].backward()
+@pytest.mark.parametrize("k", [1, 4, 40])
+def test_gradients_equal_a_dense_float64_autoencoder(k):
+    sae, x = small_sae().double(), rows_of(30).double()
+    sae.loss(x, k, k, dead_window=10**9)[0].backward()
     found = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
-    target, total = x / sae.scale, 0
-    for k in ks:
-        acts = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
-        keep = acts >= acts.sort(dim=-1, descending=True).values[:, k - 1:k]
-        total = total + ((target - (acts * keep) @ sae.W_dec - sae.b_dec) ** 2).sum(-1).mean()
-    (total / len(ks)).backward()
+    target = x / sae.scale
+    acts = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    keep = acts >= acts.sort(dim=-1, descending=True).values[:, k - 1:k]
+    ((target - (acts * keep) @ sae.W_dec - sae.b_dec) ** 2).sum(-1).mean().backward()
     for name, p in sae.named_parameters():
         torch.testing.assert_close(found[name], p.grad, atol=1e-10, rtol=0, msg=name)
 
@@ -124,7 +123,7 @@ def test_auxk_reaches_the_encoder_of_dead_latents_only():
     sae, x = small_sae(), rows_of(50)
     dead = torch.zeros(40, dtype=torch.bool)
     dead[30:] = True
-    sae.auxk(sae.preactivations(x), rows_of(50, seed=1), dead).backward()
+    sae.auxk(x / sae.scale, rows_of(50, seed=1), dead).backward()
     assert sae.W_enc.grad[:, dead].abs().sum() > 0 and sae.W_dec.grad[dead].abs().sum() > 0
     assert sae.W_enc.grad[:, ~dead].abs().sum() == 0 and sae.W_dec.grad[~dead].abs().sum() == 0
 
@@ -133,15 +132,18 @@ def test_idle_counts_rows_since_a_latent_was_above_zero():
     sae, x = small_sae(), rows_of(50)
     with torch.no_grad():
         sae.b_enc[:20] = -100.0  # these may be chosen at k = 40, with z = 0: not fired
-    sae.loss(x, [40], 10**9)
+    sae.loss(x, 40, 40, 10**9)
     assert (sae.idle[:20] == 50).all() and (sae.idle[20:] == 0).all()
+    sae.loss(x, 40, 1, 10**9)  # of forty chosen, only the strongest counts
+    strongest = sae.encode(x, 1)[1].unique()
+    assert (sae.idle[strongest] == 0).all() and (sae.idle == 0).sum() == len(strongest)
 
 
 def test_atoms_stay_unit_and_training_reduces_the_error():
     sae, x, errors = small_sae(), rows_of(512), []
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
     for _ in range(60):
-        loss, error = sae.loss(x, [4], 10**9)
+        loss, error = sae.loss(x, 4, 4, 10**9)
         loss.backward()
         sae.project_gradient()
         assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
@@ -478,7 +480,7 @@ def text_file(path, data):
     (["--layer", "4-9"], "--layer 4-9"),
     (["--layer", "two"], "--layer two: want all, 12, 0-7 or 3,9"),
     (["--k-key", "0"], "--k-key 0: must be at least 1"),
-    (["--k-val", "2000"], "--k-val 2000: larger than --n-latents 1024"),
+    (["--k-val", "2000"], "--k-val 2000: larger than --n-latents 512"),
     (["--text", "absent.txt"], "--text absent.txt: no such file"),
     (["--text", "{tmp}/empty.txt"], "empty.txt: empty"),
     (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8 at byte 3"),

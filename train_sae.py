@@ -35,17 +35,17 @@ def parse_args(argv=None):
                        "(default: tiny's own, else WikiText-103)")
     # how much
     add("--tokens", type=int, help="tokens to train on; a shorter text is read again "
-                                   "(default 800,000 for tiny, else 10 million)")
+                                   "(default 500,000 for tiny, else 10 million)")
     add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--buffer-tokens", type=int, default=32_768,
         help="tokens whose rows are shuffled together (default 32,768)")
     add("--batch-rows", type=int, default=2048,
         help="rows a step; a token gives one for each kv head (default 2048)")
     # the SAEs
-    add("--n-latents", type=int, default=1024, help="atoms in each dictionary (default 1024)")
+    add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
-    add("--lr", type=float, help="Adam's peak rate (default 8e-4 sqrt(1024 / n_latents))")
+    add("--lr", type=float, default=4e-3, help="Adam's peak rate (default 0.004)")
     add("--seed", type=int, default=0)
     # where
     add("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -54,9 +54,9 @@ def parse_args(argv=None):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--resume", action="store_true", help="take up the unfinished run in --out")
     args = parser.parse_args(argv)
-    args.tokens = args.tokens if args.tokens is not None else (
-        800_000 if args.model == "tiny" else 10_000_000)
-    args.lr = args.lr if args.lr is not None else 8e-4 * math.sqrt(1024 / max(1, args.n_latents))
+    tokens, n_latents = (500_000, 512) if args.model == "tiny" else (10_000_000, 1024)
+    args.tokens = tokens if args.tokens is None else args.tokens
+    args.n_latents = n_latents if args.n_latents is None else args.n_latents
     for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val"):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and value < 1:
@@ -93,7 +93,7 @@ def schedule(windows, n_tokens, buffer_tokens, seed):
     a resumed run finds the same ones; a text shorter than n_tokens is read again, reshuffled."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(windows), generator=generator)
-    n_held = min(16, -(-len(windows) // 10))
+    n_held = min(-(-8192 // windows.shape[1]), -(-len(windows) // 10))  # 8,192 tokens or a tenth
     held, seen = drawn[:n_held], drawn[n_held:]
     n = max(1, n_tokens // windows.shape[1])
     epochs = [seen[torch.randperm(len(seen), generator=generator)]
@@ -178,9 +178,9 @@ def check_folder(folder, layers, settings, resume):
 
 # ------------------------------------------------------------------ the loop
 
-def budgets(k, n_latents):
-    """The budgets an SAE is trained at, its own first: one SAE then serves k/2 to 4k."""
-    return [k] + [j for j in (k // 2, 4 * k) if 1 <= j <= n_latents]
+def budget_cycle(k, n_latents):
+    """The budgets of four steps in turn, so that one SAE serves k/2 to 2k. not in paper."""
+    return [min(max(1, j), n_latents) for j in (k, k // 2, k, 2 * k)]
 
 
 def learning_rate(peak, step, n_steps):
@@ -191,7 +191,8 @@ def learning_rate(peak, step, n_steps):
 def train(model, windows, layers, settings, args, folder):
     """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves)."""
     n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
-    ks = {"key": budgets(args.k_key, args.n_latents), "value": budgets(args.k_val, args.n_latents)}
+    own = {"key": args.k_key, "value": args.k_val}
+    cycle = {kind: budget_cycle(k, args.n_latents) for kind, k in own.items()}
     generator = torch.Generator().manual_seed(args.seed)
     saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator).to(model.device)
             for layer in layers for kind in sta.KINDS}
@@ -201,7 +202,7 @@ def train(model, windows, layers, settings, args, folder):
     held_rows = harvest(model, layers, held_out)
     steps = [max(1, len(buffer) * (windows.shape[1] - 1) * n_heads // args.batch_rows)
              for buffer in buffers]  # in each buffer
-    dead_window = max(50, sum(steps) // 20) * args.batch_rows  # rows; scaled to the run
+    dead_window = 20 * args.n_latents  # rows; at k = 8, 160 times the mean time between uses
 
     state = folder / "unfinished.safetensors"
     progress = {"buffer": 0, "step": 0, "settings": settings, "log": []}
@@ -210,7 +211,7 @@ def train(model, windows, layers, settings, args, folder):
     if args.resume:
         print(f"resuming at step {progress['step']}/{sum(steps)}")
     step, saved, logged = progress["step"], time.time(), (progress["step"], time.time())
-    errors = torch.zeros(2, device=model.device)  # of keys and values, since the last log line
+    errors, counted = torch.zeros(2, device=model.device), 0  # since the last log line
     bar = tqdm(total=sum(steps), initial=step, unit="step", disable=None)  # on a terminal only
     for b in range(progress["buffer"], len(buffers)):
         rows = harvest(model, layers, windows[buffers[b]])
@@ -222,20 +223,22 @@ def train(model, windows, layers, settings, args, folder):
         for batch in shuffled.split(args.batch_rows)[:steps[b]]:
             for (layer, kind), sae in saes.items():
                 x = rows[layer, kind][batch].float()  # (batch_rows, D)
-                loss, error = sae.loss(x, ks[kind], dead_window)
+                k = cycle[kind][step % 4]
+                loss, error = sae.loss(x, k, own[kind], dead_window)
                 loss.backward()
-                errors[sta.KINDS.index(kind)] += error / len(layers)
+                if step % 2 == 0:  # then k is the SAE's own
+                    errors[sta.KINDS.index(kind)] += error / len(layers)
                 sae.project_gradient()
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
             optimizer.step()
             optimizer.zero_grad()
             for sae in saes.values():
                 sae.renormalise()
-            step += 1
+            counted, step = counted + (step % 2 == 0), step + 1
             bar.update()
-            if step % LOG_STEPS == 0 or step == sum(steps):
+            if counted and (step % LOG_STEPS == 0 or step == sum(steps)):
                 n, seconds = step - logged[0], time.time() - logged[1]
-                key, value = (errors / n).tolist()
+                key, value = (errors / counted).tolist()
                 if not math.isfinite(key + value):
                     raise sta.UsageError(f"step {step}: the loss is not finite; use a smaller "
                                          f"--lr (now {args.lr:g})")
@@ -248,7 +251,7 @@ def train(model, windows, layers, settings, args, folder):
                           f"{1000 * seconds / n:.0f} ms | "
                           f"{n * args.batch_rows * len(saes) / seconds / 1e6:.2f}M rows/s")
                 errors.zero_()
-                logged = (step, time.time())
+                counted, logged = 0, (step, time.time())
         if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
             save_state(state, saes, optimizer, {**progress, "buffer": b + 1, "step": step})
             saved = time.time()
@@ -278,7 +281,8 @@ def main():
           f"training on {args.tokens:,} in windows of {args.seq_len}")
 
     saes, held_rows, log = train(model, windows, layers, settings, args, folder)
-    print("held out   cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
+    print(f"held out ({len(held_rows[layers[0], 'key']):,} rows each; dead: fired by none of them)")
+    print("            cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
     mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
     for layer in layers:
         line = []
@@ -289,7 +293,7 @@ def main():
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
             sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
-                "k_trained": budgets(k, args.n_latents), "held_out": point, "settings": settings})
+                "k_trained": sorted(set(budget_cycle(k, args.n_latents))), "held_out": point, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
     (folder / "unfinished.safetensors").unlink(missing_ok=True)
