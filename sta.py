@@ -51,7 +51,7 @@ class TopKSAE(nn.Module):
         super().__init__()
         atoms = F.normalize(torch.randn(n_latents, head_dim, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(atoms)
-        self.W_enc = nn.Parameter(atoms.T.clone())  # tied at the start, else latents die [Gao 2024]
+        self.W_enc = nn.Parameter(atoms.T.contiguous())  # tied, else latents die [Gao 2024]
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.b_dec = nn.Parameter(torch.zeros(head_dim))
         self.register_buffer("scale", torch.ones(()))
@@ -475,7 +475,7 @@ def read_text(spec, split, model_name, max_chars=None):
         else:
             text = _hub_text(*(spec.split(":") + [None, None])[:3], split, max_chars)
     except UnicodeDecodeError as error:
-        raise UsageError(f"--text {spec}: not UTF-8 at byte {error.start}; convert it") from None
+        raise UsageError(f"--text {spec}: not UTF-8 ({error.reason}); convert it") from None
     except ImportError:
         raise UsageError(f"--text {spec}: a hub data set needs `pip install datasets`") from None
     if not text.strip():

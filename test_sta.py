@@ -384,7 +384,7 @@ def test_second_run_overwrites_nothing(trained, monkeypatch, capsys):
     assert script(train_sae, monkeypatch, *SHORT, "--out", trained) == 0
     assert "trained already" in capsys.readouterr().out
     assert script(train_sae, monkeypatch, *SHORT, "--seed", 1, "--out", trained) == 2
-    assert "was trained otherwise" in capsys.readouterr().err
+    assert "trained with other settings" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
 
 
@@ -483,7 +483,7 @@ def text_file(path, data):
     (["--k-val", "2000"], "--k-val 2000: larger than --n-latents 512"),
     (["--text", "absent.txt"], "--text absent.txt: no such file"),
     (["--text", "{tmp}/empty.txt"], "empty.txt: empty"),
-    (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8 at byte 3"),
+    (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8"),
     (["--text", "{tmp}/short.txt"], "too short"),
     (["--text", "no-one/nothing"], "--text no-one/nothing"),
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
