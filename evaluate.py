@@ -1,4 +1,4 @@
-"""The model beside its reconstruction: perplexity, fidelity and bytes of every budget, as one table.
+"""The model beside its reconstruction: perplexity, fidelity and bytes of every budget.
 
     python evaluate.py                                   # the newest SAEs: about a minute for tiny
     python evaluate.py --model yi-6b --seq-len 2048      # those of saes/yi-6b
@@ -31,6 +31,8 @@ import transformers
 from tqdm import tqdm
 
 import sta
+
+CURVE_KS = (1, 2, 4, 8, 16, 32, 64)  # the grid on which elbows are found
 
 
 def parse_args(argv=None):
@@ -200,7 +202,7 @@ def main():
     variants = {"dense": sta.Budget(None, None), "keys": sta.Budget(args.k_key, None),
                 "values": sta.Budget(None, args.k_val), "dual": sta.Budget(args.k_key, args.k_val),
                 "uniform": sta.Budget(total // 2, total - total // 2)}
-    ks = [1, 2, 4, 8, 16, 32, 64] + [k for b in variants.values() for k in b if k]
+    ks = [*CURVE_KS, *(k for budget in variants.values() for k in budget if k)]
     print("variant  k_key k_val  perplexity  delta CE         bytes/tok  share  fvu_K  fvu_V"
           "  cos_K  cos_V")
     dense, curves = dense_pass(model, saes, windows, ks, args.sink)
@@ -214,13 +216,14 @@ def main():
                     | memory(budget, model, saes, args.seq_len, args.sink)
                     | fidelity(curves, budget))
         print_row(rows[-1])
-    report = {layer: {kind: curves[layer, kind] for kind in sta.KINDS} | {
-        f"elbow_{kind[:3]}": sta.elbow(curves[layer, kind]) for kind in sta.KINDS}
-        for layer in layers}
+    report = {layer: {kind: curves[layer, kind] for kind in sta.KINDS} for layer in layers}
     for kind in sta.KINDS:
+        for layer in layers:
+            grid = [point for point in curves[layer, kind] if point["k"] in CURVE_KS]
+            report[layer][f"elbow_{kind[:3]}"] = sta.elbow(grid)
         elbows = [report[layer][f"elbow_{kind[:3]}"] for layer in layers]
-        print(f"elbow of the {kind} curves, k up to {ks[6]}: "
-              f"{', '.join(f'{k} in {elbows.count(k)}' for k in sorted(set(elbows)))} layers")
+        counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
+        print(f"elbow of the {kind} curves (k up to {CURVE_KS[-1]}), layers: {counts}")
     path = args.out / f"{sta.slug(name)}.json"
     settings = {n: str(v) if isinstance(v, pathlib.Path) else v for n, v in vars(args).items()}
     sta.write_atomic(path, json.dumps(

@@ -31,7 +31,8 @@ def budget_curve(result):
             curves = [layer[kind] for layer in result["curves"].values()]
             ks = [point["k"] for point in curves[0]]
             for curve in curves:
-                panel.plot(ks, [p[metric] for p in curve], color=colour, ls=dash, lw=0.7, alpha=0.35)
+                panel.plot(ks, [p[metric] for p in curve], color=colour, ls=dash, lw=0.7,
+                           alpha=0.35)
             mean = [sum(curve[i][metric] for curve in curves) / len(curves) for i in range(len(ks))]
             panel.plot(ks, mean, color=colour, ls=dash, marker=marker, lw=2, label=f"{kind}s, mean")
             elbows = sorted(layer[f"elbow_{kind[:3]}"] for layer in result["curves"].values())
@@ -44,7 +45,7 @@ def budget_curve(result):
         panel.set_ylabel(label)
         panel.grid(alpha=0.25)
     panels[0].axhline(0.8, color="grey", lw=1, ls=":")
-    panels[0].annotate("paper: keys pass 0.8 at k = 8", (ks[0], 0.8), xytext=(0, -12),
+    panels[0].annotate("paper: keys pass 0.8 at k = 8", (ks[-1], 0.8), xytext=(0, -12), ha="right",
                        textcoords="offset points", color="dimgrey", fontsize=8)
     panels[0].legend(fontsize=8, loc="lower right")
     figure.suptitle(f"{result['model']}: what k atoms keep of a key and of a value "
@@ -82,15 +83,16 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"))
     args = parser.parse_args()
-    paths = [p for p in sorted(args.results.glob("*.json")) if "curves" in json.loads(p.read_text())]
-    if not paths:
-        parser.exit(2, f"error: {args.results}: no results; first run: python train_sae.py && python evaluate.py\n")
+    results = {path.stem: json.loads(path.read_text()) for path in args.results.glob("*.json")}
+    results = {name: result for name, result in results.items() if "curves" in result}
+    if not results:
+        parser.exit(2, f"error: {args.results}: no results; first run: python train_sae.py && "
+                       "python evaluate.py\n")
     args.out.mkdir(parents=True, exist_ok=True)
-    for path in paths:
-        result = json.loads(path.read_text())
+    for stem, result in results.items():
         for name, draw in (("budget", budget_curve), ("bytes", bytes_picture)):
             figure = draw(result)
-            target = args.out / f"{path.stem}-{name}.png"
+            target = args.out / f"{stem}-{name}.png"
             figure.savefig(target, dpi=130)
             plt.close(figure)
             print(f"wrote {target}")

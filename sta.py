@@ -11,18 +11,15 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
     dual budget: each key becomes its k_key strongest atoms, each value its k_val
 
 Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents, k budget
-Use:    saes = load_saes("saes/tiny", model)
-        with reconstruct(model, dual(saes, Budget(8, 16))): model.generate(...)
+Use:    with reconstruct(model, dual(saes, Budget(8, 16))): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where K and V live, 3 the budget curve and its elbow, 4 the dual
-budget, 6 the fast path, 7 models, text, files. Read 1-4; the rest serves them.
-Departures from the paper, or choices that its readable text leaves open, say `not in paper`.
-Non-goals: model types beyond `kv_sites`, training the language model, speed records.
+budget, 6 the fast path, 7 models, text, files. Read 1-4; the rest serves them. Choices that the
+paper's readable text leaves open say `not in paper`. Non-goal: training the language model.
 """
 import contextlib
 import functools
 import hashlib
 import json
-import math
 import os
 import pathlib
 import sys
@@ -64,22 +61,19 @@ class TopKSAE(nn.Module):
         self.scale.copy_((x - x.mean(0)).square().sum(-1).mean().sqrt().clamp_min(1e-8))
         self.b_dec.copy_(x.mean(0) / self.scale)
 
-    def preactivations(self, x):
-        """x (..., D) -> (..., M)."""
-        return (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc
-
     def encode(self, x, k):
         """x (..., D) -> z (..., k) >= 0 and idx (..., k), strongest first; in units of scale.
 
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
-        z, idx = self.preactivations(x).topk(k, dim=-1)
+        pre = (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc  # (..., M)
+        z, idx = pre.topk(k, dim=-1)
         return F.relu(z), idx
 
     def decode(self, z, idx):
         """z, idx (..., k) -> x_hat (..., D): a sum of k rows of W_dec, never a dense latent."""
-        return ((_sum_atoms(z, idx, self.W_dec)) + self.b_dec) * self.scale
+        return (_sum_atoms(z, idx, self.W_dec) + self.b_dec) * self.scale
 
     def forward(self, x, k):
         return self.decode(*self.encode(x, k))
@@ -104,8 +98,8 @@ class TopKSAE(nn.Module):
         """AuxK [Gao 2024, 2.3]: the best dead latents of x/s rebuild residual (N, D), in units of
         its variance and without bias, which gives them a gradient. Zero if nothing is dead.
 
-        not in paper: their b_enc is raised a little instead of learned. AuxK alone drives it so low
-        that ReLU cuts the gradient for good (30 % dead in tiny's layer-2 keys; so, under 1 %)."""
+        not in paper: their b_enc is raised, not learned; AuxK alone drives it so low that ReLU cuts
+        the gradient for good (tiny's layer-2 keys: 30 % dead, under 1 % so)."""
         k_aux = min(residual.shape[-1] // 2, int(dead.sum()))
         if k_aux == 0:
             return residual.new_zeros(())
@@ -130,10 +124,9 @@ class TopKSAE(nn.Module):
 
 def _sum_atoms(z, idx, atoms):
     """sum_j z_j atoms[idx_j]: z, idx (..., k), atoms (M, D) -> (..., D)."""
-    k = idx.shape[-1]
-    rows = F.embedding_bag(idx.reshape(-1, k), atoms, per_sample_weights=z.reshape(-1, k),
-                           mode="sum")  # (N, D)
-    return rows.view(*idx.shape[:-1], atoms.shape[-1])
+    z, flat = z.reshape(-1, idx.shape[-1]), idx.reshape(-1, idx.shape[-1])  # (N, k)
+    x = F.embedding_bag(flat, atoms, per_sample_weights=z, mode="sum")  # (N, D)
+    return x.view(*idx.shape[:-1], -1)
 
 
 class Fidelity:
@@ -168,12 +161,6 @@ class Fidelity:
 
 # ------------------------------------------------------------------ 2. where K and V live
 
-class Site(NamedTuple):
-    """Where one layer's keys or values appear: view(module's output) is (B, T, H, D)."""
-    module: nn.Module
-    view: callable
-
-
 def kv_shape(config):
     """(n_kv_heads, head_dim) of a Hugging Face text config."""
     heads = config.num_attention_heads
@@ -182,32 +169,32 @@ def kv_shape(config):
 
 
 def kv_sites(model):
-    """{(layer, kind): Site} of a Hugging Face decoder; Yi and SmolLM are llama, Pythia gpt_neox.
+    """{(layer, kind): (module, view)} of a Hugging Face decoder: view(the module's output) is the
+    keys or values as (B, T, H, D). Keys before RoPE, after any k_norm. Yi is llama, too.
 
-    Keys before RoPE, after any k_norm. not in paper, which says "projections": RoPE would turn
-    one semantic key into one copy a position. Raises UsageError for other model types."""
+    not in paper, which says "projections": RoPE would turn one semantic key into one copy a
+    position. Raises UsageError for other model types."""
     decoder = model.get_decoder()
     config = decoder.config
     heads, dim = kv_shape(config)
     n_query = config.num_attention_heads * dim
     flat = lambda y: y.unflatten(-1, (heads, dim))  # (B, T, H*D) -> (B, T, H, D)
-    in_head = lambda i, y: y.unflatten(-1, (heads, 3 * dim))[..., i * dim:(i + 1) * dim]
-    after_q = lambda i, y: flat(y[..., n_query:].unflatten(-1, (2, heads * dim))[..., i, :])
+    in_head = lambda i, y: y.unflatten(-1, (heads, 3, dim))[..., i + 1, :]  # q, k, v a head
+    after_q = lambda i, y: y[..., n_query:].unflatten(-1, (2, heads, dim))[..., i, :, :]  # q|k|v
+    fused = lambda name, part: {kind: (name, functools.partial(part, i))
+                                for i, kind in enumerate(KINDS)}
     plain = {"key": ("k_proj", flat), "value": ("v_proj", flat)}
     families = {
         "llama": plain, "mistral": plain, "qwen2": plain,
         "qwen3": {**plain, "key": ("k_norm", lambda y: y)},  # sees (B, T, H, D)
         "gemma3_text": {**plain, "key": ("k_norm", lambda y: y.transpose(1, 2))},  # (B, H, T, D)
         "olmo2": {**plain, "key": ("k_norm", flat)},
-        "gpt_neox": {kind: ("query_key_value", functools.partial(in_head, i + 1))
-                     for i, kind in enumerate(KINDS)},  # [q | k | v] within each head
-        "phi3": {kind: ("qkv_proj", functools.partial(after_q, i))
-                 for i, kind in enumerate(KINDS)}}  # [all q | all k | all v]
+        "gpt_neox": fused("query_key_value", in_head), "phi3": fused("qkv_proj", after_q)}
     if config.model_type not in families:
         raise UsageError(f"model type {config.model_type!r} is not supported; supported types: "
                          f"{', '.join(families)} (add yours to kv_sites in sta.py)")
     attention = "attention" if config.model_type == "gpt_neox" else "self_attn"
-    return {(i, kind): Site(getattr(getattr(layer, attention), name), view)
+    return {(i, kind): (getattr(getattr(layer, attention), name), view)
             for i, layer in enumerate(decoder.layers)
             for kind, (name, view) in families[config.model_type].items()}
 
@@ -219,11 +206,11 @@ def capture(model, layers=None):
     layers: those to capture, None for all. The hooks are removed on every way out."""
     rows = {}
     with contextlib.ExitStack() as hooks:
-        for key, site in kv_sites(model).items():
+        for key, (module, view) in kv_sites(model).items():
             if layers is None or key[0] in layers:
-                def store(module, args, y, key=key, view=site.view):
+                def store(module, args, y, key=key, view=view):
                     rows[key] = view(y).detach()
-                hooks.callback(site.module.register_forward_hook(store).remove)
+                hooks.callback(module.register_forward_hook(store).remove)
         yield rows
 
 
@@ -273,12 +260,9 @@ def dual(saes, budget):
     """{(layer, kind): function} for `reconstruct`: every row becomes its k strongest atoms.
 
     saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}."""
-    codecs = {}
-    for (layer, kind), sae in saes.items():
-        k = (budget[layer] if isinstance(budget, dict) else budget)[KINDS.index(kind)]
-        if k is not None:
-            codecs[layer, kind] = functools.partial(sae, k=k)
-    return codecs
+    ks = {(layer, kind): (budget[layer] if isinstance(budget, dict) else budget)[i]
+          for layer, _ in saes for i, kind in enumerate(KINDS)}
+    return {key: functools.partial(sae, k=ks[key]) for key, sae in saes.items() if ks[key]}
 
 
 @contextlib.contextmanager
@@ -286,13 +270,11 @@ def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with replaced K and V: prefill, decode and generate alike.
 
     codecs: {(layer, kind): function (B, T, H, D) -> (B, T, H, D)}, called on float32. The first
-    `sink` real tokens of a sequence stay exact (not in paper; their norms are extreme,
-    arXiv 2309.17453). The hooks are removed on every way out. Raises UsageError for a layer
-    that the model lacks."""
+    `sink` real tokens of a sequence stay exact (not in paper; their norms are extreme, arXiv
+    2309.17453). The hooks go on every way out. Raises UsageError for a layer not there."""
     sites, exact = kv_sites(model), {}
-    absent = sorted({layer for layer, _ in codecs} - {layer for layer, _ in sites})
-    if absent:
-        raise UsageError(f"layer {absent[0]}: the model has layers 0 to {max(sites)[0]}")
+    for layer, _ in codecs.keys() - sites.keys():
+        raise UsageError(f"layer {layer}: the model has layers 0 to {max(sites)[0]}")
 
     def find_sinks(module, args, kwargs):  # before the decoder runs; padding has no position
         ids = args[0] if args else kwargs.get("input_ids")
@@ -315,8 +297,9 @@ def reconstruct(model, codecs, sink=1):
         handle = model.get_decoder().register_forward_pre_hook(find_sinks, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, codec in codecs.items():
-            hook = functools.partial(replace, codec=codec, view=sites[key].view)
-            hooks.callback(sites[key].module.register_forward_hook(hook).remove)
+            module, view = sites[key]
+            hook = functools.partial(replace, codec=codec, view=view)
+            hooks.callback(module.register_forward_hook(hook).remove)
         yield
 
 
@@ -355,16 +338,12 @@ class SparseTopK(torch.autograd.Function):
         return _sum_atoms(dz.view_as(z), idx, W_enc.T.contiguous()), dW.T, db, None
 
 
-@functools.cache
-def _compiled():
-    return [torch.compile(f, fullgraph=True, dynamic=True)
-            for f in (TopKSAE.encode, TopKSAE.decode)]
-
-
 def speed_up(saes):
     """Give each SAE compiled twins of encode and decode: same signatures, same values."""
     for sae in saes.values():
-        sae.encode, sae.decode = (functools.partial(f, sae) for f in _compiled())
+        for f in (TopKSAE.encode, TopKSAE.decode):
+            fast = torch.compile(f, fullgraph=True, dynamic=True)
+            setattr(sae, f.__name__, functools.partial(fast, sae))
 
 
 # ------------------------------------------------------------------ 7. models, text, files
@@ -374,8 +353,8 @@ MODELS = {"tiny": str(HERE / "tiny"), "yi-6b": "01-ai/Yi-6B",
           "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
           "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
           "smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}
-TEXTS = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
-         "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
+WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1",
+            "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 
 def run(main):
@@ -383,25 +362,20 @@ def run(main):
     try:
         main()
     except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("\ninterrupted; a checkpoint, if one was written, is kept", file=sys.stderr)
+        print("\ninterrupted; the last checkpoint, if any, is kept", file=sys.stderr)
         sys.exit(130)
-
-
-def _line(error):
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:200]}"
 
 
 def pick_device(device, dtype):
     """(torch.device, torch.dtype) from --device and --dtype, printed with the reason."""
-    cuda = torch.cuda.is_available()
-    if device not in (None, "cpu") and not (device.startswith("cuda") and cuda):
-        raise UsageError(f"--device {device}: not on this machine; leave it out to use "
-                         f"{'cuda' if cuda else 'cpu'}")
-    reason = "asked for" if device else "a GPU was found" if cuda else "no GPU was found"
-    device = device or ("cuda" if cuda else "cpu")
+    best = "cuda" if torch.cuda.is_available() else "cpu"
+    if device not in (None, "cpu") and not (device.startswith("cuda") and best == "cuda"):
+        raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
+    reason = "asked for" if device else "a GPU was found" if best == "cuda" else "no GPU was found"
+    device = device or best
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     print(f"device {device} ({reason}); model in {dtype}, SAEs in float32")
     return torch.device(device), getattr(torch, dtype)
@@ -447,9 +421,11 @@ def load_model(name, device, dtype, layers="all", last_only=False):
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError) as error:
+    except UsageError:
+        raise
+    except Exception as error:  # no hub, no such name, gated, or a corrupt file: many kinds
         raise UsageError(f"--model {name}: cannot be loaded; check the name, and that the hub is "
-                         f"reachable and the model not gated ({_line(error)})") from None
+                         f"reachable and the model not gated ({error!r})") from None
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
     return model.to(device).eval().requires_grad_(False), tokenizer, layers
@@ -457,49 +433,42 @@ def load_model(name, device, dtype, layers="all", last_only=False):
 
 def fingerprint(model):
     """A hash of the first value projection: tells models of one shape apart."""
-    weight = kv_sites(model)[0, "value"].module.weight.bfloat16().cpu().view(torch.int16)
+    weight = kv_sites(model)[0, "value"][0].weight.bfloat16().cpu().view(torch.int16)
     return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:12]
 
 
-def read_text(spec, split, model_name, max_chars=None):
+def read_text(spec, split, model_name, max_chars=sys.maxsize):
     """--text -> str: a UTF-8 file, or a hub data set owner/name[:config[:split]] whose documents
     are joined by blank lines. None: tiny's own, else WikiText; split "train" or "valid"."""
-    default = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else TEXTS[split]
-    spec = spec or default
+    if spec is None:
+        spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
+    text, problem = [], "empty"
     try:
-        if os.path.isfile(spec):
-            with open(spec, encoding="utf-8") as file:
-                text = file.read(max_chars)
-        elif "/" not in spec or spec.endswith(".txt"):
-            raise UsageError(f"--text {spec}: no such file")
-        else:
-            text = _hub_text(*(spec.split(":") + [None, None])[:3], split, max_chars)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--text {spec}: not UTF-8 ({error.reason}); convert it") from None
-    except ImportError:
-        raise UsageError(f"--text {spec}: a hub data set needs `pip install datasets`") from None
-    if not text.strip():
-        raise UsageError(f"--text {spec}: empty")
-    return text
-
-
-def _hub_text(name, config, part, split, max_chars):
-    from datasets import load_dataset
-    documents, n = [], 0
-    try:
-        part = part or {"train": "train", "valid": "test"}[split]
-        for row in load_dataset(name, config, split=part, streaming=True):
-            documents.append(row["text"])
-            n += len(row["text"]) + 2
-            if max_chars and n >= max_chars:
+        is_file = os.path.isfile(spec)
+        for part in open(spec, encoding="utf-8") if is_file else _hub_rows(spec, split):
+            text.append(part)
+            max_chars -= len(part)
+            if max_chars <= 0:
                 break
-    except Exception as error:  # of many kinds: no connection, no such name, no column "text"
-        raise UsageError(f"--text {name}: cannot be loaded ({_line(error)})") from None
-    return "\n\n".join(documents)
+    except UnicodeDecodeError as error:
+        text, problem = [], f"not UTF-8 ({error.reason}); convert it"
+    except Exception as error:  # of many kinds: no package, no connection, no such name or column
+        text, problem = [], f"no file; as a data set it cannot be loaded ({error!r})"
+    if not "".join(text).strip():
+        raise UsageError(f"--text {spec}: {problem}")
+    return "".join(text)
+
+
+def _hub_rows(spec, split):
+    from datasets import load_dataset  # optional: pip install datasets
+    name, config, part = (spec.split(":") + [None, None])[:3]
+    part = part or {"train": "train", "valid": "test"}[split]
+    for row in load_dataset(name, config, split=part, streaming=True):
+        yield row["text"] + "\n\n"
 
 
 def write_atomic(path, data):
-    """Write bytes or str under a temporary name, then rename: the file is old or new, whole."""
+    """Write bytes or str under a temporary name, then rename: the file is the old or the new."""
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
@@ -541,7 +510,7 @@ def load_sae(folder):
         sae.load_state_dict({**weights, "scale": sae.scale, "idle": sae.idle})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
-                         f"({_line(error)})") from None
+                         f"({error!r})") from None
     return sae.requires_grad_(False), cfg["metadata"]
 
 
@@ -551,13 +520,12 @@ def load_saes(folder, model, layers=None):
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, mark = pathlib.Path(folder), fingerprint(model)
     found = {int(path.parent.name[5:].split(".")[0]) for path in folder.glob("layer*.*/cfg.json")}
-    head_dim = kv_shape(model.get_decoder().config)[1]
     saes = {}
     for layer in sorted(found) if layers is None else layers:
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
-            if metadata["fingerprint"] != mark or len(sae.b_dec) != head_dim:
-                raise UsageError(f"{folder}: SAEs of {metadata['model']}, another model than this")
+            if metadata.get("fingerprint") != mark:
+                raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
             saes[layer, kind] = sae.to(model.device)
     if not saes:
         raise UsageError(f"{folder}: no SAEs here")

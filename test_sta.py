@@ -165,7 +165,8 @@ def test_fidelity_equals_numpy_however_it_is_streamed():
     norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
     fired = np.unique(idx.numpy()[z.numpy() > 0])
     expected = {"fvu": ((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum(),
-                "cos": ((a * b).sum(1) / norm_a / norm_b).mean(), "rel_norm": (norm_b / norm_a).mean(),
+                "cos": ((a * b).sum(1) / norm_a / norm_b).mean(),
+                "rel_norm": (norm_b / norm_a).mean(),
                 "l0": (z.numpy() > 0).sum(1).mean(), "dead": 1 - len(fired) / 10, "rows": 64}
     assert fidelity.result() == pytest.approx(expected, abs=1e-9)
 
@@ -197,15 +198,8 @@ def test_family(family, kv_heads):
         torch.testing.assert_close(model(ids).logits, logits, atol=0, rtol=0)
 
 
-def test_capture_chooses_layers_and_detaches():
-    model = small_model("llama").requires_grad_(True)
-    with sta.capture(model, [1]) as rows:
-        model(tokens_of(1, 5))
-    assert set(rows) == {(1, "key"), (1, "value")} and not rows[1, "key"].requires_grad
-
-
 @pytest.mark.parametrize("context", [
-    lambda model: sta.capture(model), lambda model: sta.reconstruct(model, {(0, "key"): torch.sin})])
+    sta.capture, lambda model: sta.reconstruct(model, {(0, "key"): torch.sin})])
 def test_hooks_are_gone_after_an_exception(context):
     model, ids = small_model("llama"), tokens_of(1, 5)
     before = model(ids).logits
@@ -334,10 +328,10 @@ def test_saes_of_another_model_or_shape(tmp_path):
         metadata = {**METADATA, "fingerprint": sta.fingerprint(model)}
         sta.save_sae(tmp_path / f"layer{key[0]}.{key[1]}", sae, metadata)
     assert set(sta.load_saes(tmp_path, model)[0]) == set(sta.kv_sites(model))
-    with pytest.raises(sta.UsageError, match="SAEs of small, another model"):
+    with pytest.raises(sta.UsageError, match="SAEs of small, not of this model"):
         sta.load_saes(tmp_path, small_model("qwen2", vocab_size=64))
     sta.save_sae(tmp_path / "layer0.key", small_sae(24), {**METADATA, "fingerprint": "f"})
-    with pytest.raises(sta.UsageError, match="another model"):
+    with pytest.raises(sta.UsageError, match="not of this model"):
         sta.load_saes(tmp_path, model)
     with pytest.raises(sta.UsageError, match="layer7.key: missing"):
         sta.load_saes(tmp_path, model, [7])
@@ -389,8 +383,7 @@ def test_second_run_overwrites_nothing(trained, monkeypatch, capsys):
 
 
 def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
-    code = ("import train_sae, sta; train_sae.CHECKPOINT_SECONDS = 0; "
-            f"import torch; torch.set_num_threads({torch.get_num_threads()}); sta.run(train_sae.main)")
+    code = "import train_sae, sta; train_sae.CHECKPOINT_SECONDS = 0; sta.run(train_sae.main)"
     run = subprocess.Popen([sys.executable, "-c", code, *map(str, SHORT), "--out", tmp_path],
                            cwd=sta.HERE, stdout=subprocess.DEVNULL)
     state = tmp_path / "tiny" / "unfinished.safetensors"
@@ -439,7 +432,8 @@ def test_perplexity_is_that_of_hugging_face(evaluated):
     rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
     model = transformers.AutoModelForCausalLM.from_pretrained(sta.HERE / "tiny").float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(sta.HERE / "tiny")
-    ids = tokenizer((sta.HERE / "tiny" / "valid.txt").read_text(encoding="utf-8"), return_tensors="pt").input_ids
+    text = (sta.HERE / "tiny" / "valid.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         losses = [model(input_ids=w, labels=w).loss.item() for w in ids[:, :2048].split(256, dim=1)]
     assert rows[0]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
@@ -468,11 +462,6 @@ def test_tiny_fits_and_beats_a_trigram_model():
 
 # ---------------------------------------------------------------- bad input
 
-def text_file(path, data):
-    path.write_bytes(data)
-    return path
-
-
 @pytest.mark.parametrize("argv,message", [
     (["--model", "gpt5"], "--model gpt5: want a folder, a hub id"),
     (["--model", "no-one/nothing"], "--model no-one/nothing: cannot be loaded"),
@@ -481,7 +470,7 @@ def text_file(path, data):
     (["--layer", "two"], "--layer two: want all, 12, 0-7 or 3,9"),
     (["--k-key", "0"], "--k-key 0: must be at least 1"),
     (["--k-val", "2000"], "--k-val 2000: larger than --n-latents 512"),
-    (["--text", "absent.txt"], "--text absent.txt: no such file"),
+    (["--text", "absent.txt"], "--text absent.txt: no file"),
     (["--text", "{tmp}/empty.txt"], "empty.txt: empty"),
     (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8"),
     (["--text", "{tmp}/short.txt"], "too short"),
@@ -490,9 +479,9 @@ def text_file(path, data):
     (["--out", "{tmp}/short.txt/below"], "cannot write"),
 ])
 def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
-    text_file(tmp_path / "empty.txt", b" \n")
-    text_file(tmp_path / "latin1.txt", b"caf\xe9")
-    text_file(tmp_path / "short.txt", b"too little")
+    (tmp_path / "empty.txt").write_bytes(b" \n")
+    (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
+    (tmp_path / "short.txt").write_bytes(b"too little")
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(train_sae, monkeypatch, "--tokens", 1000, "--out", tmp_path / "out", *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
@@ -508,16 +497,14 @@ def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
     (["--text", "{tmp}/short.txt"], "too short for one window of 256"),
 ])
 def test_bad_evaluation_input(argv, message, trained, tmp_path, monkeypatch, capsys):
-    text_file(tmp_path / "short.txt", b"too little")
+    (tmp_path / "short.txt").write_bytes(b"too little")
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(evaluate, monkeypatch, "--saes", trained, "--out", tmp_path, *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
 
 
 def assert_one_line(printed, message):
-    lines = [line for line in printed.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1 and "Traceback" not in printed, printed
-    re.search(message, lines[0]) or pytest.fail(f"{message!r} not in {lines[0]}")
+    assert printed.count("\n") == 1 and re.search(f"^error: .*{message}", printed), printed
 
 
 def test_activation_that_is_not_finite():

@@ -293,7 +293,8 @@ def main():
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
             sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
-                "k_trained": sorted(set(budget_cycle(k, args.n_latents))), "held_out": point, "settings": settings})
+                "k_trained": sorted(set(budget_cycle(k, args.n_latents))), "held_out": point,
+                "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
     (folder / "unfinished.safetensors").unlink(missing_ok=True)
