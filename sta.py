@@ -359,6 +359,7 @@ WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1",
 
 def run(main):
     """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130."""
+    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
     except UsageError as error:

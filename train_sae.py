@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 import sta
 
-CHECKPOINT_SECONDS, LOG_STEPS = 20, 50
+CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
 
 
 def parse_args(argv=None):
