@@ -445,8 +445,15 @@ def read_text(spec, split, model_name, max_chars=sys.maxsize):
         spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
     text, problem = [], "empty"
     try:
-        is_file = os.path.isfile(spec)
-        for part in open(spec, encoding="utf-8") if is_file else _hub_rows(spec, split):
+        if os.path.isfile(spec):
+            parts = open(spec, encoding="utf-8")
+        else:
+            from datasets import load_dataset  # optional: pip install datasets
+            name, config, part = (spec.split(":") + [None, None])[:3]
+            part = part or {"train": "train", "valid": "test"}[split]
+            rows = load_dataset(name, config, split=part, streaming=True)
+            parts = (row["text"] + "\n\n" for row in rows)
+        for part in parts:
             text.append(part)
             max_chars -= len(part)
             if max_chars <= 0:
@@ -458,14 +465,6 @@ def read_text(spec, split, model_name, max_chars=sys.maxsize):
     if not "".join(text).strip():
         raise UsageError(f"--text {spec}: {problem}")
     return "".join(text)
-
-
-def _hub_rows(spec, split):
-    from datasets import load_dataset  # optional: pip install datasets
-    name, config, part = (spec.split(":") + [None, None])[:3]
-    part = part or {"train": "train", "valid": "test"}[split]
-    for row in load_dataset(name, config, split=part, streaming=True):
-        yield row["text"] + "\n\n"
 
 
 def write_atomic(path, data):

@@ -507,6 +507,12 @@ def assert_one_line(printed, message):
     assert printed.count("\n") == 1 and re.search(f"^error: .*{message}", printed), printed
 
 
+def test_training_that_diverges(tmp_path, monkeypatch, capsys):
+    assert script(train_sae, monkeypatch, *SHORT, "--lr", "1e38", "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "an SAE is no longer finite; start again with a --lr")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
 def test_activation_that_is_not_finite():
     model = small_model("llama")
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")

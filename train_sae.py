@@ -11,7 +11,6 @@ order inside the loop, dictionary_learning. Non-goals: several machines, tuning 
 import argparse
 import hashlib
 import json
-import math
 import pathlib
 import time
 
@@ -239,9 +238,6 @@ def train(model, windows, layers, settings, args, folder):
             if counted and (step % LOG_STEPS == 0 or step == sum(steps)):
                 n, seconds = step - logged[0], time.time() - logged[1]
                 key, value = (errors / counted).tolist()
-                if not math.isfinite(key + value):
-                    raise sta.UsageError(f"step {step}: the loss is not finite; use a smaller "
-                                         f"--lr (now {args.lr:g})")
                 dead = torch.stack([(s.idle > dead_window).float().mean() for s in saes.values()])
                 entry = {"step": step, "fvu_key": key, "fvu_val": value,
                          "dead": dead.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
@@ -252,6 +248,9 @@ def train(model, windows, layers, settings, args, folder):
                           f"{n * args.batch_rows * len(saes) / seconds / 1e6:.2f}M rows/s")
                 errors.zero_()
                 counted, logged = 0, (step, time.time())
+        if not all(p.isfinite().all() for sae in saes.values() for p in sae.parameters()):
+            raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
+                                 f"--lr below {args.lr:g}")
         if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
             save_state(state, saes, optimizer, {**progress, "buffer": b + 1, "step": step})
             saved = time.time()
