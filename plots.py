@@ -90,6 +90,7 @@ def main():
                        "python evaluate.py\n")
     args.out.mkdir(parents=True, exist_ok=True)
     for stem, result in results.items():
+        result["model"] = pathlib.Path(result["model"]).name  # a folder's last part
         for name, draw in (("budget", budget_curve), ("bytes", bytes_picture)):
             figure = draw(result)
             target = args.out / f"{stem}-{name}.png"

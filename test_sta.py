@@ -194,8 +194,9 @@ def test_family(family, kv_heads):
     for kind in sta.KINDS:
         with sta.reconstruct(model, {(1, kind): zero}, sink=0):
             assert (model(ids).logits - logits)[:, 1:].abs().max() > 1e-3  # already at prefill
-    with sta.reconstruct(model, {key: zero for key in rows}, sink=12):
-        torch.testing.assert_close(model(ids).logits, logits, atol=0, rtol=0)
+    with sta.reconstruct(model, {key: zero for key in rows}, sink=11):  # all but the last token
+        last = model(ids).logits - logits
+    assert last[:, :-1].abs().max() == 0 and last[:, -1].abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("context", [
@@ -362,15 +363,9 @@ def trained(tmp_path_factory):
     out = tmp_path_factory.mktemp("trained")
     with pytest.MonkeyPatch.context() as patch:
         assert script(train_sae, patch, *SHORT, "--out", out) == 0
+    assert not (out / "tiny" / "unfinished.safetensors").exists()
+    assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu_key"] < 0.8
     return out
-
-
-def test_training_writes_saes_that_work(trained):
-    assert not (trained / "tiny" / "unfinished.safetensors").exists()
-    sae, metadata = sta.load_sae(trained / "tiny" / "layer1.value")
-    assert metadata["held_out"]["fvu"] < 0.8 and metadata["k"] == 16
-    log = json.loads((trained / "tiny" / "run-1-2.json").read_text())["log"]
-    assert log[-1]["fvu_key"] < 0.8
 
 
 def test_second_run_overwrites_nothing(trained, monkeypatch, capsys):
