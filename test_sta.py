@@ -121,11 +121,11 @@ def test_gradients_equal_a_dense_float64_autoencoder(k):
 
 def test_auxk_reaches_the_encoder_of_dead_latents_only():
     sae, x = small_sae(), rows_of(50)
-    dead = torch.zeros(40, dtype=torch.bool)
-    dead[30:] = True
+    dead, before = torch.arange(40) >= 30, sae.b_enc.detach().clone()
     sae.auxk(x / sae.scale, rows_of(50, seed=1), dead).backward()
     assert sae.W_enc.grad[:, dead].abs().sum() > 0 and sae.W_dec.grad[dead].abs().sum() > 0
     assert sae.W_enc.grad[:, ~dead].abs().sum() == 0 and sae.W_dec.grad[~dead].abs().sum() == 0
+    assert sae.b_enc.grad is None and (sae.b_enc[dead] > before[dead]).all()  # raised instead
 
 
 def test_idle_counts_rows_since_a_latent_was_above_zero():
@@ -342,6 +342,7 @@ def test_full_disk_loses_nothing(tmp_path):
     """A real write error, from a limit on the size of files, half-way through the new file."""
     path = tmp_path / "file"
     sta.write_atomic(path, "old")
+    assert list(tmp_path.iterdir()) == [path]  # the temporary name is gone
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
@@ -364,6 +365,8 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         assert script(train_sae, patch, *SHORT, "--out", out) == 0
     assert not (out / "tiny" / "unfinished.safetensors").exists()
+    norms = sta.load_sae(out / "tiny" / "layer1.key")[0].W_dec.norm(dim=-1)
+    torch.testing.assert_close(norms, torch.ones(64), atol=1e-5, rtol=0)
     assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu_key"] < 0.8
     return out
 
