@@ -70,7 +70,8 @@ def parse_args(argv=None):
 
 def find_saes(root, model_name):
     """(folder of one model's SAEs, the model's name): the newest, unless a model is named."""
-    command = "python train_sae.py" + (f" --model {model_name}" if model_name else "")
+    command = "python train_sae.py" + (f" --model {model_name}" if model_name else "") + (
+        f" --out {root}" if str(root) != "saes" else "")
     if any(root.glob("layer*.key")):
         folders = [root]
     else:
