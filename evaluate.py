@@ -193,7 +193,10 @@ def main():
             raise sta.UsageError(f"{flag} {k}: larger than the SAEs' n_latents = {most}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         sta.speed_up(saes)
-    args.seq_len = args.seq_len or min(2048, getattr(config, "max_position_embeddings", 2048))
+    limit = getattr(config, "max_position_embeddings", 2048)
+    args.seq_len = args.seq_len or min(2048, limit)
+    if not 2 <= args.seq_len <= limit:
+        raise sta.UsageError(f"--seq-len {args.seq_len}: want 2 to the model's limit of {limit}")
     text = sta.read_text(args.text, "valid", name)
     windows = token_windows(text, tokenizer, args.seq_len, args.max_tokens)
     print(f"{name} with the SAEs of {folder}: {len(layers)} of {config.num_hidden_layers} layers "

@@ -474,6 +474,7 @@ def test_tiny_fits_and_beats_a_trigram_model():
     (["--text", "{tmp}/short.txt"], "too short"),
     (["--text", "no-one/nothing"], "--text no-one/nothing"),
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
+    (["--seq-len", "257"], "--seq-len 257: over the model's limit of 256"),
     (["--out", "{tmp}/short.txt/below"], "cannot write"),
 ])
 def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
@@ -491,6 +492,7 @@ def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
     (["--k-val", "65"], "--k-val 65: larger than the SAEs' n_latents = 64"),
     (["--k-key", "0"], "--k-key 0: must be at least 1"),
     (["--layer", "5"], "layer5.key: missing"),
+    (["--seq-len", "1"], "--seq-len 1: want 2 to the model's limit of 256"),
     (["--layer", "7"], "--layer 7: .* layers 0 to 5"),
     (["--text", "{tmp}/short.txt"], "too short for one window of 256"),
 ])

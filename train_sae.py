@@ -264,6 +264,8 @@ def main():
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer, last_only=True)
     limit = getattr(model.get_decoder().config, "max_position_embeddings", 512)
     args.seq_len = args.seq_len or min(512, limit)
+    if args.seq_len > limit:
+        raise sta.UsageError(f"--seq-len {args.seq_len}: over the model's limit of {limit} tokens")
     text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
     windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
     settings = {name: getattr(args, name) for name in (
