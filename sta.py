@@ -363,7 +363,7 @@ def run(main):
     try:
         main()
     except UsageError as error:
-        print("error:", " ".join(str(error).split())[:500], file=sys.stderr)
+        print("error:", " ".join(str(error).replace("\\n", " ").split())[:500], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint, if any, is kept", file=sys.stderr)
