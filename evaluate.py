@@ -32,8 +32,6 @@ from tqdm import tqdm
 
 import sta
 
-CURVE_KS = (1, 2, 4, 8, 16, 32, 64)  # the grid on which elbows are found
-
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
@@ -128,7 +126,7 @@ def fidelity(curves, budget):
         exact = {"fvu": 0.0, "cos": 1.0, "rel_norm": 1.0, "l0": None, "dead": None}
         point = exact if k is None else next(p for p in curve if p["k"] == k)
         by_layer.setdefault(layer, {}).update(
-            {f"{name}_{'key' if kind == 'key' else 'val'}": point[name] for name in exact})
+            {f"{name}_{kind[:3]}": point[name] for name in exact})
     mean = lambda column: sum(row[column] for row in by_layer.values()) / len(by_layer)
     return {c: mean(c) for c in ("fvu_key", "fvu_val", "cos_key", "cos_val")} | {
         "by_layer": by_layer}
@@ -182,10 +180,9 @@ def main():
     args = parse_args()
     folder, name = find_saes(args.saes, args.model)
     device, dtype = sta.pick_device(args.device, args.dtype)
-    model, tokenizer, _ = sta.load_model(name, device, dtype)
+    model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
     config = model.get_decoder().config
-    layers = args.layer and sta.parse_layers(args.layer, config.num_hidden_layers)
-    saes, metadata = sta.load_saes(folder, model, layers)
+    saes, metadata = sta.load_saes(folder, model, layers if args.layer else None)
     layers = sorted({layer for layer, _ in saes})
     for k, flag in ((args.k_key, "--k-key"), (args.k_val, "--k-val")):
         most = min(sae.n_latents for sae in saes.values())
@@ -206,7 +203,7 @@ def main():
     variants = {"dense": sta.Budget(None, None), "keys": sta.Budget(args.k_key, None),
                 "values": sta.Budget(None, args.k_val), "dual": sta.Budget(args.k_key, args.k_val),
                 "uniform": sta.Budget(total // 2, total - total // 2)}
-    ks = [*CURVE_KS, *(k for budget in variants.values() for k in budget if k)]
+    ks = [*sta.CURVE_KS, *(k for budget in variants.values() for k in budget if k)]
     print("variant  k_key k_val  perplexity  delta CE         bytes/tok  share  fvu_K  fvu_V"
           "  cos_K  cos_V")
     dense, curves = dense_pass(model, saes, windows, ks, args.sink)
@@ -223,11 +220,11 @@ def main():
     report = {layer: {kind: curves[layer, kind] for kind in sta.KINDS} for layer in layers}
     for kind in sta.KINDS:
         for layer in layers:
-            grid = [point for point in curves[layer, kind] if point["k"] in CURVE_KS]
+            grid = [point for point in curves[layer, kind] if point["k"] in sta.CURVE_KS]
             report[layer][f"elbow_{kind[:3]}"] = sta.elbow(grid)
         elbows = [report[layer][f"elbow_{kind[:3]}"] for layer in layers]
         counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
-        print(f"elbow of the {kind} curves (k up to {CURVE_KS[-1]}), layers: {counts}")
+        print(f"elbow of the {kind} curves (k up to {sta.CURVE_KS[-1]}), layers: {counts}")
     path = args.out / f"{sta.slug(name)}.json"
     settings = {n: str(v) if isinstance(v, pathlib.Path) else v for n, v in vars(args).items()}
     sta.write_atomic(path, json.dumps(

@@ -1,4 +1,4 @@
-"""Pictures from the JSON files of evaluate.py; computes no statistics.
+"""Pictures from the JSON files of evaluate.py; computes only means and medians over layers.
 
     python plots.py                                        # results/*.json -> figures/*.png
     python plots.py --results figures --out figures        # the README's own
@@ -15,7 +15,6 @@ import matplotlib
 
 matplotlib.use("Agg")  # write files; no window, no display needed
 import matplotlib.pyplot as plt
-
 
 STYLE = {"key": ("#0072B2", "o", "-"), "value": ("#D55E00", "s", "--")}
 VARIANTS = {"dense": ("black", "*"), "keys": ("#0072B2", "o"), "values": ("#D55E00", "s"),

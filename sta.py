@@ -216,10 +216,13 @@ def capture(model, layers=None):
 
 # ------------------------------------------------------------------ 3. the budget curve
 
+CURVE_KS = (1, 2, 4, 8, 16, 32, 64)  # the grid on which elbows are found
+
+
 class BudgetCurve:
     """Fidelity of one SAE at each budget of ks, streamed: one encode serves them all."""
 
-    def __init__(self, sae, ks=(1, 2, 4, 8, 16, 32, 64)):
+    def __init__(self, sae, ks=CURVE_KS):
         self.sae = sae
         self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= sae.n_latents}
 
@@ -363,7 +366,7 @@ def run(main):
     try:
         main()
     except UsageError as error:
-        print("error:", " ".join(str(error).replace("\\n", " ").split())[:500], file=sys.stderr)
+        print("error:", " ".join(str(error).split())[:500], file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("\ninterrupted; the last checkpoint, if any, is kept", file=sys.stderr)
@@ -426,7 +429,8 @@ def load_model(name, device, dtype, layers="all", last_only=False):
         raise
     except Exception as error:  # no hub, no such name, gated, or a corrupt file: many kinds
         raise UsageError(f"--model {name}: cannot be loaded; check the name, and that the hub is "
-                         f"reachable and the model not gated ({error!r})") from None
+                         "reachable and the model not gated "
+                         f"({type(error).__name__}: {error})") from None
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
     return model.to(device).eval().requires_grad_(False), tokenizer, layers
@@ -461,10 +465,12 @@ def read_text(spec, split, model_name, max_chars=sys.maxsize):
     except UnicodeDecodeError as error:
         text, problem = [], f"not UTF-8 ({error.reason}); convert it"
     except Exception as error:  # of many kinds: no package, no connection, no such name or column
-        text, problem = [], f"no file; as a data set it cannot be loaded ({error!r})"
-    if not "".join(text).strip():
+        problem = f"no file; as a data set it cannot be loaded ({type(error).__name__}: {error})"
+        text = []
+    text = "".join(text)
+    if not text.strip():
         raise UsageError(f"--text {spec}: {problem}")
-    return "".join(text)
+    return text
 
 
 def write_atomic(path, data):
@@ -510,7 +516,7 @@ def load_sae(folder):
         sae.load_state_dict({**weights, "scale": sae.scale, "idle": sae.idle})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
-                         f"({error!r})") from None
+                         f"({type(error).__name__}: {error})") from None
     return sae.requires_grad_(False), cfg["metadata"]
 
 

@@ -106,11 +106,11 @@ def harvest(model, layers, windows):
 
     Raises UsageError at a value that is not finite."""
     parts = {}
-    for batch in windows.split(max(1, 4096 // windows.shape[1])):
-        with sta.capture(model, layers) as rows:
+    with sta.capture(model, layers) as captured:
+        for batch in windows.split(max(1, 4096 // windows.shape[1])):
             model.get_decoder()(batch.to(model.device), use_cache=False)
-        for key, x in rows.items():
-            parts.setdefault(key, []).append(x[:, 1:].flatten(0, 2))  # (B*(T-1)*H, D)
+            for key, x in captured.items():
+                parts.setdefault(key, []).append(x[:, 1:].flatten(0, 2))  # (B*(T-1)*H, D)
     rows = {key: torch.cat(x) for key, x in parts.items()}
     for (layer, kind), x in rows.items():
         if not x.isfinite().all():
