@@ -1,29 +1,40 @@
-"""The model beside its reconstruction: perplexity, fidelity and bytes of every budget.
+"""The model beside its reconstruction: perplexity, zero-shot accuracy, fidelity, bytes, verdicts.
 
-    python evaluate.py                                   # the newest SAEs: about a minute for tiny
-    python evaluate.py --model yi-6b --seq-len 2048      # those of saes/yi-6b
+    python evaluate.py                                    # the newest SAEs: minutes for tiny
+    python evaluate.py --baselines quant,pca,omp          # what else the same bytes could buy
+    python evaluate.py --claims                           # verdicts on the paper's P1 to P6
+    python evaluate.py --model yi-6b --seq-len 2048 --tasks piqa,arc_easy
 
 Perplexity is the GPTQ convention: one tokenizer call on the whole text, disjoint windows of
---seq-len tokens, the tail dropped, mean loss over each window's seq_len - 1 targets. Writes
-results/<model>.json:
+--seq-len tokens, the tail dropped, mean loss over each window's seq_len - 1 targets. Zero-shot
+formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<model>.json:
     model, saes, layers, n_layers, tokens, windows, seq_len, sink, config, command, commit, ...
-    rows    one a variant: name (dense, keys, values, dual, uniform), k_key, k_val (null: dense),
-            perplexity, ce, delta_ce and its paired standard error over windows (nats a token),
-            bytes_per_token of the whole model's cache and bytes_share of bf16, for a coded token
-            (bytes_share_with_sink: at seq_len tokens, exact sinks included), fvu_key, fvu_val,
-            cos_key, cos_val (means over the reconstructed layers; by_layer: each), tokens
+    rows    one a variant: name, k_key, k_val (null: no atoms), perplexity, ce; against dense, over
+            the same windows: delta_ce, its paired delta_ce_stderr (nats a token), ratio of
+            perplexities and its bootstrap ratio_ci95; bytes_per_token of the whole model's cache
+            and bytes_share of bf16, for a coded token (bytes_share_with_sink: at seq_len tokens);
+            fvu_key, fvu_val, cos_key, cos_val (means over the layers in by_layer), tokens,
+            tasks   {name: {acc, acc_norm, acc_stderr, acc_norm_stderr, n, truncated, delta_acc,
+                    delta_acc_stderr (paired with dense), ppl (lambada_openai), loglik on demand}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} as sta.BudgetCurve
-Fidelity is measured on the dense model's rows, without the sinks. Non-goals: lm-eval's word
-perplexity, speed of decoding (nothing is stored compressed here; see README, limits).
+    claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]
+Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total; with
+--baselines quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k
+atoms in place of the k strongest. Fidelity is measured on the dense model's rows without the
+sinks: curves over all tokens, the rows' columns over the first 4,096. Non-goals: lm-eval's word
+perplexity, few-shot prompts, speed of decoding (nothing is stored compressed here).
 """
 import argparse
 import datetime
+import functools
 import json
 import math
 import pathlib
 import platform
+import re
 import subprocess
 import sys
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +42,10 @@ import transformers
 from tqdm import tqdm
 
 import sta
+
+BATCH_TOKENS = 4096
+BASELINES = ("quant", "pca", "omp", "l1")
+P5_ONLY = ("dual/", "dual*", "lower")  # rows of --claims for which no task is run
 
 
 def parse_args(argv=None):
@@ -43,26 +58,43 @@ def parse_args(argv=None):
         help="folder of train_sae.py --out, or of one model's SAEs (default saes)")
     add("--layer", default=None, help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
+    add("--tasks", help=f"of {', '.join(TASKS)}, or paths of .jsonl files with context, choices, "
+                        "label (default for tiny tiny/cloze.jsonl, else none)")
+    add("--task-dir", type=pathlib.Path, help="folder of <task>.jsonl with the hub's columns "
+                                              "(default: the hub)")
+    add("--baselines", default="", help=f"of {','.join(BASELINES)} (default none)")
+    add("--variants", help="rows to compute beside dense, such as dual,quant2 (default all)")
+    add("--claims", action="store_true", help="run what P1 to P6 need and print six verdicts; "
+                                              "trains L1 SAEs if there are none")
     # how much
     add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
+    add("--limit", type=int, help="rows of each task (default all)")
     # budgets
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
-    add("--seed", type=int, default=0, help="recorded; nothing here is random yet")
+    add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
     add("--device", help="cpu or cuda (default: cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the model (default float32 on cpu, bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
         help="compiled encode and decode (default: on cuda)")
+    add("--log-samples", action="store_true", help="write each choice's log-likelihood, too")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
-    for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("max_tokens", 2)):
-        if getattr(args, name) < least:
+    for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("max_tokens", 2), ("limit", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at "
                                  f"least {least}")
+    args.baselines = [name for name in args.baselines.split(",") if name]
+    for name in set(args.baselines) - set(BASELINES):
+        raise sta.UsageError(f"--baselines {name}: want some of {','.join(BASELINES)}")
+    if args.claims and args.variants:
+        raise sta.UsageError("--variants with --claims: the verdicts need every row; drop one")
+    if args.claims and "l1" not in args.baselines:
+        args.baselines.append("l1")
     return args
 
 
@@ -82,6 +114,8 @@ def find_saes(root, model_name):
     return newest.parent, model_name or sta.load_sae(newest)[1]["model"]
 
 
+# ------------------------------------------------------------------ perplexity
+
 def token_windows(text, tokenizer, seq_len, max_tokens):
     """Text -> (n_windows, seq_len) token ids, by the GPTQ convention."""
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"])
@@ -96,7 +130,7 @@ def token_windows(text, tokenizer, seq_len, max_tokens):
 def window_losses(model, windows, name, after_batch=lambda: None):
     """Mean cross entropy (nats) over the T - 1 targets of each window: (n_windows,) float64."""
     losses = []
-    batches = windows.split(max(1, 4096 // windows.shape[1]))
+    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
         logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # (B, T, V)
         for row, ids in zip(logits, batch.to(logits.device)):
@@ -105,54 +139,354 @@ def window_losses(model, windows, name, after_batch=lambda: None):
     return torch.stack(losses).cpu()
 
 
-def dense_pass(model, saes, windows, ks, sink):
-    """(window losses of the untouched model, {(layer, kind): budget curve} on its rows)."""
-    curves = {key: sta.BudgetCurve(sae, ks) for key, sae in saes.items()}
+# ------------------------------------------------------------------ zero-shot, as lm-eval has it
+
+def wikihow(text):
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
+
+
+def arc(row):
+    return (f"Question: {row['question']}\nAnswer:", row["choices"]["text"],
+            row["choices"]["label"].index(row["answerKey"]))
+
+
+def winogrande(row):  # the options are in the contexts; what follows them is scored
+    before, after = row["sentence"].split("_", 1)
+    contexts = [before + row["option1"], before + row["option2"]]
+    return contexts, [after.strip()] * 2, int(row["answer"]) - 1
+
+
+def lambada(row):
+    *words, last = row["text"].split(" ")
+    return " ".join(words), [last], 0
+
+
+# name: (data set, config, split, row -> (context, or one a choice; choices; label))
+TASKS = {
+    "piqa": ("baber/piqa", None, "validation", lambda row: (
+        f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])),
+    "hellaswag": ("Rowan/hellaswag", None, "validation", lambda row: (
+        wikihow(f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"),
+        [wikihow(ending) for ending in row["endings"]], row["label"])),
+    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc),
+    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", arc),
+    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
+    "boolq": ("aps/super_glue", "boolq", "validation", lambda row: (
+        f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"])),
+    "openbookqa": ("allenai/openbookqa", "main", "test", lambda row: (
+        row["question_stem"], row["choices"]["text"],
+        row["choices"]["label"].index(row["answerKey"].strip()))),
+    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", lambada)}
+
+
+class Task(NamedTuple):
+    """One task, tokenised. A request is (context ids, continuation ids), one a choice."""
+    name: str
+    requests: list
+    lengths: list  # a row: characters of each choice
+    labels: list
+    truncated: int  # requests whose context loses tokens on the left
+
+
+def task_rows(spec, task_dir, limit):
+    """(where, row) of a .jsonl file, of task_dir/<task>.jsonl, or of the hub's data set."""
+    if spec.endswith(".jsonl") or task_dir:
+        path = pathlib.Path(spec) if spec.endswith(".jsonl") else task_dir / f"{spec}.jsonl"
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise sta.UsageError(f"--tasks {spec}: cannot read {path} ({error})") from None
+        for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
+            try:
+                yield f"{path} line {number}", json.loads(line)
+            except ValueError:
+                raise sta.UsageError(f"{path} line {number}: not JSON") from None
+        return
+    try:
+        from datasets import load_dataset  # optional: pip install datasets
+        source, config, split, _ = TASKS[spec]
+        rows = load_dataset(source, config, split=split)
+    except Exception as error:  # of many kinds: no package, no connection, no such data set
+        raise sta.UsageError(f"--tasks {spec}: the hub's rows cannot be had; give --task-dir "
+                             f"({type(error).__name__}: {error})") from None
+    for i, row in enumerate(rows):
+        if limit and i == limit:
+            return
+        yield f"{spec} row {i}", row
+
+
+def encode_pair(tokenizer, context, continuation):
+    """(context ids, continuation ids): trailing spaces go to the continuation, whose ids are what
+    the whole has after the context's; an empty context is BOS, else EOS."""
+    bare = context.rstrip()
+    continuation = context[len(bare):] + continuation
+    if not bare:
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return [start], tokenizer(continuation, add_special_tokens=False)["input_ids"]
+    ids = tokenizer(bare)["input_ids"]
+    return ids, tokenizer(bare + continuation)["input_ids"][len(ids):]
+
+
+def load_task(spec, args, tokenizer, limit_tokens):
+    """--tasks entry -> Task. Raises UsageError naming the file and line of a bad row."""
+    if not spec.endswith(".jsonl") and spec not in TASKS:
+        raise sta.UsageError(f"--tasks {spec}: want path.jsonl or one of {', '.join(TASKS)}")
+    build = TASKS[spec][3] if spec in TASKS else lambda row: (
+        row["context"], row["choices"], row["label"])
+    task = Task(pathlib.Path(spec).stem, [], [], [], 0)
+    for where, row in task_rows(spec, args.task_dir, args.limit):
+        try:
+            contexts, choices, label = build(row)
+            label = int(label)
+        except KeyError as error:
+            raise sta.UsageError(f"{where}: no column {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise sta.UsageError(f"{where}: not a row of {task.name} ({error})") from None
+        if not 0 <= label < len(choices):
+            raise sta.UsageError(f"{where}: label {label}, but the {len(choices)} choices are "
+                                 f"numbered from 0")
+        for i, choice in enumerate(choices):
+            context = contexts if isinstance(contexts, str) else contexts[i]
+            pair = encode_pair(tokenizer, context, " " + choice)
+            if not choice.strip() or not pair[1]:
+                raise sta.UsageError(f"{where}: choice {i} ({choice!r}) tokenises to nothing")
+            if len(pair[1]) > limit_tokens:
+                raise sta.UsageError(f"{where}: choice {i} has {len(pair[1])} tokens, the model "
+                                     f"takes {limit_tokens}")
+            task.requests.append(pair)
+        task.lengths.append([len(choice) for choice in choices])
+        task.labels.append(label)
+    if not task.labels:
+        raise sta.UsageError(f"--tasks {spec}: no rows")
+    cut = sum(len(context) + len(rest) > limit_tokens + 1 for context, rest in task.requests)
+    if cut:
+        print(f"{task.name}: {cut} of {len(task.requests)} contexts are longer than the model's "
+              f"{limit_tokens} tokens; their left end is left out")
+    return task._replace(truncated=cut)
+
+
+@torch.no_grad()
+def loglikelihoods(model, requests, limit_tokens, name):
+    """[(sum of log p over the continuation, whether it is the greedy one)] of each request."""
+    inputs, found = {}, [None] * len(requests)  # one forward pass for each distinct input
+    for i, (context, rest) in enumerate(requests):
+        inputs.setdefault(tuple((context + rest)[-limit_tokens - 1:-1]), []).append(i)
+    order = sorted(inputs, key=len, reverse=True)
+    with tqdm(total=len(order), desc=name, leave=False, disable=None) as bar:
+        while order:
+            n = max(1, BATCH_TOKENS // len(order[0]))
+            batch, order = order[:n], order[n:]
+            ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # (B, T)
+            mask = torch.zeros_like(ids)
+            for b, row in enumerate(batch):
+                ids[b, :len(row)], mask[b, :len(row)] = torch.tensor(row), 1  # padded on the right
+            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
+                           use_cache=False).logits  # (B, T, V)
+            for b, row in enumerate(batch):
+                for i in inputs[row]:
+                    rest = torch.tensor(requests[i][1], device=logits.device)
+                    at = logits[b, len(row) - len(rest):len(row)].float()
+                    at = at.log_softmax(-1)  # (len(rest), V)
+                    total = at.gather(-1, rest[:, None]).double().sum()
+                    found[i] = total.item(), bool((at.argmax(-1) == rest).all())
+            bar.update(n)
+    return found
+
+
+def mean_stderr(values):
+    """(mean, sample standard deviation / sqrt(n)) of numbers or booleans; None for one alone."""
+    x = torch.as_tensor(values, dtype=torch.float64)
+    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+
+
+def score_task(task, found):
+    """-> {acc: [bool a row], acc_norm: [...] or None}. One choice: right if it is the greedy one;
+    else acc takes the largest log-likelihood and acc_norm the largest per character."""
+    acc, norm, start = [], [], 0
+    for lengths, label in zip(task.lengths, task.labels):
+        part = found[start:start + len(lengths)]
+        start += len(lengths)
+        best = lambda weights: max(range(len(part)), key=lambda i: part[i][0] / weights[i]) == label
+        acc.append(part[0][1] if len(part) == 1 else best([1] * len(part)))
+        norm.append(best(lengths))
+    return {"acc": acc, "acc_norm": None if max(map(len, task.lengths)) == 1 else norm}
+
+
+def task_columns(task, found, dense, log_samples):
+    """A row's tasks entry: scores, and their paired difference to dense's."""
+    column = {"n": len(task.labels), "truncated": task.truncated}
+    right, base = score_task(task, found), score_task(task, dense)
+    for metric, hits in right.items():
+        column[metric], column[f"{metric}_stderr"] = mean_stderr(hits) if hits else (None, None)
+    delta = [float(a) - b for a, b in zip(right["acc"], base["acc"])]
+    column["delta_acc"], column["delta_acc_stderr"] = mean_stderr(delta)
+    if right["acc_norm"] is None:
+        column["ppl"] = math.exp(-sum(total for total, _ in found) / len(found))
+    return column | ({"loglik": [total for total, _ in found]} if log_samples else {})
+
+
+# ------------------------------------------------------------------ what the same bytes could buy
+
+def quantise(x, live, kind, bits, group=32):
+    """KIVI [arXiv 2402.02750]: each group of 32 to 2**bits even steps between its extremes, kept as
+    fp16 minimum and step. Keys: 32 tokens of one channel; values: 32 channels of one token. x
+    (B, T, H, D); keys are those before RoPE, kinder to it than KIVI's own [arXiv 2401.18079]."""
+    rows = x.transpose(1, 3) if kind == "key" else x  # (B, D, H, T): groups along the last axis
+    real = live[:, None, None] if kind == "key" else live[..., None, None]
+    fill = -rows.shape[-1] % group
+    cut = lambda other: F.pad(torch.where(real, rows, other), (0, fill), value=other).unflatten(
+        -1, (-1, group))  # (..., groups, 32)
+    low = cut(math.inf).amin(-1, keepdim=True).half().float()
+    step = ((cut(-math.inf).amax(-1, keepdim=True) - low) / (2 ** bits - 1)).half().float()
+    levels = ((cut(0.0) - low) / step.clamp_min(1e-6)).round().clamp(0, 2 ** bits - 1)
+    rows = (levels * step + low).flatten(-2)[..., :rows.shape[-1]]
+    return rows.transpose(1, 3) if kind == "key" else rows
+
+
+def omp(sae, x, k):
+    """Orthogonal matching pursuit: k times the atom most in line with what is left, then least
+    squares over all chosen. x_hat is the projection on their span, by Gram-Schmidt. (..., D)"""
+    rest = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
+    target, span = rest, rest.new_zeros(len(rest), 0, rest.shape[-1])  # (N, j, D), orthonormal
+    for _ in range(k):
+        atom = sae.W_dec[(rest @ sae.W_dec.T).abs().argmax(-1)]  # (N, D)
+        for _ in range(2):  # twice is enough [Kahan]
+            atom = atom - torch.einsum("njd,nd,nje->ne", span, atom, span)
+        atom = F.normalize(atom, dim=-1)
+        rest = rest - (rest * atom).sum(-1, keepdim=True) * atom
+        span = torch.cat([span, atom[:, None]], 1)
+    return ((target - rest).view_as(x) + sae.b_dec) * sae.scale
+
+
+@torch.no_grad()
+def fit_pca(model, layers, windows, sink):
+    """{(layer, kind): (mean (D,), basis (D, D), strongest column first)} of the rows of a text."""
+    sums = {}
+    with sta.capture(model, layers) as rows:
+        for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+            model.get_decoder()(batch.to(model.device), use_cache=False)
+            for key, x in rows.items():
+                x = x[:, sink:].flatten(0, 2).double()  # (N, D)
+                old = sums.get(key, (0, 0, 0))
+                sums[key] = old[0] + len(x), old[1] + x.sum(0), old[2] + x.T @ x
+    fits = {}
+    for key, (n, total, square) in sums.items():
+        mean = total / n
+        basis = torch.linalg.eigh(square / n - mean.outer(mean)).eigenvectors.flip(-1)
+        fits[key] = mean.float(), basis.float()
+    return fits
+
+
+def low_rank(x, live, fit, rank):
+    mean, basis = fit[0], fit[1][:, :rank]
+    return (x - mean) @ basis @ basis.T + mean
+
+
+def lower(x, live, sae, k):
+    """P5's control: the k atoms after the k strongest."""
+    z, idx = sae.encode(x, min(2 * k, sae.n_latents))
+    return sae.decode(z[..., k:], idx[..., k:])
+
+
+class Variant(NamedTuple):
+    """One row: the codecs of sta.reconstruct, and one layer's bytes for a coded token."""
+    name: str
+    budget: sta.Budget
+    codecs: dict
+    layer_bytes: float
+
+
+def variants(args, model, saes, pca, l1):
+    """Every Variant that the arguments ask for, dense first."""
+    heads, dim = sta.kv_shape(model.get_decoder().config)
+    n_latents = max(sae.n_latents for sae in saes.values())
+    most = min(sae.n_latents for sae in saes.values())
+    k, v, total = args.k_key, args.k_val, args.k_key + args.k_val
+    budgets = {"dense": (None, None), "keys": (k, None), "values": (None, v), "dual": (k, v),
+               "uniform": (total // 2, total - total // 2), "reverse": (v, k)}
+    if args.claims:
+        budgets |= {f"dual/{s}": (k // s, v // s) for s in (8, 4, 2) if min(k, v) >= s}
+        budgets |= {f"dual*{s}": (k * s, v * s) for s in (2, 4) if max(k, v) * s <= most}
+    size = lambda budget: sta.bytes_per_token(budget, heads, dim, n_latents)
+    made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b)), size(b))
+            for name, b in budgets.items()]
+    own, none = dict(zip(sta.KINDS, (k, v))), sta.Budget(None, None)
+    if args.claims:
+        made.append(Variant("lower", sta.Budget(k, v), {
+            key: functools.partial(lower, sae=sae, k=own[key[1]]) for key, sae in saes.items()},
+            size((k, v))))
+    if "quant" in args.baselines:
+        made += [Variant(f"quant{bits}", none, {
+            key: functools.partial(quantise, kind=key[1], bits=bits) for key in saes},
+            2 * heads * (dim * bits / 8 + 4 * math.ceil(dim / 32))) for bits in (2, 3, 4)]
+    if pca:  # as many bytes as dual: a coefficient is fp16
+        rank = {kind: min(dim, size(sta.Budget(j, 0)) // (2 * heads)) for kind, j in own.items()}
+        made.append(Variant("pca", none, {
+            key: functools.partial(low_rank, fit=fit, rank=rank[key[1]])
+            for key, fit in pca.items()}, 2 * heads * sum(rank.values())))
+    if "omp" in args.baselines:
+        made.append(Variant("omp", sta.Budget(k, v), {
+            key: lambda x, live, sae=sae, k=own[key[1]]: omp(sae, x, k)
+            for key, sae in saes.items()}, size((k, v))))
+    if l1:  # ({(layer, kind): TopKSAE}, {(layer, kind): mean number of active latents})
+        made.append(Variant("l1", none, {
+            key: lambda x, live, sae=sae: sae.relu_code(x) for key, sae in l1[0].items()},
+            size((1, 0)) * sum(l1[1].values()) / len({layer for layer, _ in saes})))
+    return made
+
+
+# ------------------------------------------------------------------ rows of the table
+
+def dense_pass(model, saes, windows, tried, sink):
+    """(window losses of the untouched model, {variant's name: {(layer, kind): Fidelity}},
+    {(layer, kind): BudgetCurve}), on its rows; Fidelity on the first batch only."""
+    curves = {key: sta.BudgetCurve(sae) for key, sae in saes.items()}
+    fits = {v.name: {key: sta.Fidelity() for key in v.codecs} for v in tried}
     with sta.capture(model, {layer for layer, _ in saes}) as rows:
         def measure():
-            for key, curve in curves.items():
-                curve.update(rows[key][:, sink:].float().flatten(0, 2))  # (B*(T-sink)*H, D)
+            for key, x in rows.items():
+                x = x[:, sink:].float()  # (B, T - sink, H, D)
+                first = not curves[key].seen
+                curves[key].update(x.flatten(0, 2))
+                for v in tried if first else ():
+                    if key in v.codecs:
+                        x_hat = v.codecs[key](x, torch.ones_like(x[..., 0, 0], dtype=torch.bool))
+                        fits[v.name][key].update(x.flatten(0, 2), x_hat.flatten(0, 2))
         losses = window_losses(model, windows, "dense", measure)
     if not losses.isfinite().all():
         raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
-    return losses, {key: curve.result() for key, curve in curves.items()}
+    return losses, fits, curves
 
 
-def fidelity(curves, budget):
-    """Columns fvu_*, cos_* of a row: means over layers, and each layer under by_layer."""
-    by_layer = {}
-    for (layer, kind), curve in curves.items():
-        k = budget[sta.KINDS.index(kind)]
-        exact = {"fvu": 0.0, "cos": 1.0, "rel_norm": 1.0, "l0": None, "dead": None}
-        point = exact if k is None else next(p for p in curve if p["k"] == k)
-        by_layer.setdefault(layer, {}).update(
-            {f"{name}_{kind[:3]}": point[name] for name in exact})
-    mean = lambda column: sum(row[column] for row in by_layer.values()) / len(by_layer)
-    return {c: mean(c) for c in ("fvu_key", "fvu_val", "cos_key", "cos_val")} | {
-        "by_layer": by_layer}
+def fidelity(fits, layers):
+    """Columns fvu_*, cos_*, rel_norm_* of a row: each layer under by_layer, and their means."""
+    exact = {"fvu": 0.0, "cos": 1.0, "rel_norm": 1.0}
+    point = lambda key: fits[key].result() if key in fits else exact
+    by_layer = {layer: {f"{name}_{kind[:3]}": point((layer, kind))[name]
+                        for name in exact for kind in sta.KINDS} for layer in layers}
+    return {column: sum(row[column] for row in by_layer.values()) / len(by_layer)
+            for column in by_layer[layers[0]]} | {"by_layer": by_layer}
 
 
-def memory(budget, model, saes, seq_len, sink):
+def memory(variant, n_coded, model, seq_len, sink):
     """Columns bytes_*: the cache of the whole model, layers without SAEs dense."""
     config = model.get_decoder().config
-    heads, dim = sta.kv_shape(config)
-    coded, n_layers = len({layer for layer, _ in saes}), config.num_hidden_layers
-    n_latents = max(sae.n_latents for sae in saes.values())
-    dense = sta.bytes_per_token(sta.Budget(None, None), heads, dim, n_latents)
-    code = sta.bytes_per_token(budget, heads, dim, n_latents)
-    total = coded * code + (n_layers - coded) * dense
-    share = total / (n_layers * dense)
-    return {"bytes_per_token": total, "bytes_share": share,
+    dense = 4 * math.prod(sta.kv_shape(config))  # bf16, K and V
+    total = n_coded * variant.layer_bytes + (config.num_hidden_layers - n_coded) * dense
+    share = total / (config.num_hidden_layers * dense)
+    return {"bytes_per_token": round(total), "bytes_share": share,
             "bytes_share_with_sink": share + (1 - share) * min(1, sink / seq_len)}
 
 
-def compare(name, budget, losses, dense):
-    """Columns of a row that come from window losses; the standard error is paired over windows."""
-    delta = losses - dense
-    stderr = (delta.std() / math.sqrt(len(delta))).item() if len(delta) > 1 else None
-    return {"name": name, "k_key": budget.k_key, "k_val": budget.k_val,
-            "perplexity": math.exp(losses.mean()), "ce": losses.mean().item(),
-            "delta_ce": delta.mean().item(), "delta_ce_stderr": stderr}
+def compare(losses, dense, seed):
+    """Columns of a row that come from window losses, paired with dense's over windows."""
+    delta, generator = losses - dense, torch.Generator().manual_seed(seed)
+    mean, stderr = mean_stderr(delta)
+    drawn = torch.randint(len(delta), (4000, len(delta)), generator=generator)
+    bounds = delta[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp()
+    return {"perplexity": math.exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
+            "delta_ce_stderr": stderr, "ratio": math.exp(mean), "ratio_ci95": bounds.tolist()}
 
 
 def print_row(row):
@@ -163,6 +497,112 @@ def print_row(row):
           f"{row['fvu_key']:6.3f} {row['fvu_val']:6.3f} {row['cos_key']:6.3f} "
           f"{row['cos_val']:6.3f}", flush=True)
 
+
+def print_tasks(rows):
+    spell = lambda x, error, sign="": "      -      " if x is None else (
+        f"{100 * x:{sign}6.2f} ±{100 * (error or 0):5.2f}")
+    for task, base in rows[0]["tasks"].items():
+        print(f"{task}, {base['n']} rows: per cent right ± standard error, and change from dense "
+              "± its paired standard error")
+        for row in rows:
+            if task not in row["tasks"]:
+                continue
+            t = row["tasks"][task]
+            print(f"  {row['name']:8} acc {spell(t['acc'], t['acc_stderr'])}   acc_norm "
+                  f"{spell(t['acc_norm'], t['acc_norm_stderr'])}   change "
+                  f"{spell(t['delta_acc'], t['delta_acc_stderr'], '+')}"
+                  + (f"   ppl {t['ppl']:.2f}" if "ppl" in t else ""))
+
+
+# ------------------------------------------------------------------ the paper's claims
+
+def train_l1(folder, name, settings, layers):
+    """The SAEs of P1's rival, trained as those of `folder` were; they lie in its subfolder l1."""
+    command = [sys.executable, str(sta.HERE / "train_sae.py"), "--sparsity", "l1", "--model", name,
+               "--layer", ",".join(map(str, layers)), "--out", str(folder.parent)]
+    for option in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key",
+                   "k_val", "lr", "seed", "dtype"):
+        command += ["--" + option.replace("_", "-"), str(settings[option])]
+    if settings["text"] != "default":
+        command += ["--text", settings["text"]]
+    print("no L1 SAEs yet, which P1 needs; running python train_sae.py", *command[2:])
+    if subprocess.run(command).returncode or not (folder / "l1").exists():
+        raise sta.UsageError(f"no L1 SAEs in {folder / 'l1'}; run the line above by hand, with "
+                             "--out so that they come to lie there")
+
+
+def judge(rows, losses, curves):
+    """Verdicts on P1 to P6 -> [{claim, statement, figure, stderr, text, verdict, rule, rows}].
+
+    `clear` is two standard errors. Those over layers say how layers vary, not how runs would."""
+    row, claims = {r["name"]: r for r in rows}, []
+    at = lambda kind, k, metric: torch.tensor([
+        next(p for p in curve if p["k"] == k)[metric]
+        for key, curve in sorted(curves.items()) if key[1] == kind], dtype=torch.float64)
+    layers = lambda name, column: torch.tensor(
+        [r[column] for r in row[name]["by_layer"].values()], dtype=torch.float64)
+    more = lambda a, b: mean_stderr(losses[a] - losses[b])  # nats a token by which a is worse
+    clear = lambda pair: pair[0] > 2 * (pair[1] or 0)
+    spell = lambda pair: f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
+
+    def say(statement, pair, text, holds, partly, rule, names):
+        verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
+        claims.append({"claim": f"P{len(claims) + 1}", "statement": statement, "figure": pair[0],
+                       "stderr": pair[1], "text": text, "verdict": verdict, "rule": rule,
+                       "rows": names})
+
+    k, v = row["dual"]["k_key"], row["dual"]["k_val"]
+    longer = mean_stderr(layers("dual", "rel_norm_key") - layers("l1", "rel_norm_key"))
+    worse = more("l1", "dual")
+    say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
+        f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
+        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; L1 costs {spell(worse)} nats more", clear(longer) and clear(worse),
+        clear(longer) or clear(worse), "Top-K's keys are clearly longer over layers, and L1's "
+        "cross entropy clearly higher over windows; in part: one of the two", ["dual", "l1"])
+    cos = at("key", 8, "cos")
+    say("8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
+        f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", cos.min() >= 0.8,
+        cos.mean() >= 0.8, "at least 0.8 in every layer; in part: in the mean over layers",
+        ["curves"])
+    gap = at("value", 8, "fvu") - at("key", 8, "fvu")
+    say("values need more atoms than keys", mean_stderr(gap),
+        f"FVU at 8 atoms: values {at('value', 8, 'fvu').mean():.3f}, keys "
+        f"{at('key', 8, 'fvu').mean():.3f}; higher for values in {int((gap > 0).sum())} of "
+        f"{len(gap)} layers", bool((gap > 0).all()), clear(mean_stderr(gap)),
+        "values' FVU is higher in every layer; in part: clearly in the mean", ["curves"])
+    uniform, reverse = more("uniform", "dual"), more("reverse", "dual")
+    say("fewer atoms for keys than for values is the better split", uniform,
+        f"({k}, {v}) against ({row['uniform']['k_key']}, {row['uniform']['k_val']}): "
+        f"{spell(uniform)} nats; against ({v}, {k}): {spell(reverse)}",
+        clear(uniform) and clear(reverse), clear(uniform) or clear(reverse),
+        "both others are clearly worse; in part: one of them", ["dual", "uniform", "reverse"])
+    scale = [name for name in ("dual/8", "dual/4", "dual/2", "dual", "dual*2", "dual*4")
+             if name in row]
+    best = min(scale, key=lambda name: row[name]["ce"])
+    gain = more("dense", best)
+    helps = any(clear(more(b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
+    say("dropping lower-ranked atoms removes noise and improves perplexity", gain,
+        "perplexity " + ", ".join(f"{row[n]['perplexity']:.2f}" for n in scale) + " at "
+        + ", ".join(f"({row[n]['k_key']}, {row[n]['k_val']})" for n in scale)
+        + f", dense {row['dense']['perplexity']:.2f}, next {k} and {v} atoms instead "
+        f"{row['lower']['perplexity']:.0f}; best budget below dense by {spell(gain)} nats",
+        clear(gain), helps, "some budget is clearly better than dense; in part: than a larger "
+        "budget of the same SAEs", scale + ["lower", "dense"])
+    high = row["dual"]["ratio_ci95"][1]
+    tasks = {t: (-x["delta_acc"], x["delta_acc_stderr"]) for t, x in row["dual"]["tasks"].items()}
+    lost = [t for t, pair in tasks.items() if clear(pair)]
+    say("perplexity and zero-shot accuracy are comparable to dense",
+        (row["dual"]["ratio"], (high - row["dual"]["ratio_ci95"][0]) / 3.92),
+        f"perplexity x {row['dual']['ratio']:.3f} (95 %: {row['dual']['ratio_ci95'][0]:.3f} to "
+        f"{high:.3f}); accuracy " + (", ".join(
+            f"{t} {100 * -d:+.1f} ±{100 * (e or 0):.1f}" for t, (d, e) in tasks.items())
+            or "not measured: no --tasks"), high <= 1.02 and not lost and bool(tasks),
+        high <= 1.02 or (bool(tasks) and not lost), "at most 2 % more perplexity (upper bound) and "
+        "accuracy not clearly lower in any task; in part: one of the two", ["dense", "dual"])
+    return claims
+
+
+# ------------------------------------------------------------------ the run
 
 def provenance(device):
     """What a reader needs to run it again."""
@@ -182,57 +622,81 @@ def main():
     device, dtype = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
     config = model.get_decoder().config
-    saes, metadata = sta.load_saes(folder, model, layers if args.layer else None)
-    layers = sorted({layer for layer, _ in saes})
+    saes, about = sta.load_saes(folder, model, layers if args.layer else None)
+    layers, trained = sorted({layer for layer, _ in saes}), about[min(about)]["settings"]
+    most = min(sae.n_latents for sae in saes.values())
     for k, flag in ((args.k_key, "--k-key"), (args.k_val, "--k-val")):
-        most = min(sae.n_latents for sae in saes.values())
         if k > most:
             raise sta.UsageError(f"{flag} {k}: larger than the SAEs' n_latents = {most}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         sta.speed_up(saes)
-    limit = getattr(config, "max_position_embeddings", 2048)
-    args.seq_len = args.seq_len or min(2048, limit)
-    if not 2 <= args.seq_len <= limit:
-        raise sta.UsageError(f"--seq-len {args.seq_len}: want 2 to the model's limit of {limit}")
+    args.seq_len = sta.window_length(model, args.seq_len, 2048)
     text = sta.read_text(args.text, "valid", name)
     windows = token_windows(text, tokenizer, args.seq_len, args.max_tokens)
+    limit_tokens = getattr(config, "max_position_embeddings", 2048)
+    specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
+    tasks = [load_task(spec, args, tokenizer, limit_tokens) for spec in specs.split(",") if spec]
+    pca = l1 = None
+    if "pca" in args.baselines:
+        learned = trained["text"]
+        learned = sta.read_text(None if learned == "default" else learned, "train", name, 1 << 20)
+        learned = token_windows(learned, tokenizer, args.seq_len, 32_768)
+        pca = fit_pca(model, layers, learned, args.sink)
+    if "l1" in args.baselines:
+        if not (folder / "l1").exists():
+            train_l1(folder, name, trained, layers)
+        rivals, about = sta.load_saes(folder / "l1", model, layers)
+        l1 = rivals, {key: about[key]["held_out"]["l0"] for key in rivals}
+    tried = variants(args, model, saes, pca, l1)
+    if args.variants:
+        chosen = {"dense", *args.variants.split(",")}
+        for unknown in chosen - {v.name for v in tried}:
+            raise sta.UsageError(f"--variants {unknown}: want some of "
+                                 f"{', '.join(v.name for v in tried)} (others by --baselines)")
+        tried = [v for v in tried if v.name in chosen]
     print(f"{name} with the SAEs of {folder}: {len(layers)} of {config.num_hidden_layers} layers "
           f"reconstructed, {windows.numel():,} tokens in windows of {args.seq_len}")
 
-    total = args.k_key + args.k_val
-    variants = {"dense": sta.Budget(None, None), "keys": sta.Budget(args.k_key, None),
-                "values": sta.Budget(None, args.k_val), "dual": sta.Budget(args.k_key, args.k_val),
-                "uniform": sta.Budget(total // 2, total - total // 2)}
-    ks = [*sta.CURVE_KS, *(k for budget in variants.values() for k in budget if k)]
     print("variant  k_key k_val  perplexity  delta CE         bytes/tok  share  fvu_K  fvu_V"
           "  cos_K  cos_V")
-    dense, curves = dense_pass(model, saes, windows, ks, args.sink)
-    rows = []
-    for variant, budget in variants.items():
-        losses = dense
-        if variant != "dense":
-            with sta.reconstruct(model, sta.dual(saes, budget), args.sink):
-                losses = window_losses(model, windows, variant)
-        rows.append(compare(variant, budget, losses, dense) | {"tokens": windows.numel()}
-                    | memory(budget, model, saes, args.seq_len, args.sink)
-                    | fidelity(curves, budget))
+    dense, fits, measured = dense_pass(model, saes, windows, tried, args.sink)
+    rows, losses, dense_found = [], {"dense": dense}, {}
+    for variant in tried:
+        with sta.reconstruct(model, variant.codecs, args.sink):
+            if variant.name != "dense":
+                losses[variant.name] = window_losses(model, windows, variant.name)
+            found = {task.name: loglikelihoods(model, task.requests, limit_tokens,
+                                               f"{variant.name} {task.name}")
+                     for task in tasks if not variant.name.startswith(P5_ONLY)}
+        dense_found = dense_found or found
+        rows.append({"name": variant.name, **variant.budget._asdict()}
+                    | compare(losses[variant.name], dense, args.seed)
+                    | memory(variant, len(layers), model, args.seq_len, args.sink)
+                    | fidelity(fits[variant.name], layers) | {"tokens": windows.numel(), "tasks": {
+                        task.name: task_columns(task, found[task.name], dense_found[task.name],
+                                                args.log_samples)
+                        for task in tasks if task.name in found}})
         print_row(rows[-1])
+    print_tasks(rows)
+    curves = {key: curve.result() for key, curve in measured.items()}
     report = {layer: {kind: curves[layer, kind] for kind in sta.KINDS} for layer in layers}
     for kind in sta.KINDS:
         for layer in layers:
-            grid = [point for point in curves[layer, kind] if point["k"] in sta.CURVE_KS]
-            report[layer][f"elbow_{kind[:3]}"] = sta.elbow(grid)
+            report[layer][f"elbow_{kind[:3]}"] = sta.elbow(curves[layer, kind])
         elbows = [report[layer][f"elbow_{kind[:3]}"] for layer in layers]
         counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
         print(f"elbow of the {kind} curves (k up to {sta.CURVE_KS[-1]}), layers: {counts}")
+    claims = judge(rows, losses, curves) if args.claims else []
+    for c in claims:
+        print(f"{c['claim']} {c['verdict']}: {c['statement']}: {c['text']}\n   rule: {c['rule']}")
     path = args.out / f"{sta.slug(name)}.json"
     settings = {n: str(v) if isinstance(v, pathlib.Path) else v for n, v in vars(args).items()}
     sta.write_atomic(path, json.dumps(
         {"model": name, "saes": str(folder), "layers": layers,
          "n_layers": config.num_hidden_layers, "tokens": windows.numel(),
          "windows": len(windows), "seq_len": args.seq_len, "sink": args.sink, "config": settings,
-         "sae_settings": metadata["settings"], **provenance(device), "rows": rows,
-         "curves": report}, indent=1) + "\n")
+         "sae_settings": trained, **provenance(device), "rows": rows,
+         "curves": report, "claims": claims}, indent=1) + "\n")
     print(f"wrote {path}")
 
 

@@ -53,6 +53,7 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(head_dim))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.long))
+        self.register_buffer("l1_weight", torch.tensor(0.05))  # used by l1_loss alone
         self.n_latents = n_latents
 
     @torch.no_grad()
@@ -67,9 +68,11 @@ class TopKSAE(nn.Module):
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
-        pre = (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc  # (..., M)
-        z, idx = pre.topk(k, dim=-1)
+        z, idx = self.preactivations(x).topk(k, dim=-1)
         return F.relu(z), idx
+
+    def preactivations(self, x):
+        return (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc  # (..., M)
 
     def decode(self, z, idx):
         """z, idx (..., k) -> x_hat (..., D): a sum of k rows of W_dec, never a dense latent."""
@@ -93,6 +96,21 @@ class TopKSAE(nn.Module):
         # a quarter of the rows is enough for AuxK, which costs more than the rest otherwise
         aux = self.auxk(target[::4], residual[::4].detach(), self.idle > dead_window)
         return error + aux / 32, error.detach()
+
+    def l1_loss(self, x, k, gain=0.03):
+        """P1's rival, a ReLU autoencoder: rows x (N, D) -> (loss, error) with an L1 penalty whose
+        weight follows the mean number of positive latents until that is k. Exact autograd."""
+        z = F.relu(self.preactivations(x))  # (N, M)
+        error = (x / self.scale - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
+        with torch.no_grad():
+            self.l1_weight *= ((z > 0).sum(-1).float().mean() / k).clamp(0.1, 10) ** gain
+            self.idle += len(x)
+            self.idle[(z > 0).any(0)] = 0
+        return error + self.l1_weight * z.sum(-1).mean(), error.detach()
+
+    def relu_code(self, x):
+        """x (..., D) -> x_hat from every positive latent: the code of an SAE trained by l1_loss."""
+        return (F.relu(self.preactivations(x)) @ self.W_dec + self.b_dec) * self.scale
 
     def auxk(self, target, residual, dead):
         """AuxK [Gao 2024, 2.3]: the best dead latents of x/s rebuild residual (N, D), in units of
@@ -139,14 +157,15 @@ class Fidelity:
     @torch.no_grad()
     def update(self, x, x_hat, z=None, idx=None):
         """x, x_hat (N, D), and the code z, idx (N, k) if there is one."""
-        x, x_hat = x.double(), x_hat.double()
-        ratio = x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)
+        total = functools.partial(torch.sum, dtype=torch.float64)
+        square, square_hat = x.square().sum(-1), x_hat.square().sum(-1)  # (N,)
+        ratio = (square_hat / square.clamp_min(1e-24)).sqrt()
+        cos = (x * x_hat).sum(-1) / (square * square_hat).sqrt().clamp_min(1e-24)
         active = torch.zeros(()) if z is None else z > 0
-        self.x_sum = self.x_sum + x.sum(0)
-        self.sums = self.sums + torch.tensor(
-            [len(x), x.square().sum(), (x - x_hat).square().sum(),
-             F.cosine_similarity(x, x_hat, dim=-1).sum(), ratio.sum(), active.sum()],
-            dtype=torch.float64)
+        self.x_sum = self.x_sum + total(x, 0)
+        self.sums = self.sums + torch.stack([
+            total(torch.ones_like(square)), total(square), total((x - x_hat).square()), total(cos),
+            total(ratio), total(active)]).cpu()
         if z is not None:
             self.fired[idx[active].cpu()] = True
 
@@ -223,12 +242,13 @@ class BudgetCurve:
     """Fidelity of one SAE at each budget of ks, streamed: one encode serves them all."""
 
     def __init__(self, sae, ks=CURVE_KS):
-        self.sae = sae
+        self.sae, self.seen = sae, 0
         self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= sae.n_latents}
 
     @torch.no_grad()
     def update(self, x):
         """x (N, D)."""
+        self.seen += len(x)
         for rows in x.split(8192):
             z, idx = self.sae.encode(rows, max(self.at))
             for k, fidelity in self.at.items():
@@ -260,44 +280,46 @@ class Budget(NamedTuple):
 
 
 def dual(saes, budget):
-    """{(layer, kind): function} for `reconstruct`: every row becomes its k strongest atoms.
+    """{(layer, kind): codec} for `reconstruct`: every row becomes its k strongest atoms.
 
     saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}."""
     ks = {(layer, kind): (budget[layer] if isinstance(budget, dict) else budget)[i]
           for layer, _ in saes for i, kind in enumerate(KINDS)}
-    return {key: functools.partial(sae, k=ks[key]) for key, sae in saes.items() if ks[key]}
+    return {key: lambda x, live, sae=sae, k=ks[key]: sae(x, k)
+            for key, sae in saes.items() if ks[key]}
 
 
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with replaced K and V: prefill, decode and generate alike.
 
-    codecs: {(layer, kind): function (B, T, H, D) -> (B, T, H, D)}, called on float32. The first
+    codecs: {(layer, kind): function (x (B, T, H, D) in float32, live (B, T)) -> x_hat}. The first
     `sink` real tokens of a sequence stay exact (not in paper; their norms are extreme, arXiv
-    2309.17453). The hooks go on every way out. Raises UsageError for a layer not there."""
-    sites, exact = kv_sites(model), {}
+    2309.17453); live is False there and at padding, which a codec that looks across tokens must
+    not see. The hooks go on every way out. Raises UsageError for a layer not there."""
+    sites, seen = kv_sites(model), {}
     for layer, _ in codecs.keys() - sites.keys():
         raise UsageError(f"layer {layer}: the model has layers 0 to {max(sites)[0]}")
 
-    def find_sinks(module, args, kwargs):  # before the decoder runs; padding has no position
+    def find_live(module, args, kwargs):  # before the decoder runs; padding has no position
         ids = args[0] if args else kwargs.get("input_ids")
         ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # (B, T)
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         past = cache.get_seq_length() if cache is not None else 0
         if not (isinstance(mask, torch.Tensor) and mask.dim() == 2):  # else (B, past + T)
             mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
-        position = mask.long().cumsum(-1)[:, -ids.shape[1]:] - 1  # (B, T)
-        exact["mask"] = (position < sink)[..., None, None]  # (B, T, 1, 1)
+        seen["live"] = (mask.long().cumsum(-1) > sink)[:, -ids.shape[1]:]  # (B, T)
+        seen["live"] &= mask[:, -ids.shape[1]:].bool()
 
     def replace(module, args, y, codec, view):
         y = y.clone()
         x = view(y)  # (B, T, H, D), sharing y's memory
-        mask = exact["mask"].to(x.device)
-        x.copy_(torch.where(mask, x, codec(x.float()).to(x.dtype)))
+        live = seen["live"].to(x.device)
+        x.copy_(torch.where(live[..., None, None], codec(x.float(), live).to(x.dtype), x))
         return y
 
     with contextlib.ExitStack() as hooks:
-        handle = model.get_decoder().register_forward_pre_hook(find_sinks, with_kwargs=True)
+        handle = model.get_decoder().register_forward_pre_hook(find_live, with_kwargs=True)
         hooks.callback(handle.remove)
         for key, codec in codecs.items():
             module, view = sites[key]
@@ -436,6 +458,15 @@ def load_model(name, device, dtype, layers="all", last_only=False):
     return model.to(device).eval().requires_grad_(False), tokenizer, layers
 
 
+def window_length(model, seq_len, default):
+    """--seq-len, or `default` if the model takes that many; raises UsageError over its limit."""
+    limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
+    seq_len = seq_len or min(default, limit)
+    if not 2 <= seq_len <= limit:
+        raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
+    return seq_len
+
+
 def fingerprint(model):
     """A hash of the first value projection: tells models of one shape apart."""
     weight = kv_sites(model)[0, "value"][0].weight.bfloat16().cpu().view(torch.int16)
@@ -496,7 +527,8 @@ def save_sae(folder, sae, metadata):
     from safetensors.torch import save
     weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale,
                "W_dec": sae.W_dec, "b_dec": sae.b_dec * sae.scale}
-    cfg = {"architecture": "topk", "d_in": len(sae.b_dec), "d_sae": sae.n_latents,
+    architecture = "standard" if metadata.get("sparsity") == "l1" else "topk"  # SAELens's names
+    cfg = {"architecture": architecture, "d_in": len(sae.b_dec), "d_sae": sae.n_latents,
            "k": metadata["k"], "dtype": "float32", "device": "cpu",
            "apply_b_dec_to_input": True, "normalize_activations": "none",
            "metadata": {"sae_lens_version": "6.54.0", **metadata}}
@@ -513,7 +545,7 @@ def load_sae(folder):
         cfg = json.loads((folder / "cfg.json").read_text())
         sae = TopKSAE(cfg["d_in"], cfg["d_sae"])
         weights = load((folder / "sae_weights.safetensors").read_bytes())
-        sae.load_state_dict({**weights, "scale": sae.scale, "idle": sae.idle})
+        sae.load_state_dict({**weights, **dict(sae.named_buffers())})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
                          f"({type(error).__name__}: {error})") from None
@@ -521,18 +553,18 @@ def load_sae(folder):
 
 
 def load_saes(folder, model, layers=None):
-    """({(layer, kind): TopKSAE} on the model's device, metadata of one) from folder/layer*.*.
+    """({(layer, kind): TopKSAE} on the model's device, {same keys: metadata}), folder/layer*.*.
 
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, mark = pathlib.Path(folder), fingerprint(model)
     found = {int(path.parent.name[5:].split(".")[0]) for path in folder.glob("layer*.*/cfg.json")}
-    saes = {}
+    saes, about = {}, {}
     for layer in sorted(found) if layers is None else layers:
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
             if metadata.get("fingerprint") != mark:
                 raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, kind] = sae.to(model.device)
+            saes[layer, kind], about[layer, kind] = sae.to(model.device), metadata
     if not saes:
         raise UsageError(f"{folder}: no SAEs here")
-    return saes, metadata
+    return saes, about

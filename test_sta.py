@@ -156,7 +156,7 @@ def test_atoms_stay_unit_and_training_reduces_the_error():
 
 
 def test_fidelity_equals_numpy_however_it_is_streamed():
-    x, x_hat = rows_of(64), rows_of(64, seed=3)
+    x, x_hat = rows_of(64).double(), rows_of(64, seed=3).double()
     z, idx = torch.relu(rows_of(64, 4, seed=5) - 1), torch.arange(256).view(64, 4) % 7
     fidelity = sta.Fidelity(n_latents=10)
     for part in torch.arange(64).split(24):
@@ -188,7 +188,7 @@ def test_family(family, kv_heads):
         torch.testing.assert_close(values, cache.layers[layer].values.transpose(1, 2))
         torch.testing.assert_close(keys[:, 0], cached[:, 0])  # RoPE turns position 0 by no angle
         torch.testing.assert_close(keys.norm(dim=-1), cached.norm(dim=-1))
-    same, zero = {key: lambda x: x for key in rows}, lambda x: torch.zeros_like(x)
+    same, zero = {key: lambda x, live: x for key in rows}, lambda x, live: torch.zeros_like(x)
     with sta.reconstruct(model, same, sink=0):
         torch.testing.assert_close(model(ids).logits, logits, atol=0, rtol=0)
     for kind in sta.KINDS:
@@ -200,7 +200,7 @@ def test_family(family, kv_heads):
 
 
 @pytest.mark.parametrize("context", [
-    sta.capture, lambda model: sta.reconstruct(model, {(0, "key"): torch.sin})])
+    sta.capture, lambda model: sta.reconstruct(model, {(0, "key"): lambda x, live: -x})])
 def test_hooks_are_gone_after_an_exception(context):
     model, ids = small_model("llama"), tokens_of(1, 5)
     before = model(ids).logits
@@ -246,7 +246,19 @@ def test_budget_by_layer_and_dense_kinds():
     codecs = sta.dual(saes, {0: sta.Budget(2, None), 1: sta.Budget(None, 5)})
     assert set(codecs) == {(0, "key"), (1, "value")}
     x = rows_of(6)
-    assert torch.equal(codecs[1, "value"](x), saes[1, "value"](x, 5))
+    assert torch.equal(codecs[1, "value"](x, None), saes[1, "value"](x, 5))
+
+
+def test_codecs_are_told_which_tokens_are_live():
+    """Neither sinks nor padding on either side; with a cache, the new tokens' part."""
+    model, told = small_model("llama"), []
+    mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
+    codec = {(0, "key"): lambda x, live: told.append(live.int().tolist()) or x}
+    with sta.reconstruct(model, codec, sink=1):
+        cache = model(tokens_of(2, 6), attention_mask=mask).past_key_values
+        model(tokens_of(2, 1), attention_mask=torch.cat([mask, torch.ones(2, 1).long()], 1),
+              past_key_values=cache)
+    assert told == [[[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0]], [[1], [1]]]
 
 
 def test_curve_and_elbow():
@@ -411,7 +423,7 @@ def evaluated(trained, tmp_path_factory):
 def test_evaluation_table(evaluated):
     result = json.loads((evaluated / "tiny.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows) == ["dense", "keys", "values", "dual", "uniform"]
+    assert list(rows) == ["dense", "keys", "values", "dual", "uniform", "reverse"]
     assert result["layers"] == [1, 2] and result["n_layers"] == 6 and result["tokens"] == 2048
     dual, dense = rows["dual"], rows["dense"]
     assert (dual["k_key"], dual["k_val"], dense["k_key"]) == (8, 16, None)
@@ -420,6 +432,7 @@ def test_evaluation_table(evaluated):
     assert dual["bytes_share"] == pytest.approx((4 + 2 * 0.1875) / 6)
     assert dual["perplexity"] > rows["values"]["perplexity"] > dense["perplexity"]
     assert dual["delta_ce"] == pytest.approx(math.log(dual["perplexity"] / dense["perplexity"]))
+    assert (rows["reverse"]["k_key"], rows["reverse"]["k_val"]) == (16, 8)
     assert dual["fvu_key"] == rows["keys"]["fvu_key"] == pytest.approx(
         np.mean([layer["fvu_key"] for layer in dual["by_layer"].values()]))
     assert rows["keys"]["fvu_val"] == 0 and rows["keys"]["cos_val"] == 1
@@ -474,7 +487,7 @@ def test_tiny_fits_and_beats_a_trigram_model():
     (["--text", "{tmp}/short.txt"], "too short"),
     (["--text", "no-one/nothing"], "--text no-one/nothing"),
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
-    (["--seq-len", "257"], "--seq-len 257: over the model's limit of 256"),
+    (["--seq-len", "257"], "--seq-len 257: want 2 to the model's limit of 256"),
     (["--out", "{tmp}/short.txt/below"], "cannot write"),
 ])
 def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):

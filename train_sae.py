@@ -44,6 +44,9 @@ def parse_args(argv=None):
     add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--sparsity", choices=["topk", "l1"], default="topk",
+        help="l1: the rival of claim P1, penalised until k latents are active on average; written "
+             "to the subfolder l1 (default topk)")
     add("--lr", type=float, default=4e-3, help="Adam's peak rate (default 0.004)")
     add("--seed", type=int, default=0)
     # where
@@ -223,7 +226,10 @@ def train(model, windows, layers, settings, args, folder):
             for (layer, kind), sae in saes.items():
                 x = rows[layer, kind][batch].float()  # (batch_rows, D)
                 k = cycle[kind][step % 4]
-                loss, error = sae.loss(x, k, own[kind], dead_window)
+                if args.sparsity == "l1":
+                    loss, error = sae.l1_loss(x, own[kind])
+                else:
+                    loss, error = sae.loss(x, k, own[kind], dead_window)
                 loss.backward()
                 if step % 2 == 0:  # then k is the SAE's own
                     errors[sta.KINDS.index(kind)] += error / len(layers)
@@ -262,17 +268,15 @@ def main():
     args = parse_args()
     device, dtype = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer, last_only=True)
-    limit = getattr(model.get_decoder().config, "max_position_embeddings", 512)
-    args.seq_len = args.seq_len or min(512, limit)
-    if args.seq_len > limit:
-        raise sta.UsageError(f"--seq-len {args.seq_len}: over the model's limit of {limit} tokens")
+    args.seq_len = sta.window_length(model, args.seq_len, 512)
     text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
     windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
     settings = {name: getattr(args, name) for name in (
         "tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr",
-        "seed")} | {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
-                    "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    folder = args.out / sta.slug(args.model)
+        "sparsity", "seed")}
+    settings |= {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
+                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
+    folder = args.out / sta.slug(args.model) / ("l1" if args.sparsity == "l1" else "")
     if check_folder(folder, layers, settings, args.resume):
         print(f"{folder}: trained already with these settings; nothing to do")
         return
@@ -283,19 +287,21 @@ def main():
 
     saes, held_rows, log = train(model, windows, layers, settings, args, folder)
     print(f"held out ({len(held_rows[layers[0], 'key']):,} rows each; dead: fired by none of them)")
-    print("            cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
+    print("            cos_K  fvu_K dead_K  L0_K |  cos_V  fvu_V dead_V  L0_V")
     mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
     for layer in layers:
         line = []
         for kind, k in ks.items():
-            curve = sta.BudgetCurve(saes[layer, kind], [k])
+            curve = sta.BudgetCurve(saes[layer, kind],
+                                    [k if args.sparsity == "topk" else args.n_latents])
             curve.update(held_rows[layer, kind].float())
             point = curve.result()[0]
-            line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
+            line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}% "
+                        f"{point['l0']:5.1f}")
             sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
                 "k_trained": sorted(set(budget_cycle(k, args.n_latents))), "held_out": point,
-                "settings": settings})
+                "sparsity": args.sparsity, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
     (folder / "unfinished.safetensors").unlink(missing_ok=True)
