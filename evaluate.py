@@ -344,19 +344,21 @@ def quantise(x, live, kind, bits, group=32):
     return rows.transpose(1, 3) if kind == "key" else rows
 
 
+@torch.no_grad()
 def omp(sae, x, k):
-    """Orthogonal matching pursuit: k times the atom most in line with what is left, then least
-    squares over all chosen. x_hat is the projection on their span, by Gram-Schmidt. (..., D)"""
-    rest = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    target, span = rest, rest.new_zeros(len(rest), 0, rest.shape[-1])  # (N, j, D), orthonormal
-    for _ in range(k):
-        atom = sae.W_dec[(rest @ sae.W_dec.T).abs().argmax(-1)]  # (N, D)
-        for _ in range(2):  # twice is enough [Kahan]
-            atom = atom - torch.einsum("njd,nd,nje->ne", span, atom, span)
-        atom = F.normalize(atom, dim=-1)
-        rest = rest - (rest * atom).sum(-1, keepdim=True) * atom
-        span = torch.cat([span, atom[:, None]], 1)
-    return ((target - rest).view_as(x) + sae.b_dec) * sae.scale
+    """Orthogonal matching pursuit, x (..., D) -> x_hat: k times the atom most in line with what is
+    left, then least squares over all chosen, as a projection on their orthonormal span."""
+    found = []
+    for target in (x / sae.scale - sae.b_dec).flatten(0, -2).split(2048):  # (N, D), cache-sized
+        rest, span = target, target.new_empty(len(target), k, target.shape[-1])  # (N, k, D)
+        for j in range(k):
+            atom = sae.W_dec[(rest @ sae.W_dec.T).abs_().max(-1).indices]  # (N, D)
+            known = span[:, :j]
+            atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]  # Gram-Schmidt
+            span[:, j] = F.normalize(atom, dim=-1)
+            rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
+        found.append(target - rest)
+    return (torch.cat(found).view_as(x) + sae.b_dec) * sae.scale
 
 
 @torch.no_grad()
@@ -597,8 +599,8 @@ def judge(rows, losses, curves):
         f"{high:.3f}); accuracy " + (", ".join(
             f"{t} {100 * -d:+.1f} ±{100 * (e or 0):.1f}" for t, (d, e) in tasks.items())
             or "not measured: no --tasks"), high <= 1.02 and not lost and bool(tasks),
-        high <= 1.02 or (bool(tasks) and not lost), "at most 2 % more perplexity (upper bound) and "
-        "accuracy not clearly lower in any task; in part: one of the two", ["dense", "dual"])
+        high <= 1.1 and not lost, "at most 2 % more perplexity (upper bound), tasks measured and "
+        "none clearly lower; in part: at most 10 % and none clearly lower", ["dense", "dual"])
     return claims
 
 

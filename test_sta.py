@@ -471,6 +471,211 @@ def test_tiny_fits_and_beats_a_trigram_model():
         assert 0 <= row["label"] < 4
 
 
+# ---------------------------------------------------------------- zero-shot, baselines, verdicts
+
+ARC = {"question": "Why?", "choices": {"text": ["a", "bc"], "label": ["1", "2"]}, "answerKey": "2"}
+FORMATS = {  # a hub row and what lm-eval 0.4.13 makes of it: contexts, choices, label
+    "piqa": ({"goal": "tea", "sol1": "hot", "sol2": "cold", "label": 1},
+             "Question: tea\nAnswer:", ["hot", "cold"], 1),
+    "hellaswag": ({"activity_label": "Tea", "ctx_a": "He boils [x] it.", "ctx_b": "the Cup",
+                   "endings": ["is [step] full.", " [title] Rest"], "label": "1"},
+                  "Tea: He boils it. The cup", ["is full.", " Rest"], "1"),
+    "arc_easy": (ARC, "Question: Why?\nAnswer:", ["a", "bc"], 1),
+    "arc_challenge": (ARC, "Question: Why?\nAnswer:", ["a", "bc"], 1),
+    "winogrande": ({"sentence": "Ann thanked Bea as _ was kind.", "option1": "Ann",
+                    "option2": "Bea", "answer": "2"},
+                   ["Ann thanked Bea as Ann", "Ann thanked Bea as Bea"], ["was kind."] * 2, 1),
+    "boolq": ({"passage": "Ice is cold.", "question": "is ice cold", "label": 1},
+              "Ice is cold.\nQuestion: is ice cold?\nAnswer:", ["no", "yes"], 1),
+    "openbookqa": ({**ARC, "question_stem": "A cat", "answerKey": " 1"}, "A cat", ["a", "bc"], 0),
+    "lambada_openai": ({"text": "he sat on the mat"}, "he sat on the", ["mat"], 0)}
+
+
+@pytest.mark.parametrize("task", FORMATS)
+def test_format(task):
+    row, *expected = FORMATS[task]
+    assert list(evaluate.TASKS[task][3](row)) == expected
+
+
+def write_jsonl(path, rows):
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return sta.load_model("tiny", torch.device("cpu"), torch.float32)[:2]
+
+
+def test_loglikelihoods_are_those_of_one_request_at_a_time(tiny, tmp_path):
+    """Against Hugging Face on each request alone; with cut contexts, spaces, an empty context."""
+    model, tokenizer = tiny
+    rows = [json.loads(line) for line in open(sta.HERE / "tiny" / "cloze.jsonl")][:6]
+    rows[0]["context"] += "  "
+    rows[1]["context"] = ""
+    rows[2]["context"] = " ".join(row["context"] for row in rows) * 2  # over 256 tokens
+    args = evaluate.parse_args([])
+    task = evaluate.load_task(write_jsonl(tmp_path / "t.jsonl", rows), args, tokenizer, 256)
+    assert task.truncated == 4 and len(task.requests) == 24 and task.name == "t"
+    expected, bos = [], tokenizer.bos_token_id
+    for row in rows:
+        for choice in row["choices"]:
+            whole = tokenizer(row["context"] + " " + choice).input_ids
+            n = len(tokenizer(row["context"].rstrip()).input_ids)
+            if not row["context"]:
+                whole = [tokenizer.eos_token_id if bos is None else bos] + tokenizer(
+                    " " + choice, add_special_tokens=False).input_ids
+                n = 1
+            whole, n = torch.tensor(whole[-257:]), max(0, n - max(0, len(whole) - 257))
+            with torch.no_grad():
+                log_p = model(whole[None, :-1]).logits[0].double().log_softmax(-1)
+            picked = log_p[range(n - 1, len(whole) - 1), whole[n:]]
+            best = log_p.argmax(-1)[n - 1:].tolist() == whole[n:].tolist()
+            expected.append((picked.sum().item(), best))
+    found = evaluate.loglikelihoods(model, task.requests, 256, "test")
+    assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+    assert [total for total, _ in found] == pytest.approx([t for t, _ in expected], abs=2e-4)
+
+
+def test_scores():
+    task = evaluate.Task("t", [None] * 6, [[2, 9], [2, 9], [1, 1]], [0, 1, 1], 0)
+    found = [(-3.0, False), (-9.0, False), (-3.0, False), (-9.0, False), (-1.0, 0), (-2.0, 0)]
+    base = [(-1.0, False), (-2.0, False)] * 3  # dense: right, wrong, wrong
+    row = evaluate.task_columns(task, found, base, log_samples=True)
+    assert row["acc"] == pytest.approx(1 / 3)  # only the first row's sum is largest at its label
+    assert row["acc_norm"] == pytest.approx(1 / 3)  # per character: -1 beats -1.5 in rows 1 and 2
+    assert row["acc_stderr"] == pytest.approx(np.std([1, 0, 0], ddof=1) / np.sqrt(3))
+    assert row["delta_acc"] == 0 and row["loglik"][1] == -9 and row["n"] == 3
+    single = evaluate.Task("lambada_openai", [None] * 2, [[3], [3]], [0, 0], 0)
+    row = evaluate.task_columns(single, [(-1.0, True), (-2.0, False)], [(0, True)] * 2, False)
+    assert (row["acc"], row["acc_norm"], row["delta_acc"]) == (0.5, None, -0.5)
+    assert row["ppl"] == pytest.approx(math.exp(1.5))
+
+
+def test_paired_comparison():
+    dense, noise = rows_of(200, 1)[:, 0].double(), rows_of(200, 1, seed=1)[:, 0].double()
+    row = evaluate.compare(dense + 0.01 * noise, dense, seed=0)
+    stderr = 0.01 * noise.numpy().std(ddof=1) / np.sqrt(200)
+    assert row["delta_ce_stderr"] == pytest.approx(stderr)
+    low, high = np.log(row["ratio_ci95"])
+    assert (low + high) / 2 == pytest.approx(row["delta_ce"], abs=0.2 * stderr)
+    assert (high - low) / 3.92 == pytest.approx(stderr, rel=0.1)  # a normal mean's interval
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_quantise_against_a_loop(bits):
+    x = rows_of(2 * 70 * 3, 64).view(2, 70, 3, 64) * torch.logspace(-1, 1, 64)
+    live = torch.ones(2, 70, dtype=torch.bool)
+    live[:, 0] = live[1, 50:] = False  # a sink; padding
+    found = {kind: evaluate.quantise(x, live, kind, bits) for kind in sta.KINDS}
+    for b, t, h, d in [(0, 5, 0, 0), (0, 69, 2, 63), (1, 1, 1, 40), (1, 49, 2, 7)]:
+        start = t - t % 32
+        tokens = [s for s in range(start, min(70, start + 32)) if live[b, s]]
+        groups = {"key": x[b, tokens, h, d],
+                  "value": x[b, t, h, d - d % 32:d - d % 32 + 32]}
+        for kind, group in groups.items():
+            low = np.float32(np.float16(group.min().item()))
+            step = np.float32(np.float16((group.max().item() - low) / (2 ** bits - 1)))
+            level = min(max(round(float((x[b, t, h, d] - low) / step)), 0), 2 ** bits - 1)
+            assert found[kind][b, t, h, d].item() == pytest.approx(low + level * step, abs=1e-4)
+    other = torch.where(live[..., None, None], x, 1e6 * x)  # what is not live must not matter
+    torch.testing.assert_close(evaluate.quantise(other, live, "key", bits)[live],
+                               found["key"][live])
+
+
+def test_omp_against_least_squares():
+    sae, x = small_sae().double(), rows_of(5).double()
+    atoms, found = sae.W_dec.detach().numpy(), evaluate.omp(sae, x[None], 4)[0]
+    for n, target in enumerate((x / sae.scale - sae.b_dec).detach().numpy()):
+        chosen, rest = [], target
+        for _ in range(4):
+            chosen.append(np.abs(atoms @ rest).argmax())
+            rest = target - atoms[chosen].T @ np.linalg.lstsq(atoms[chosen].T, target)[0]
+        expected = (torch.tensor(target - rest) + sae.b_dec) * sae.scale
+        torch.testing.assert_close(found[n], expected)
+
+
+def test_pca_is_the_best_projection():
+    model = small_model("llama")
+    windows = tokens_of(40, 12)
+    mean, basis = evaluate.fit_pca(model, [0, 1], windows, 1)[1, "value"]
+    with sta.capture(model) as rows:
+        model(windows)
+    x = rows[1, "value"][:, 1:]  # (40, 11, H, D)
+    centre = x.flatten(0, 2).numpy() - x.flatten(0, 2).numpy().mean(0)
+    left = (np.linalg.svd(centre, compute_uv=False)[5:] ** 2).sum()
+    error = (evaluate.low_rank(x, None, (mean, basis), 5) - x).square().sum().item()
+    assert error == pytest.approx(left, rel=1e-3)
+
+
+def test_lower_ranks_are_those_after_the_strongest():
+    sae, x = small_sae(), rows_of(6)
+    z, idx = sae.encode(x, 40)
+    expected = sae.decode(z[:, 3:6], idx[:, 3:6])
+    torch.testing.assert_close(evaluate.lower(x, None, sae, 3), expected)
+
+
+def test_l1_finds_its_budget_and_its_gradient_is_that_of_the_formula():
+    sae, x = small_sae(), rows_of(512)
+    z = torch.relu((x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc)
+    torch.testing.assert_close(sae.relu_code(x), sae(x, 40))  # all positive latents
+    target = x / sae.scale
+    expected = (((target - z @ sae.W_dec - sae.b_dec) ** 2).sum(-1) + 0.05 * z.sum(-1)).mean()
+    torch.testing.assert_close(sae.l1_loss(x, (z > 0).sum(-1).float().mean())[0], expected)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    for _ in range(300):
+        sae.l1_loss(x, 4)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.renormalise()
+    assert 3 < (sae.preactivations(x) > 0).sum(-1).float().mean() < 5
+
+
+@pytest.fixture(scope="module")
+def judged(trained, tmp_path_factory):
+    """Everything at once, on the short run; it has no L1 SAEs yet, so they are trained."""
+    out = tmp_path_factory.mktemp("judged")
+    with pytest.MonkeyPatch.context() as patch:
+        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 2048, "--limit", 20,
+                      "--claims", "--baselines", "quant,pca,omp", "--out", out) == 0
+    return json.loads((out / "tiny.json").read_text())
+
+
+def test_every_baseline_has_its_row(judged):
+    rows = {row["name"]: row for row in judged["rows"]}
+    assert list(rows) == ["dense", "keys", "values", "dual", "uniform", "reverse", "dual/8",
+                          "dual/4", "dual/2", "dual*2", "dual*4", "lower", "quant2", "quant3",
+                          "quant4", "pca", "omp", "l1"]
+    for name in ("dual", "quant2", "pca", "omp", "lower"):  # two of six layers at 18.75 %
+        assert rows[name]["bytes_share"] == pytest.approx((4 + 2 * 0.1875) / 6), name
+    assert rows["l1"]["bytes_share"] == pytest.approx(rows["dual"]["bytes_share"], rel=0.1)
+    assert rows["quant4"]["fvu_key"] < rows["quant3"]["fvu_key"] < rows["quant2"]["fvu_key"]
+    assert rows["omp"]["fvu_val"] < rows["dual"]["fvu_val"] < rows["lower"]["fvu_val"]
+    assert rows["l1"]["rel_norm_key"] < rows["dual"]["rel_norm_key"]
+    cloze = rows["dual"]["tasks"]["cloze"]
+    assert cloze["n"] == 20 and cloze["delta_acc"] == pytest.approx(
+        cloze["acc"] - rows["dense"]["tasks"]["cloze"]["acc"])
+    assert rows["dense"]["ratio_ci95"] == [1, 1] and rows["dual"]["ratio_ci95"][0] > 1
+
+
+def test_verdicts_follow_from_the_rows(judged):
+    rows, claims = ({x[key]: x for x in judged[part]} for part, key in (
+        ("rows", "name"), ("claims", "claim")))
+    assert list(claims) == ["P1", "P2", "P3", "P4", "P5", "P6"]
+    for claim in claims.values():
+        assert claim["verdict"] in ("holds", "holds in part", "does not hold here")
+        assert set(claim["rows"]) <= set(rows) | {"curves"} and claim["rule"]
+    cos = [next(p["cos"] for p in layer["key"] if p["k"] == 8) for layer in
+           judged["curves"].values()]
+    assert claims["P2"]["figure"] == pytest.approx(np.mean(cos))
+    assert claims["P4"]["figure"] == pytest.approx(
+        rows["uniform"]["delta_ce"] - rows["dual"]["delta_ce"])
+    assert claims["P6"]["figure"] == rows["dual"]["ratio"]
+    assert claims["P5"]["figure"] == pytest.approx(-min(
+        row["delta_ce"] for name, row in rows.items() if re.match(r"dual\b", name)))
+    assert claims["P6"]["verdict"] == "does not hold here" or rows["dual"]["ratio"] < 1.1
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("argv,message", [
@@ -508,9 +713,28 @@ def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
     (["--seq-len", "1"], "--seq-len 1: want 2 to the model's limit of 256"),
     (["--layer", "7"], "--layer 7: .* layers 0 to 5"),
     (["--text", "{tmp}/short.txt"], "too short for one window of 256"),
+    (["--tasks", "mmlu"], "--tasks mmlu: want path.jsonl or one of piqa, hellaswag"),
+    (["--tasks", "piqa", "--task-dir", "{tmp}"], "cannot read .*piqa.jsonl"),
+    (["--tasks", "boolq", "--task-dir", "{tmp}"], "boolq.jsonl line 2: no column 'question'"),
+    (["--tasks", "{tmp}/label.jsonl"], "label.jsonl line 1: label 2, but the 2 choices"),
+    (["--tasks", "{tmp}/nothing.jsonl"], "nothing.jsonl line 1: choice 1 .* tokenises to nothing"),
+    (["--tasks", "{tmp}/long.jsonl"], "long.jsonl line 1: choice 0 has .* the model takes 256"),
+    (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
+    (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
+    (["--limit", "0"], "--limit 0: must be at least 1"),
+    (["--baselines", "int8"], "--baselines int8: want some of quant,pca,omp,l1"),
+    (["--variants", "dual,best"], "--variants best: want some of dense, keys"),
 ])
 def test_bad_evaluation_input(argv, message, trained, tmp_path, monkeypatch, capsys):
-    (tmp_path / "short.txt").write_bytes(b"too little")
+    for name in ("short.txt", "short.txt.jsonl"):
+        (tmp_path / name).write_bytes(b"too little")
+    good = {"passage": "p", "question": "q", "label": 1}
+    write_jsonl(tmp_path / "boolq.jsonl", [good, {"passage": "p", "label": 1}])
+    write_jsonl(tmp_path / "openbookqa.jsonl", [{**ARC, "question_stem": "s", "answerKey": "E"}])
+    for name, choices in (("label", ["a", "b"]), ("nothing", ["a", ""]), ("long", ["a " * 300])):
+        label = 2 if name == "label" else 0
+        write_jsonl(tmp_path / f"{name}.jsonl", [
+            {"context": "c", "choices": choices, "label": label}])
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(evaluate, monkeypatch, "--saes", trained, "--out", tmp_path, *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
