@@ -518,19 +518,20 @@ def print_tasks(rows):
 
 # ------------------------------------------------------------------ the paper's claims
 
-def train_l1(folder, name, settings, layers):
-    """The SAEs of P1's rival, trained as those of `folder` were; they lie in its subfolder l1."""
-    command = [sys.executable, str(sta.HERE / "train_sae.py"), "--sparsity", "l1", "--model", name,
-               "--layer", ",".join(map(str, layers)), "--out", str(folder.parent)]
-    for option in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key",
-                   "k_val", "lr", "seed", "dtype"):
-        command += ["--" + option.replace("_", "-"), str(settings[option])]
-    if settings["text"] != "default":
-        command += ["--text", settings["text"]]
-    print("no L1 SAEs yet, which P1 needs; running python train_sae.py", *command[2:])
-    if subprocess.run(command).returncode or not (folder / "l1").exists():
-        raise sta.UsageError(f"no L1 SAEs in {folder / 'l1'}; run the line above by hand, with "
-                             "--out so that they come to lie there")
+def load_l1(folder, name, settings, model, layers):
+    """({(layer, kind): SAE}, {same keys: active latents on average}) of P1's rival from the
+    subfolder l1; if there is none, train_sae.py makes it as it made those of `folder`."""
+    if not (folder / "l1").exists():
+        command = ["train_sae.py", "--sparsity", "l1", "--model", name, "--out", str(folder.parent),
+                   "--layer", ",".join(map(str, layers))]
+        for option in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key",
+                       "k_val", "lr", "seed", "dtype", "text"):
+            if settings[option] != "default":
+                command += ["--" + option.replace("_", "-"), str(settings[option])]
+        print("no L1 SAEs yet; running python", *command)
+        subprocess.run([sys.executable, str(sta.HERE / command[0]), *command[1:]])
+    saes, about = sta.load_saes(folder / "l1", model, layers)
+    return saes, {key: metadata["held_out"]["l0"] for key, metadata in about.items()}
 
 
 def judge(rows, losses, curves):
@@ -539,13 +540,13 @@ def judge(rows, losses, curves):
     `clear` is two standard errors. Those over layers say how layers vary, not how runs would."""
     row, claims = {r["name"]: r for r in rows}, []
     at = lambda kind, k, metric: torch.tensor([
-        next(p for p in curve if p["k"] == k)[metric]
-        for key, curve in sorted(curves.items()) if key[1] == kind], dtype=torch.float64)
-    layers = lambda name, column: torch.tensor(
-        [r[column] for r in row[name]["by_layer"].values()], dtype=torch.float64)
-    more = lambda a, b: mean_stderr(losses[a] - losses[b])  # nats a token by which a is worse
+        next(p[metric] for p in layer[kind] if p["k"] == k) for layer in curves.values()])
+    longer = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
+        row["dual"]["by_layer"].values(), row["l1"]["by_layer"].values())])
+    worse = lambda a, b: mean_stderr(losses[a] - losses[b])  # (nats a token, standard error)
     clear = lambda pair: pair[0] > 2 * (pair[1] or 0)
     spell = lambda pair: f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
+    budget = lambda name: f"({row[name]['k_key']}, {row[name]['k_val']})"
 
     def say(statement, pair, text, holds, partly, rule, names):
         verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
@@ -553,54 +554,51 @@ def judge(rows, losses, curves):
                        "stderr": pair[1], "text": text, "verdict": verdict, "rule": rule,
                        "rows": names})
 
-    k, v = row["dual"]["k_key"], row["dual"]["k_val"]
-    longer = mean_stderr(layers("dual", "rel_norm_key") - layers("l1", "rel_norm_key"))
-    worse = more("l1", "dual")
+    l1 = worse("l1", "dual")
     say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
         f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
-        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; L1 costs {spell(worse)} nats more", clear(longer) and clear(worse),
-        clear(longer) or clear(worse), "Top-K's keys are clearly longer over layers, and L1's "
-        "cross entropy clearly higher over windows; in part: one of the two", ["dual", "l1"])
+        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; L1 is {spell(l1)} "
+        "nats worse", clear(longer) and clear(l1), clear(longer) or clear(l1),
+        "Top-K's keys are clearly longer (over layers) and L1's loss clearly higher; in part: one "
+        "of the two", ["dual", "l1"])
     cos = at("key", 8, "cos")
     say("8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
-        f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", cos.min() >= 0.8,
+        f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", (cos >= 0.8).all(),
         cos.mean() >= 0.8, "at least 0.8 in every layer; in part: in the mean over layers",
         ["curves"])
-    gap = at("value", 8, "fvu") - at("key", 8, "fvu")
-    say("values need more atoms than keys", mean_stderr(gap),
-        f"FVU at 8 atoms: values {at('value', 8, 'fvu').mean():.3f}, keys "
-        f"{at('key', 8, 'fvu').mean():.3f}; higher for values in {int((gap > 0).sum())} of "
-        f"{len(gap)} layers", bool((gap > 0).all()), clear(mean_stderr(gap)),
-        "values' FVU is higher in every layer; in part: clearly in the mean", ["curves"])
-    uniform, reverse = more("uniform", "dual"), more("reverse", "dual")
+    key, value = at("key", 8, "fvu"), at("value", 8, "fvu")
+    say("values need more atoms than keys", mean_stderr(value - key),
+        f"FVU at 8 atoms: values {value.mean():.3f}, keys {key.mean():.3f}; values higher in "
+        f"{(value > key).sum()} of {len(key)} layers", (value > key).all(),
+        clear(mean_stderr(value - key)), "higher for values in every layer; in part: clearly in "
+        "the mean", ["curves"])
+    uniform, reverse = worse("uniform", "dual"), worse("reverse", "dual")
     say("fewer atoms for keys than for values is the better split", uniform,
-        f"({k}, {v}) against ({row['uniform']['k_key']}, {row['uniform']['k_val']}): "
-        f"{spell(uniform)} nats; against ({v}, {k}): {spell(reverse)}",
-        clear(uniform) and clear(reverse), clear(uniform) or clear(reverse),
-        "both others are clearly worse; in part: one of them", ["dual", "uniform", "reverse"])
-    scale = [name for name in ("dual/8", "dual/4", "dual/2", "dual", "dual*2", "dual*4")
-             if name in row]
+        f"against {budget('dual')}, {budget('uniform')} is {spell(uniform)} nats worse and "
+        f"{budget('reverse')} {spell(reverse)}", clear(uniform) and clear(reverse),
+        clear(uniform) or clear(reverse), "both others are clearly worse; in part: one of them",
+        ["dual", "uniform", "reverse"])
+    scale = sorted((n for n in row if re.match(r"dual\b", n)), key=lambda n: row[n]["k_key"])
     best = min(scale, key=lambda name: row[name]["ce"])
-    gain = more("dense", best)
-    helps = any(clear(more(b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
-    say("dropping lower-ranked atoms removes noise and improves perplexity", gain,
-        "perplexity " + ", ".join(f"{row[n]['perplexity']:.2f}" for n in scale) + " at "
-        + ", ".join(f"({row[n]['k_key']}, {row[n]['k_val']})" for n in scale)
-        + f", dense {row['dense']['perplexity']:.2f}, next {k} and {v} atoms instead "
-        f"{row['lower']['perplexity']:.0f}; best budget below dense by {spell(gain)} nats",
-        clear(gain), helps, "some budget is clearly better than dense; in part: than a larger "
-        "budget of the same SAEs", scale + ["lower", "dense"])
-    high = row["dual"]["ratio_ci95"][1]
-    tasks = {t: (-x["delta_acc"], x["delta_acc_stderr"]) for t, x in row["dual"]["tasks"].items()}
-    lost = [t for t, pair in tasks.items() if clear(pair)]
+    gain = worse("dense", best)
+    helps = any(clear(worse(b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
+    say("dropping lower-ranked atoms removes noise and improves perplexity", gain, "perplexity "
+        + ", ".join(f"{row[n]['perplexity']:.2f} at {budget(n)}" for n in scale)
+        + f"; dense {row['dense']['perplexity']:.2f}; the next {budget('dual')} atoms instead of "
+        f"the strongest {row['lower']['perplexity']:.0f}", clear(gain), helps, "some budget is "
+        "clearly better than dense; in part: than a larger budget of the same SAEs",
+        scale + ["lower", "dense"])
+    low, high = row["dual"]["ratio_ci95"]
+    tasks = row["dual"]["tasks"]
+    lost = any(clear((-x["delta_acc"], x["delta_acc_stderr"])) for x in tasks.values())
+    change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
+              for name, x in tasks.items()] or ["not measured (--tasks)"]
     say("perplexity and zero-shot accuracy are comparable to dense",
-        (row["dual"]["ratio"], (high - row["dual"]["ratio_ci95"][0]) / 3.92),
-        f"perplexity x {row['dual']['ratio']:.3f} (95 %: {row['dual']['ratio_ci95'][0]:.3f} to "
-        f"{high:.3f}); accuracy " + (", ".join(
-            f"{t} {100 * -d:+.1f} ±{100 * (e or 0):.1f}" for t, (d, e) in tasks.items())
-            or "not measured: no --tasks"), high <= 1.02 and not lost and bool(tasks),
-        high <= 1.1 and not lost, "at most 2 % more perplexity (upper bound), tasks measured and "
-        "none clearly lower; in part: at most 10 % and none clearly lower", ["dense", "dual"])
+        (row["dual"]["ratio"], (high - low) / 3.92), f"perplexity x {row['dual']['ratio']:.3f} "
+        f"(95 %: {low:.3f} to {high:.3f}); accuracy, points: {', '.join(change)}",
+        high <= 1.02 and bool(tasks) and not lost, high <= 1.1 and not lost, "at most 2 % more "
+        "perplexity (upper bound), tasks measured, none clearly lower; in part: at most 10 %, none "
+        "clearly lower", ["dense", "dual"])
     return claims
 
 
@@ -640,15 +638,12 @@ def main():
     tasks = [load_task(spec, args, tokenizer, limit_tokens) for spec in specs.split(",") if spec]
     pca = l1 = None
     if "pca" in args.baselines:
-        learned = trained["text"]
-        learned = sta.read_text(None if learned == "default" else learned, "train", name, 1 << 20)
-        learned = token_windows(learned, tokenizer, args.seq_len, 32_768)
-        pca = fit_pca(model, layers, learned, args.sink)
+        learned = None if trained["text"] == "default" else trained["text"]
+        learned = sta.read_text(learned, "train", name, max_chars=1 << 20)
+        pca = fit_pca(model, layers, token_windows(learned, tokenizer, args.seq_len, 32_768),
+                      args.sink)
     if "l1" in args.baselines:
-        if not (folder / "l1").exists():
-            train_l1(folder, name, trained, layers)
-        rivals, about = sta.load_saes(folder / "l1", model, layers)
-        l1 = rivals, {key: about[key]["held_out"]["l0"] for key in rivals}
+        l1 = load_l1(folder, name, trained, model, layers)
     tried = variants(args, model, saes, pca, l1)
     if args.variants:
         chosen = {"dense", *args.variants.split(",")}
@@ -680,14 +675,14 @@ def main():
                         for task in tasks if task.name in found}})
         print_row(rows[-1])
     print_tasks(rows)
-    curves = {key: curve.result() for key, curve in measured.items()}
-    report = {layer: {kind: curves[layer, kind] for kind in sta.KINDS} for layer in layers}
+    curves = {layer: {kind: measured[layer, kind].result() for kind in sta.KINDS}
+              for layer in layers}
     for kind in sta.KINDS:
-        for layer in layers:
-            report[layer][f"elbow_{kind[:3]}"] = sta.elbow(curves[layer, kind])
-        elbows = [report[layer][f"elbow_{kind[:3]}"] for layer in layers]
+        elbows = [sta.elbow(curves[layer][kind]) for layer in layers]
         counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
         print(f"elbow of the {kind} curves (k up to {sta.CURVE_KS[-1]}), layers: {counts}")
+        for layer, k in zip(layers, elbows):
+            curves[layer][f"elbow_{kind[:3]}"] = k
     claims = judge(rows, losses, curves) if args.claims else []
     for c in claims:
         print(f"{c['claim']} {c['verdict']}: {c['statement']}: {c['text']}\n   rule: {c['rule']}")
@@ -698,7 +693,7 @@ def main():
          "n_layers": config.num_hidden_layers, "tokens": windows.numel(),
          "windows": len(windows), "seq_len": args.seq_len, "sink": args.sink, "config": settings,
          "sae_settings": trained, **provenance(device), "rows": rows,
-         "curves": report, "claims": claims}, indent=1) + "\n")
+         "curves": curves, "claims": claims}, indent=1) + "\n")
     print(f"wrote {path}")
 
 

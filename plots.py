@@ -18,7 +18,9 @@ import matplotlib.pyplot as plt
 
 STYLE = {"key": ("#0072B2", "o", "-"), "value": ("#D55E00", "s", "--")}
 VARIANTS = {"dense": ("black", "*"), "keys": ("#0072B2", "o"), "values": ("#D55E00", "s"),
-            "dual": ("#009E73", "D"), "uniform": ("#CC79A7", "^")}
+            "dual": ("#009E73", "D"), "uniform": ("#CC79A7", "^"), "reverse": ("#CC79A7", "v"),
+            "omp": ("#009E73", "P"), "quant2": ("#E69F00", "$2$"), "quant3": ("#E69F00", "$3$"),
+            "quant4": ("#E69F00", "$4$"), "pca": ("#56B4E9", "X"), "l1": ("#56B4E9", "h")}
 
 
 def budget_curve(result):
@@ -53,25 +55,29 @@ def budget_curve(result):
 
 
 def bytes_picture(result):
-    """Perplexity of every variant against its share of the bf16 cache's bytes."""
-    figure, panel = plt.subplots(figsize=(6.4, 4.4), constrained_layout=True)
+    """Perplexity of every variant against its share of the bf16 cache's bytes; those with more
+    than twice the dense perplexity are named below it."""
+    figure, panel = plt.subplots(figsize=(7.6, 4.6), constrained_layout=True)
     dense = result["rows"][0]["perplexity"]
-    for row in result["rows"]:
-        colour, marker = VARIANTS.get(row["name"], ("grey", "x"))
+    off = [row for row in result["rows"] if row["perplexity"] > 2 * dense]
+    for row in (row for row in result["rows"] if row not in off):
+        colour, marker = VARIANTS.get(row["name"], ("#009E73", "x"))  # dual at other budgets
         share = 100 * row["bytes_share"]
         # one standard error of the paired difference to dense, carried over to perplexity
         error = row["perplexity"] * (row["delta_ce_stderr"] or 0)
-        budget = "" if row["name"] == "dense" else " ({}, {})".format(
+        budget = "" if row["k_key"] is row["k_val"] is None else " ({}, {})".format(
             *("-" if row[k] is None else row[k] for k in ("k_key", "k_val")))
         panel.errorbar(share, row["perplexity"], yerr=error, color=colour, marker=marker, ms=9,
                        capsize=3, ls="", label=row["name"] + budget)
     panel.axhline(dense, color="grey", lw=1, ls=":")
     panel.set_xlim(0, 105)
-    panel.set_xlabel("bytes of the KV cache, % of bf16")
+    panel.set_xlabel("bytes of the KV cache, % of bf16" + ("" if not off else (
+        "\n(off the scale: " + ", ".join(f"{r['name']} {r['perplexity']:.0f}" for r in off) + ")")))
     panel.set_ylabel(f"perplexity ({result['tokens']:,} tokens)")
     panel.set_title(f"{result['model']}: perplexity against bytes, "
                     f"{len(result['layers'])} of {result['n_layers']} layers", fontsize=11)
-    panel.legend(title="variant (k_key, k_val)", fontsize=8, title_fontsize=8)
+    panel.legend(title="variant (k_key, k_val)", fontsize=8, title_fontsize=8,
+                 bbox_to_anchor=(1.01, 1), loc="upper left")
     panel.grid(alpha=0.25)
     return figure
 
