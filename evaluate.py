@@ -73,6 +73,9 @@ def parse_args(argv=None):
     # budgets
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--coef-bits", type=int, default=16, choices=range(3, 17), metavar="BITS",
+        help="bits a coefficient; below 16 packed with the index, and an fp16 step a vector "
+             "(default 16)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
@@ -106,7 +109,8 @@ def find_saes(root, model_name):
         folders = [root]
     else:
         folders = [root / sta.slug(model_name)] if model_name else root.glob("*")
-    found = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
+    found = [path for folder in folders for stage in ("", "pursuit", "kl", "pursuit/kl")
+             for path in (folder / stage).glob("layer*.key/cfg.json")]
     if not found:
         raise sta.UsageError(f"{root}: no SAEs{' of ' + model_name if model_name else ''}; first "
                              f"run: {command}")
@@ -344,21 +348,9 @@ def quantise(x, live, kind, bits, group=32):
     return rows.transpose(1, 3) if kind == "key" else rows
 
 
-@torch.no_grad()
-def omp(sae, x, k):
-    """Orthogonal matching pursuit, x (..., D) -> x_hat: k times the atom most in line with what is
-    left, then least squares over all chosen, as a projection on their orthonormal span."""
-    found = []
-    for target in (x / sae.scale - sae.b_dec).flatten(0, -2).split(2048):  # (N, D), cache-sized
-        rest, span = target, target.new_empty(len(target), k, target.shape[-1])  # (N, k, D)
-        for j in range(k):
-            atom = sae.W_dec[(rest @ sae.W_dec.T).abs_().max(-1).indices]  # (N, D)
-            known = span[:, :j]
-            atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]  # Gram-Schmidt
-            span[:, j] = F.normalize(atom, dim=-1)
-            rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
-        found.append(target - rest)
-    return (torch.cat(found).view_as(x) + sae.b_dec) * sae.scale
+def omp(x, live, sae, k):
+    """Codes by orthogonal matching pursuit over the dictionary of a one-pass SAE."""
+    return sae.decode(*sae.pursue(x, k))
 
 
 @torch.no_grad()
@@ -410,9 +402,9 @@ def variants(args, model, saes, pca, l1):
     if args.claims:
         budgets |= {f"dual/{s}": (k // s, v // s) for s in (8, 4, 2) if min(k, v) >= s}
         budgets |= {f"dual*{s}": (k * s, v * s) for s in (2, 4) if max(k, v) * s <= most}
-    size = lambda budget: sta.bytes_per_token(budget, heads, dim, n_latents)
-    made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b)), size(b))
-            for name, b in budgets.items()]
+    size = lambda budget, bits=16: sta.bytes_per_token(budget, heads, dim, n_latents, bits)
+    made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b), args.coef_bits),
+                    size(b, args.coef_bits)) for name, b in budgets.items()]
     own, none = dict(zip(sta.KINDS, (k, v))), sta.Budget(None, None)
     if args.claims:
         made.append(Variant("lower", sta.Budget(k, v), {
@@ -429,8 +421,8 @@ def variants(args, model, saes, pca, l1):
             for key, fit in pca.items()}, 2 * heads * sum(rank.values())))
     if "omp" in args.baselines:
         made.append(Variant("omp", sta.Budget(k, v), {
-            key: lambda x, live, sae=sae, k=own[key[1]]: omp(sae, x, k)
-            for key, sae in saes.items()}, size((k, v))))
+            key: functools.partial(omp, sae=sae, k=own[key[1]]) for key, sae in saes.items()},
+            size((k, v))))
     if l1:  # ({(layer, kind): TopKSAE}, {(layer, kind): mean number of active latents})
         made.append(Variant("l1", none, {
             key: lambda x, live, sae=sae: sae.relu_code(x) for key, sae in l1[0].items()},
@@ -450,7 +442,8 @@ def dense_pass(model, saes, windows, tried, sink):
             for key, x in rows.items():
                 x = x[:, sink:].float()  # (B, T - sink, H, D)
                 first = not curves[key].seen
-                curves[key].update(x.flatten(0, 2))
+                if first or not saes[key].pursuit:  # pursuit is slow
+                    curves[key].update(x.flatten(0, 2))
                 for v in tried if first else ():
                     if key in v.codecs:
                         x_hat = v.codecs[key](x, torch.ones_like(x[..., 0, 0], dtype=torch.bool))
@@ -518,9 +511,12 @@ def print_tasks(rows):
 
 # ------------------------------------------------------------------ the paper's claims
 
-def load_l1(folder, name, settings, model, layers):
+def load_l1(folder, name, model, layers):
     """({(layer, kind): SAE}, {same keys: active latents on average}) of P1's rival from the
     subfolder l1; if there is none, train_sae.py makes it as it made those of `folder`."""
+    while folder.name in ("kl", "pursuit"):
+        folder = folder.parent
+    settings = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
     if not (folder / "l1").exists():
         command = ["train_sae.py", "--sparsity", "l1", "--model", name, "--out", str(folder.parent),
                    "--layer", ",".join(map(str, layers))]
@@ -643,7 +639,7 @@ def main():
         pca = fit_pca(model, layers, token_windows(learned, tokenizer, args.seq_len, 32_768),
                       args.sink)
     if "l1" in args.baselines:
-        l1 = load_l1(folder, name, trained, model, layers)
+        l1 = load_l1(folder, name, model, layers)
     tried = variants(args, model, saes, pca, l1)
     if args.variants:
         chosen = {"dense", *args.variants.split(",")}

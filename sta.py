@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -55,6 +56,7 @@ class TopKSAE(nn.Module):
         self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.long))
         self.register_buffer("l1_weight", torch.tensor(0.05))  # used by l1_loss alone
         self.n_latents = n_latents
+        self.pursuit = False  # True: encode by `pursue`
 
     @torch.no_grad()
     def centre(self, x):
@@ -68,11 +70,36 @@ class TopKSAE(nn.Module):
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
+        if self.pursuit:
+            return self.pursue(x, k)
         z, idx = self.preactivations(x).topk(k, dim=-1)
         return F.relu(z), idx
 
     def preactivations(self, x):
         return (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc  # (..., M)
+
+    def pursue(self, x, k):
+        """encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, idx (..., k).
+
+        k times the atom most in line with what is left, then least squares over all chosen; slower
+        than one matmul and much closer [arXiv 2412.08890]. Gradients flow through z, not idx."""
+        target = (x / self.scale - self.b_dec).flatten(0, -2)  # (N, D)
+        idx = torch.cat([self._pick(rows, k) for rows in target.detach().split(2048)])  # in cache
+        atoms = self.W_dec[idx]  # (N, k, D)
+        gram = atoms @ atoms.mT + 1e-6 * torch.eye(k, device=x.device)
+        z = torch.linalg.solve(gram, atoms @ target[..., None])[..., 0]  # (N, k)
+        return z.view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
+
+    @torch.no_grad()
+    def _pick(self, rest, k):
+        span, picks = rest.new_empty(len(rest), k, rest.shape[-1]), []  # orthonormal (N, k, D)
+        for j in range(k):
+            picks.append((rest @ self.W_dec.T).abs_().max(-1).indices)
+            atom, known = self.W_dec[picks[-1]], span[:, :j]
+            atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]  # Gram-Schmidt
+            span[:, j] = F.normalize(atom, dim=-1)
+            rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
+        return torch.stack(picks, -1)
 
     def decode(self, z, idx):
         """z, idx (..., k) -> x_hat (..., D): a sum of k rows of W_dec, never a dense latent."""
@@ -96,6 +123,16 @@ class TopKSAE(nn.Module):
         # a quarter of the rows is enough for AuxK, which costs more than the rest otherwise
         aux = self.auxk(target[::4], residual[::4].detach(), self.idle > dead_window)
         return error + aux / 32, error.detach()
+
+    def pursuit_loss(self, x, k):
+        """Rows x (N, D) -> (loss, error) of codes by pursuit. At the least-squares z the error's
+        gradient to the atoms is the one that holds z fixed, so z is."""
+        with torch.no_grad():
+            z, idx = self.pursue(x, k)
+            self.idle += len(x)
+            self.idle[idx.flatten()] = 0
+        error = (x / self.scale - self.b_dec - _sum_atoms(z, idx, self.W_dec)).square().sum(-1)
+        return error.mean(), error.mean().detach()
 
     def l1_loss(self, x, k, gain=0.03):
         """P1's rival, a ReLU autoencoder: rows x (N, D) -> (loss, error) with an L1 penalty whose
@@ -161,7 +198,7 @@ class Fidelity:
         square, square_hat = x.square().sum(-1), x_hat.square().sum(-1)  # (N,)
         ratio = (square_hat / square.clamp_min(1e-24)).sqrt()
         cos = (x * x_hat).sum(-1) / (square * square_hat).sqrt().clamp_min(1e-24)
-        active = torch.zeros(()) if z is None else z > 0
+        active = torch.zeros(()) if z is None else z != 0
         self.x_sum = self.x_sum + total(x, 0)
         self.sums = self.sums + torch.stack([
             total(torch.ones_like(square)), total(square), total((x - x_hat).square()), total(cos),
@@ -243,7 +280,8 @@ class BudgetCurve:
 
     def __init__(self, sae, ks=CURVE_KS):
         self.sae, self.seen = sae, 0
-        self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= sae.n_latents}
+        most = len(sae.b_dec) // 2 if sae.pursuit else sae.n_latents
+        self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= most}
 
     @torch.no_grad()
     def update(self, x):
@@ -252,7 +290,7 @@ class BudgetCurve:
         for rows in x.split(8192):
             z, idx = self.sae.encode(rows, max(self.at))
             for k, fidelity in self.at.items():
-                code = z[:, :k], idx[:, :k]
+                code = self.sae.encode(rows, k) if self.sae.pursuit else (z[:, :k], idx[:, :k])
                 fidelity.update(rows, self.sae.decode(*code), *code)
 
     def result(self):
@@ -279,13 +317,26 @@ class Budget(NamedTuple):
     k_val: int | None = 16
 
 
-def dual(saes, budget):
-    """{(layer, kind): codec} for `reconstruct`: every row becomes its k strongest atoms.
+def round_coefficients(z, bits):
+    """z (..., k) on 2**bits - 1 even steps between -max|z| and max|z| of its vector, that step in
+    fp16. 16 bits: unchanged, fp16's own rounding is not simulated. The gradient is that of z."""
+    if bits == 16:
+        return z
+    step = (z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).half().float()
+    return z + ((z / step.clamp_min(1e-8)).round() * step - z).detach()
 
-    saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}."""
+
+def dual(saes, budget, coef_bits=16):
+    """{(layer, kind): codec} for `reconstruct`: every row becomes the code of its k atoms.
+
+    saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}; coefficients as stored."""
+    def codec(x, live, sae, k):
+        z, idx = sae.encode(x, k)
+        return sae.decode(round_coefficients(z, coef_bits), idx)
+
     ks = {(layer, kind): (budget[layer] if isinstance(budget, dict) else budget)[i]
           for layer, _ in saes for i, kind in enumerate(KINDS)}
-    return {key: lambda x, live, sae=sae, k=ks[key]: sae(x, k)
+    return {key: functools.partial(codec, sae=sae, k=ks[key])
             for key, sae in saes.items() if ks[key]}
 
 
@@ -328,11 +379,15 @@ def reconstruct(model, codecs, sink=1):
         yield
 
 
-def bytes_per_token(budget, n_kv_heads, head_dim, n_latents):
+def bytes_per_token(budget, n_kv_heads, head_dim, n_latents, coef_bits=16):
     """Bytes one layer keeps of a coded token, K and V of all kv heads. An atom: fp16 coefficient
-    and int16 index (int32 above 65,536 latents); a dense vector: bf16."""
-    atom = 2 + (2 if n_latents <= 65536 else 4)
-    return sum(n_kv_heads * (2 * head_dim if k is None else atom * k) for k in budget)
+    and int16 index (int32 above 65,536 latents); below 16 bits, coefficient and index packed, and
+    an fp16 scale a vector. A dense vector: bf16."""
+    if coef_bits == 16:
+        size = lambda k: k * (2 + (2 if n_latents <= 65536 else 4))
+    else:
+        size = lambda k: 2 + math.ceil(k * (coef_bits + (n_latents - 1).bit_length()) / 8)
+    return sum(n_kv_heads * (2 * head_dim if k is None else size(k)) for k in budget)
 
 
 # ------------------------------------------------------------------ 6. the fast path
@@ -527,9 +582,9 @@ def save_sae(folder, sae, metadata):
     from safetensors.torch import save
     weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale,
                "W_dec": sae.W_dec, "b_dec": sae.b_dec * sae.scale}
-    architecture = "standard" if metadata.get("sparsity") == "l1" else "topk"  # SAELens's names
-    cfg = {"architecture": architecture, "d_in": len(sae.b_dec), "d_sae": sae.n_latents,
-           "k": metadata["k"], "dtype": "float32", "device": "cpu",
+    names = {"l1": "standard", "pursuit": "orthogonal_matching_pursuit"}  # the latter is ours
+    cfg = {"architecture": names.get(metadata.get("sparsity"), "topk"), "d_in": len(sae.b_dec),
+           "d_sae": sae.n_latents, "k": metadata["k"], "dtype": "float32", "device": "cpu",
            "apply_b_dec_to_input": True, "normalize_activations": "none",
            "metadata": {"sae_lens_version": "6.54.0", **metadata}}
     weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
@@ -549,6 +604,7 @@ def load_sae(folder):
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
                          f"({type(error).__name__}: {error})") from None
+    sae.pursuit = cfg["metadata"].get("sparsity") == "pursuit"
     return sae.requires_grad_(False), cfg["metadata"]
 
 

@@ -2,6 +2,7 @@
 
     python train_sae.py                              # tiny, all layers: minutes on 2 cores
     python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
+    python train_sae.py --objective kl               # then: all of them together on predictions
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
@@ -11,15 +12,17 @@ order inside the loop, dictionary_learning. Non-goals: several machines, tuning 
 import argparse
 import hashlib
 import json
+import math
 import pathlib
 import time
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
 
-CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
+CHECKPOINT_SECONDS, LOG_STEPS, KL_LOG_STEPS = 10, 50, 20
 
 
 def parse_args(argv=None):
@@ -32,22 +35,34 @@ def parse_args(argv=None):
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
     add("--text", help="UTF-8 file, or hub data set as owner/name[:config[:split]] "
                        "(default: tiny's own, else WikiText-103)")
+    add("--objective", choices=["reconstruction", "kl"], default="reconstruction",
+        help="kl: take the SAEs on disk and train all of them together on the KL divergence of the "
+             "model's predictions from its dense ones; written to a subfolder kl")
     # how much
-    add("--tokens", type=int, help="tokens to train on; a shorter text is read again "
-                                   "(default 500,000 for tiny, else 10 million)")
+    add("--tokens", type=int, help="tokens to train on; a shorter text is read again (default "
+                                   "500,000 for tiny, else 10 million; kl: 200,000, 2 million)")
     add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--buffer-tokens", type=int, default=32_768,
         help="tokens whose rows are shuffled together (default 32,768)")
     add("--batch-rows", type=int, default=2048,
         help="rows a step; a token gives one for each kv head (default 2048)")
+    add("--batch-tokens", type=int, default=2048, help="tokens a step of kl (default 2048)")
+    add("--part-tokens", type=int, default=2048,
+        help="kl: tokens in memory at once; gradients are summed over a batch (default 2048)")
+    add("--checkpoint", action="store_true", help="kl: recompute activations in backward, to save "
+                                                  "memory")
     # the SAEs
     add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
-    add("--sparsity", choices=["topk", "l1"], default="topk",
-        help="l1: the rival of claim P1, penalised until k latents are active on average; written "
-             "to the subfolder l1 (default topk)")
-    add("--lr", type=float, default=4e-3, help="Adam's peak rate (default 0.004)")
+    add("--sparsity", choices=["topk", "pursuit", "l1"], default="topk",
+        help="pursuit: codes by orthogonal matching pursuit; l1: the rival of claim P1, penalised "
+             "until k latents are active on average; both go to a subfolder of that name "
+             "(default topk)")
+    add("--coef-bits", type=int, default=16, choices=range(3, 17), metavar="BITS",
+        help="kl: bits a coefficient, rounded in training, too (default 16)")
+    add("--lr", type=float,
+        help="Adam's peak rate (default 0.004; pursuit: 0.01; kl: 0.001)")
     add("--seed", type=int, default=0)
     # where
     add("--device", help="cpu or cuda (default: cuda if there is one)")
@@ -57,9 +72,14 @@ def parse_args(argv=None):
     add("--resume", action="store_true", help="take up the unfinished run in --out")
     args = parser.parse_args(argv)
     tokens, n_latents = (500_000, 512) if args.model == "tiny" else (10_000_000, 1024)
+    if args.objective == "kl":
+        tokens = 200_000 if args.model == "tiny" else 2_000_000
+    if args.lr is None:
+        args.lr = 1e-3 if args.objective == "kl" else 1e-2 if args.sparsity == "pursuit" else 4e-3
     args.tokens = tokens if args.tokens is None else args.tokens
     args.n_latents = n_latents if args.n_latents is None else args.n_latents
-    for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val"):
+    for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "batch_tokens", "part_tokens",
+                 "n_latents", "k_key", "k_val"):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
         if value is not None and value < 1:
             raise sta.UsageError(f"{flag} {value}: must be at least 1")
@@ -198,6 +218,8 @@ def train(model, windows, layers, settings, args, folder):
     generator = torch.Generator().manual_seed(args.seed)
     saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator).to(model.device)
             for layer in layers for kind in sta.KINDS}
+    for sae in saes.values():
+        sae.pursuit = args.sparsity == "pursuit"
     optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()],
                                  lr=args.lr, fused=True)
     held_out, buffers = schedule(windows, args.tokens, args.buffer_tokens, args.seed)
@@ -226,10 +248,11 @@ def train(model, windows, layers, settings, args, folder):
             for (layer, kind), sae in saes.items():
                 x = rows[layer, kind][batch].float()  # (batch_rows, D)
                 k = cycle[kind][step % 4]
-                if args.sparsity == "l1":
-                    loss, error = sae.l1_loss(x, own[kind])
-                else:
+                if args.sparsity == "topk":
                     loss, error = sae.loss(x, k, own[kind], dead_window)
+                else:
+                    train_step = sae.l1_loss if args.sparsity == "l1" else sae.pursuit_loss
+                    loss, error = train_step(x, own[kind])
                 loss.backward()
                 if step % 2 == 0:  # then k is the SAE's own
                     errors[sta.KINDS.index(kind)] += error / len(layers)
@@ -264,19 +287,91 @@ def train(model, windows, layers, settings, args, folder):
     return saes, held_rows, progress["log"]
 
 
+def divergence(model, codecs, windows, part_tokens, train=False):
+    """(KL(dense || coded) of next-token distributions, cross entropy of the coded model) in nats a
+    token, means over windows taken part by part; after backward on the former if train."""
+    sums = torch.zeros(2)
+    for part in windows.split(max(1, part_tokens // windows.shape[1])):
+        part, share = part.to(model.device), len(part) / len(windows)
+        with torch.no_grad():
+            dense = model(part, use_cache=False).logits.float().log_softmax(-1)  # (B, T, V)
+        with sta.reconstruct(model, codecs), torch.set_grad_enabled(train):
+            coded = model(part, use_cache=False).logits.float().log_softmax(-1)
+            kl = share * F.kl_div(coded, dense, log_target=True, reduction="none").sum(-1).mean()
+            if train:
+                kl.backward()  # in here: recomputed activations need the hooks, too
+        ce = share * F.nll_loss(coded[:, :-1].flatten(0, 1), part[:, 1:].flatten())
+        sums += torch.stack([kl, ce]).detach().cpu()
+    return sums.tolist()
+
+
+def train_kl(model, windows, saes, settings, args, folder):
+    """All SAEs together, the model frozen -> (held-out rows by (layer, kind), log)."""
+    for sae in saes.values():
+        sae.requires_grad_(True)
+    if args.checkpoint:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.train()  # or transformers ignores it; the supported types have no dropout by default
+    optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()], lr=args.lr,
+                                 fused=True)
+    held_out, batches = schedule(windows, args.tokens, args.batch_tokens, args.seed)
+    # not in paper: mostly the own budget, as one trained alone specialises to it
+    scales = [1, 1, 0.75, 1, 1, 1.5]
+    codecs = lambda scale: sta.dual(saes, sta.Budget(*(
+        min(max(1, round(scale * k)), args.n_latents) for k in (args.k_key, args.k_val))),
+        args.coef_bits)
+    state = folder / "unfinished.safetensors"
+    progress = {"step": 0, "settings": settings, "log": []}
+    if args.resume and state.exists():
+        progress = load_state(state, saes, optimizer, settings)
+        print(f"resuming at step {progress['step']}/{len(batches)}")
+    saved = began = time.time()
+    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", disable=None)
+    for step in range(progress["step"], len(batches) + 1):
+        if step % KL_LOG_STEPS == 0 or step == len(batches):
+            kl, ce = divergence(model, codecs(1), held_out, args.part_tokens)
+            progress["log"].append({"step": step, "held_out_kl": kl, "held_out_ce": ce})
+            bar.write(f"step {step}/{len(batches)} | held-out KL {kl:.4f} | perplexity "
+                      f"{math.exp(ce):.3f} | {time.time() - began:.0f} s")
+        if step == len(batches):
+            break
+        optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, len(batches))
+        divergence(model, codecs(scales[step % len(scales)]), windows[batches[step]],
+                   args.part_tokens, train=True)
+        for sae in saes.values():
+            sae.project_gradient()
+        optimizer.step()
+        optimizer.zero_grad()
+        for sae in saes.values():
+            sae.renormalise()
+        bar.update()
+        if time.time() - saved > CHECKPOINT_SECONDS:
+            save_state(state, saes, optimizer, {**progress, "step": step + 1})
+            saved = time.time()
+    bar.close()
+    for sae in saes.values():
+        sae.requires_grad_(False)
+    return harvest(model.eval(), sorted({layer for layer, _ in saes}), held_out), progress["log"]
+
+
 def main():
     args = parse_args()
     device, dtype = sta.pick_device(args.device, args.dtype)
-    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer, last_only=True)
+    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
+                                              last_only=args.objective != "kl")
     args.seq_len = sta.window_length(model, args.seq_len, 512)
     text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
     windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
     settings = {name: getattr(args, name) for name in (
         "tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr",
-        "sparsity", "seed")}
+        "sparsity", "objective", "batch_tokens", "coef_bits", "seed")}
     settings |= {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
                  "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    folder = args.out / sta.slug(args.model) / ("l1" if args.sparsity == "l1" else "")
+    base = args.out / sta.slug(args.model) / ("" if args.sparsity == "topk" else args.sparsity)
+    folder = base / "kl" if args.objective == "kl" else base
+    if args.objective == "kl" and not any(base.glob("layer*.key")):
+        raise sta.UsageError(f"{base}: no SAEs to start from; first run the same command without "
+                             "--objective kl")
     if check_folder(folder, layers, settings, args.resume):
         print(f"{folder}: trained already with these settings; nothing to do")
         return
@@ -285,7 +380,11 @@ def main():
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {args.seq_len}")
 
-    saes, held_rows, log = train(model, windows, layers, settings, args, folder)
+    if args.objective == "kl":
+        saes, _ = sta.load_saes(base, model, layers)
+        held_rows, log = train_kl(model, windows, saes, settings, args, folder)
+    else:
+        saes, held_rows, log = train(model, windows, layers, settings, args, folder)
     print(f"held out ({len(held_rows[layers[0], 'key']):,} rows each; dead: fired by none of them)")
     print("            cos_K  fvu_K dead_K  L0_K |  cos_V  fvu_V dead_V  L0_V")
     mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
@@ -293,7 +392,7 @@ def main():
         line = []
         for kind, k in ks.items():
             curve = sta.BudgetCurve(saes[layer, kind],
-                                    [k if args.sparsity == "topk" else args.n_latents])
+                                    [args.n_latents if args.sparsity == "l1" else k])
             curve.update(held_rows[layer, kind].float())
             point = curve.result()[0]
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}% "
