@@ -395,7 +395,7 @@ def variants(args, model, saes, pca, l1):
     """Every Variant that the arguments ask for, dense first."""
     heads, dim = sta.kv_shape(model.get_decoder().config)
     n_latents = max(sae.n_latents for sae in saes.values())
-    most = min(sae.n_latents for sae in saes.values())
+    most = min(dim // 2 if sae.pursuit else sae.n_latents for sae in saes.values())
     k, v, total = args.k_key, args.k_val, args.k_key + args.k_val
     budgets = {"dense": (None, None), "keys": (k, None), "values": (None, v), "dual": (k, v),
                "uniform": (total // 2, total - total // 2), "reverse": (v, k)}
@@ -600,6 +600,42 @@ def judge(rows, losses, curves):
 
 # ------------------------------------------------------------------ the run
 
+def score(model, saes, tried, windows, tasks, limit_tokens, args):
+    """Print the tables -> (rows, {name: window losses}, curves of the JSON)."""
+    print("variant  k_key k_val  perplexity  delta CE         bytes/tok  share  fvu_K  fvu_V"
+          "  cos_K  cos_V")
+    dense, fits, measured = dense_pass(model, saes, windows, tried, args.sink)
+    layers = sorted({layer for layer, _ in saes})
+    rows, losses, dense_found = [], {"dense": dense}, {}
+    for variant in tried:
+        with sta.reconstruct(model, variant.codecs, args.sink):
+            if variant.name != "dense":
+                losses[variant.name] = window_losses(model, windows, variant.name)
+            found = {task.name: loglikelihoods(model, task.requests, limit_tokens,
+                                               f"{variant.name} {task.name}")
+                     for task in tasks if not variant.name.startswith(P5_ONLY)}
+        dense_found = dense_found or found
+        rows.append({"name": variant.name, **variant.budget._asdict()}
+                    | compare(losses[variant.name], dense, args.seed)
+                    | memory(variant, len(layers), model, args.seq_len, args.sink)
+                    | fidelity(fits[variant.name], layers) | {"tokens": windows.numel(), "tasks": {
+                        task.name: task_columns(task, found[task.name], dense_found[task.name],
+                                                args.log_samples)
+                        for task in tasks if task.name in found}})
+        print_row(rows[-1])
+    print_tasks(rows)
+    curves = {layer: {kind: measured[layer, kind].result() for kind in sta.KINDS}
+              for layer in layers}
+    for kind in sta.KINDS:
+        elbows = [sta.elbow(curves[layer][kind]) for layer in layers]
+        counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
+        print(f"elbow of the {kind} curves (k up to {curves[layers[0]][kind][-1]['k']}), layers: "
+              f"{counts}")
+        for layer, k in zip(layers, elbows):
+            curves[layer][f"elbow_{kind[:3]}"] = k
+    return rows, losses, curves
+
+
 def provenance(device):
     """What a reader needs to run it again."""
     commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
@@ -650,35 +686,7 @@ def main():
     print(f"{name} with the SAEs of {folder}: {len(layers)} of {config.num_hidden_layers} layers "
           f"reconstructed, {windows.numel():,} tokens in windows of {args.seq_len}")
 
-    print("variant  k_key k_val  perplexity  delta CE         bytes/tok  share  fvu_K  fvu_V"
-          "  cos_K  cos_V")
-    dense, fits, measured = dense_pass(model, saes, windows, tried, args.sink)
-    rows, losses, dense_found = [], {"dense": dense}, {}
-    for variant in tried:
-        with sta.reconstruct(model, variant.codecs, args.sink):
-            if variant.name != "dense":
-                losses[variant.name] = window_losses(model, windows, variant.name)
-            found = {task.name: loglikelihoods(model, task.requests, limit_tokens,
-                                               f"{variant.name} {task.name}")
-                     for task in tasks if not variant.name.startswith(P5_ONLY)}
-        dense_found = dense_found or found
-        rows.append({"name": variant.name, **variant.budget._asdict()}
-                    | compare(losses[variant.name], dense, args.seed)
-                    | memory(variant, len(layers), model, args.seq_len, args.sink)
-                    | fidelity(fits[variant.name], layers) | {"tokens": windows.numel(), "tasks": {
-                        task.name: task_columns(task, found[task.name], dense_found[task.name],
-                                                args.log_samples)
-                        for task in tasks if task.name in found}})
-        print_row(rows[-1])
-    print_tasks(rows)
-    curves = {layer: {kind: measured[layer, kind].result() for kind in sta.KINDS}
-              for layer in layers}
-    for kind in sta.KINDS:
-        elbows = [sta.elbow(curves[layer][kind]) for layer in layers]
-        counts = ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows)))
-        print(f"elbow of the {kind} curves (k up to {sta.CURVE_KS[-1]}), layers: {counts}")
-        for layer, k in zip(layers, elbows):
-            curves[layer][f"elbow_{kind[:3]}"] = k
+    rows, losses, curves = score(model, saes, tried, windows, tasks, limit_tokens, args)
     claims = judge(rows, losses, curves) if args.claims else []
     for c in claims:
         print(f"{c['claim']} {c['verdict']}: {c['statement']}: {c['text']}\n   rule: {c['rule']}")
