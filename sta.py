@@ -9,6 +9,7 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
     x_hat = s (sum_j z_j W_dec[idx_j] + b_dec)                                        (D,)
     loss  = |x - x_hat|^2 / s^2 + AuxK/32, with s^2 = mean |x - mean(x)|^2
     dual budget: each key becomes its k_key strongest atoms, each value its k_val
+    pursuit (not in paper): the same dictionary, atoms chosen one by one for what is left of x
 
 Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents, k budget
 Use:    with reconstruct(model, dual(saes, Budget(8, 16))): model.generate(...)
@@ -420,7 +421,7 @@ class SparseTopK(torch.autograd.Function):
 
 def speed_up(saes):
     """Give each SAE compiled twins of encode and decode: same signatures, same values."""
-    for sae in saes.values():
+    for sae in (sae for sae in saes.values() if not sae.pursuit):
         for f in (TopKSAE.encode, TopKSAE.decode):
             fast = torch.compile(f, fullgraph=True, dynamic=True)
             setattr(sae, f.__name__, functools.partial(fast, sae))
@@ -516,7 +517,7 @@ def load_model(name, device, dtype, layers="all", last_only=False):
 def window_length(model, seq_len, default):
     """--seq-len, or `default` if the model takes that many; raises UsageError over its limit."""
     limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
-    seq_len = seq_len or min(default, limit)
+    seq_len = min(default, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
         raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
     return seq_len
