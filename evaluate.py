@@ -109,8 +109,9 @@ def find_saes(root, model_name):
         folders = [root]
     else:
         folders = [root / sta.slug(model_name)] if model_name else root.glob("*")
-    found = [path for folder in folders for stage in ("", "pursuit", "kl", "pursuit/kl")
-             for path in (folder / stage).glob("layer*.key/cfg.json")]
+        folders = [folder / stage for folder in folders
+                   for stage in ("", "pursuit", "kl", "pursuit/kl")]
+    found = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
     if not found:
         raise sta.UsageError(f"{root}: no SAEs{' of ' + model_name if model_name else ''}; first "
                              f"run: {command}")

@@ -558,8 +558,9 @@ def test_kl_stage(trained, tmp_path, monkeypatch, capsys):
     assert weights["whole"] == weights["resumed"] and len(weights["whole"]) == 4
     log = json.loads((tmp_path / "whole" / "tiny" / "kl" / "run-1-2.json").read_text())["log"]
     assert log[-1]["held_out_kl"] < 0.9 * log[0]["held_out_kl"]
-    assert evaluate.find_saes(tmp_path / "whole", None) == (tmp_path / "whole" / "tiny" / "kl",
-                                                            "tiny")
+    base = tmp_path / "whole" / "tiny"
+    assert evaluate.find_saes(tmp_path / "whole", None) == (base / "kl", "tiny")  # the newest
+    assert evaluate.find_saes(base, None) == (base, "tiny")  # the very folder that is named
 
 
 # ---------------------------------------------------------------- zero-shot, baselines, verdicts
