@@ -626,12 +626,12 @@ def test_loglikelihoods_are_those_of_one_request_at_a_time(tiny, tmp_path):
 
 
 def test_scores():
-    task = evaluate.Task("t", [None] * 6, [[2, 9], [2, 9], [1, 1]], [0, 1, 1], 0)
+    task = evaluate.Task("t", [None] * 6, [[2, 5], [2, 9], [1, 1]], [0, 1, 1], 0)
     found = [(-3.0, False), (-9.0, False), (-3.0, False), (-9.0, False), (-1.0, 0), (-2.0, 0)]
     base = [(-1.0, False), (-2.0, False)] * 3  # dense: right, wrong, wrong
     row = evaluate.task_columns(task, found, base, log_samples=True)
     assert row["acc"] == pytest.approx(1 / 3)  # only the first row's sum is largest at its label
-    assert row["acc_norm"] == pytest.approx(1 / 3)  # per character: -1 beats -1.5 in rows 1 and 2
+    assert row["acc_norm"] == pytest.approx(2 / 3)  # per character -1.5 beats -1.8, -1 beats -1.5
     assert row["acc_stderr"] == pytest.approx(np.std([1, 0, 0], ddof=1) / np.sqrt(3))
     assert row["delta_acc"] == 0 and row["loglik"][1] == -9 and row["n"] == 3
     single = evaluate.Task("lambada_openai", [None] * 2, [[3], [3]], [0, 0], 0)
