@@ -21,8 +21,8 @@ formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<mo
 Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total; with
 --baselines quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k
 atoms in place of the k strongest. Fidelity is measured on the dense model's rows without the
-sinks: curves over all tokens, the rows' columns over the first 4,096. Non-goals: lm-eval's word
-perplexity, few-shot prompts, speed of decoding (nothing is stored compressed here).
+sinks: curves over all tokens, the rows' columns, and the curves of pursuit, over the first 4,096.
+Non-goals: lm-eval's word perplexity, few-shot prompts, speed (nothing is stored compressed here).
 """
 import argparse
 import datetime
@@ -132,15 +132,15 @@ def token_windows(text, tokenizer, seq_len, max_tokens):
 
 
 @torch.no_grad()
-def window_losses(model, windows, name, after_batch=lambda: None):
+def window_losses(model, windows, name, after_batch=lambda number: None):
     """Mean cross entropy (nats) over the T - 1 targets of each window: (n_windows,) float64."""
     losses = []
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
-    for batch in tqdm(batches, desc=name, leave=False, disable=None):
+    for number, batch in enumerate(tqdm(batches, desc=name, leave=False, disable=None)):
         logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # (B, T, V)
         for row, ids in zip(logits, batch.to(logits.device)):
             losses.append(F.cross_entropy(row[:-1].float(), ids[1:]).double())
-        after_batch()
+        after_batch(number)
     return torch.stack(losses).cpu()
 
 
@@ -439,13 +439,12 @@ def dense_pass(model, saes, windows, tried, sink):
     curves = {key: sta.BudgetCurve(sae) for key, sae in saes.items()}
     fits = {v.name: {key: sta.Fidelity() for key in v.codecs} for v in tried}
     with sta.capture(model, {layer for layer, _ in saes}) as rows:
-        def measure():
+        def measure(number):
             for key, x in rows.items():
                 x = x[:, sink:].float()  # (B, T - sink, H, D)
-                first = not curves[key].seen
-                if first or not saes[key].pursuit:  # pursuit is slow
+                if number == 0 or not saes[key].pursuit:  # pursuit is slow
                     curves[key].update(x.flatten(0, 2))
-                for v in tried if first else ():
+                for v in tried if number == 0 else ():
                     if key in v.codecs:
                         x_hat = v.codecs[key](x, torch.ones_like(x[..., 0, 0], dtype=torch.bool))
                         fits[v.name][key].update(x.flatten(0, 2), x_hat.flatten(0, 2))

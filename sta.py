@@ -84,12 +84,16 @@ class TopKSAE(nn.Module):
 
         k times the atom most in line with what is left, then least squares over all chosen; slower
         than one matmul and much closer [arXiv 2412.08890]. Gradients flow through z, not idx."""
-        target = (x / self.scale - self.b_dec).flatten(0, -2)  # (N, D)
-        idx = torch.cat([self._pick(rows, k) for rows in target.detach().split(2048)])  # in cache
-        atoms = self.W_dec[idx]  # (N, k, D)
-        gram = atoms @ atoms.mT + 1e-6 * torch.eye(k, device=x.device)
-        z = torch.linalg.solve(gram, atoms @ target[..., None])[..., 0]  # (N, k)
-        return z.view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
+        target = (x / self.scale - self.b_dec).flatten(0, -2).detach()  # (N, D)
+        idx = torch.cat([self._pick(rows, k) for rows in target.split(2048)])  # in cache
+        idx = idx.view(*x.shape[:-1], k)
+        return self.least_squares(x, idx), idx
+
+    def least_squares(self, x, idx):
+        """x (..., D), atoms idx (..., k) -> their best coefficients z (..., k)."""
+        atoms, target = self.W_dec[idx], x / self.scale - self.b_dec  # (..., k, D), (..., D)
+        gram = atoms @ atoms.mT + 1e-6 * torch.eye(idx.shape[-1], device=x.device)
+        return torch.linalg.solve(gram, atoms @ target[..., None])[..., 0]
 
     @torch.no_grad()
     def _pick(self, rest, k):
@@ -280,18 +284,19 @@ class BudgetCurve:
     """Fidelity of one SAE at each budget of ks, streamed: one encode serves them all."""
 
     def __init__(self, sae, ks=CURVE_KS):
-        self.sae, self.seen = sae, 0
+        self.sae = sae
         most = len(sae.b_dec) // 2 if sae.pursuit else sae.n_latents
         self.at = {k: Fidelity(sae.n_latents) for k in sorted(set(ks)) if k <= most}
 
     @torch.no_grad()
     def update(self, x):
         """x (N, D)."""
-        self.seen += len(x)
         for rows in x.split(8192):
             z, idx = self.sae.encode(rows, max(self.at))
             for k, fidelity in self.at.items():
-                code = self.sae.encode(rows, k) if self.sae.pursuit else (z[:, :k], idx[:, :k])
+                code = z[:, :k], idx[:, :k]
+                if self.sae.pursuit:  # the same atoms, other coefficients
+                    code = self.sae.least_squares(rows, code[1]), code[1]
                 fidelity.update(rows, self.sae.decode(*code), *code)
 
     def result(self):

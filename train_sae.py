@@ -23,6 +23,9 @@ from tqdm import tqdm
 import sta
 
 CHECKPOINT_SECONDS, LOG_STEPS, KL_LOG_STEPS = 10, 50, 20
+# not in paper: budgets of the steps in turn, in multiples of k. topk then serves k/2 to 2k at no
+# cost; kl costs its own k more, as codes there specialise to the budgets they see
+SCALES = {"topk": (1, 0.5, 1, 2), "pursuit": (1,), "l1": (1,), "kl": (1, 1, 0.75, 1, 1, 1.5)}
 
 
 def parse_args(argv=None):
@@ -156,9 +159,11 @@ def save_state(path, saes, optimizer, progress):
 
 
 def load_state(path, saes, optimizer, settings):
-    """Inverse of `save_state`; returns progress. Raises UsageError if corrupt or of other
-    settings."""
+    """Inverse of `save_state`; returns progress, that of a new run if there is no file. Raises
+    UsageError if corrupt or of other settings."""
     from safetensors import SafetensorError, safe_open
+    if not path.exists():
+        return {"buffer": 0, "step": 0, "settings": settings, "log": []}
     try:
         with safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
@@ -200,9 +205,10 @@ def check_folder(folder, layers, settings, resume):
 
 # ------------------------------------------------------------------ the loop
 
-def budget_cycle(k, n_latents):
-    """The budgets of four steps in turn, so that one SAE serves k/2 to 2k. not in paper."""
-    return [min(max(1, j), n_latents) for j in (k, k // 2, k, 2 * k)]
+def budget_cycle(k, args):
+    """The budgets that SAEs with own budget k meet in turn."""
+    scales = SCALES["kl" if args.objective == "kl" else args.sparsity]
+    return [min(max(1, round(scale * k)), args.n_latents) for scale in scales]
 
 
 def learning_rate(peak, step, n_steps):
@@ -214,7 +220,7 @@ def train(model, windows, layers, settings, args, folder):
     """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves)."""
     n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
     own = {"key": args.k_key, "value": args.k_val}
-    cycle = {kind: budget_cycle(k, args.n_latents) for kind, k in own.items()}
+    cycle = {kind: budget_cycle(k, args) for kind, k in own.items()}
     generator = torch.Generator().manual_seed(args.seed)
     saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator).to(model.device)
             for layer in layers for kind in sta.KINDS}
@@ -229,9 +235,7 @@ def train(model, windows, layers, settings, args, folder):
     dead_window = 20 * args.n_latents  # rows; at k = 8, 160 times the mean time between uses
 
     state = folder / "unfinished.safetensors"
-    progress = {"buffer": 0, "step": 0, "settings": settings, "log": []}
-    if args.resume and state.exists():
-        progress = load_state(state, saes, optimizer, settings)
+    progress = load_state(state, saes, optimizer, settings)
     if args.resume:
         print(f"resuming at step {progress['step']}/{sum(steps)}")
     step, saved, logged = progress["step"], time.time(), (progress["step"], time.time())
@@ -247,12 +251,12 @@ def train(model, windows, layers, settings, args, folder):
         for batch in shuffled.split(args.batch_rows)[:steps[b]]:
             for (layer, kind), sae in saes.items():
                 x = rows[layer, kind][batch].float()  # (batch_rows, D)
-                k = cycle[kind][step % 4]
+                k = cycle[kind][step % len(cycle[kind])]
                 if args.sparsity == "topk":
                     loss, error = sae.loss(x, k, own[kind], dead_window)
                 else:
                     train_step = sae.l1_loss if args.sparsity == "l1" else sae.pursuit_loss
-                    loss, error = train_step(x, own[kind])
+                    loss, error = train_step(x, k)
                 loss.backward()
                 if step % 2 == 0:  # then k is the SAE's own
                     errors[sta.KINDS.index(kind)] += error / len(layers)
@@ -315,29 +319,26 @@ def train_kl(model, windows, saes, settings, args, folder):
     optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()], lr=args.lr,
                                  fused=True)
     held_out, batches = schedule(windows, args.tokens, args.batch_tokens, args.seed)
-    # not in paper: mostly the own budget, as one trained alone specialises to it
-    scales = [1, 1, 0.75, 1, 1, 1.5]
-    codecs = lambda scale: sta.dual(saes, sta.Budget(*(
-        min(max(1, round(scale * k)), args.n_latents) for k in (args.k_key, args.k_val))),
-        args.coef_bits)
+    budgets = [sta.Budget(*b) for b in zip(*(budget_cycle(k, args)
+                                             for k in (args.k_key, args.k_val)))]
+    codecs = [sta.dual(saes, budget, args.coef_bits) for budget in budgets]  # the first: own k
     state = folder / "unfinished.safetensors"
-    progress = {"step": 0, "settings": settings, "log": []}
-    if args.resume and state.exists():
-        progress = load_state(state, saes, optimizer, settings)
+    progress = load_state(state, saes, optimizer, settings)
+    if args.resume:
         print(f"resuming at step {progress['step']}/{len(batches)}")
     saved = began = time.time()
     bar = tqdm(total=len(batches), initial=progress["step"], unit="step", disable=None)
     for step in range(progress["step"], len(batches) + 1):
         if step % KL_LOG_STEPS == 0 or step == len(batches):
-            kl, ce = divergence(model, codecs(1), held_out, args.part_tokens)
+            kl, ce = divergence(model, codecs[0], held_out, args.part_tokens)
             progress["log"].append({"step": step, "held_out_kl": kl, "held_out_ce": ce})
             bar.write(f"step {step}/{len(batches)} | held-out KL {kl:.4f} | perplexity "
                       f"{math.exp(ce):.3f} | {time.time() - began:.0f} s")
         if step == len(batches):
             break
         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, len(batches))
-        divergence(model, codecs(scales[step % len(scales)]), windows[batches[step]],
-                   args.part_tokens, train=True)
+        divergence(model, codecs[step % len(codecs)], windows[batches[step]], args.part_tokens,
+                   train=True)
         for sae in saes.values():
             sae.project_gradient()
         optimizer.step()
@@ -399,7 +400,7 @@ def main():
                         f"{point['l0']:5.1f}")
             sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
-                "k_trained": sorted(set(budget_cycle(k, args.n_latents))), "held_out": point,
+                "k_trained": sorted(set(budget_cycle(k, args))), "held_out": point,
                 "sparsity": args.sparsity, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
