@@ -18,9 +18,10 @@ formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<mo
                     delta_acc_stderr (paired with dense), ppl (lambada_openai), loglik on demand}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} as sta.BudgetCurve
     claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]
-Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total; with
---baselines quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k
-atoms in place of the k strongest. Fidelity is measured on the dense model's rows without the
+Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total;
+allocated: by layer as train_sae.py --budget saved it (k_key, k_val are means); with --baselines
+quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k atoms in place
+of the k strongest. Fidelity is measured on the dense model's rows without the
 sinks: curves over all tokens, the rows' columns, and the curves of pursuit, over the first 4,096.
 Non-goals: lm-eval's word perplexity, few-shot prompts, speed (nothing is stored compressed here).
 """
@@ -392,7 +393,7 @@ class Variant(NamedTuple):
     layer_bytes: float
 
 
-def variants(args, model, saes, pca, l1):
+def variants(args, model, saes, allocated, pca, l1):
     """Every Variant that the arguments ask for, dense first."""
     heads, dim = sta.kv_shape(model.get_decoder().config)
     n_latents = max(sae.n_latents for sae in saes.values())
@@ -407,6 +408,11 @@ def variants(args, model, saes, pca, l1):
     made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b), args.coef_bits),
                     size(b, args.coef_bits)) for name, b in budgets.items()]
     own, none = dict(zip(sta.KINDS, (k, v))), sta.Budget(None, None)
+    if allocated:  # {layer: Budget}
+        mean = lambda numbers: sum(numbers) / len(allocated)
+        made.append(Variant("allocated", sta.Budget(*map(mean, zip(*allocated.values()))),
+                            sta.dual(saes, allocated, args.coef_bits),
+                            mean([size(b, args.coef_bits) for b in allocated.values()])))
     if args.claims:
         made.append(Variant("lower", sta.Budget(k, v), {
             key: functools.partial(lower, sae=sae, k=own[key[1]]) for key, sae in saes.items()},
@@ -485,9 +491,9 @@ def compare(losses, dense, seed):
 
 
 def print_row(row):
-    k = [str(row[name] or "-") for name in ("k_key", "k_val")]
+    k = ["-" if row[name] is None else f"{row[name]:.3g}" for name in ("k_key", "k_val")]
     error = "" if row["delta_ce_stderr"] is None else f" ±{row['delta_ce_stderr']:.4f}"
-    print(f"{row['name']:8} {k[0]:>5} {k[1]:>5} {row['perplexity']:11.3f} {row['delta_ce']:+8.4f}"
+    print(f"{row['name']:9}{k[0]:>5} {k[1]:>5} {row['perplexity']:11.3f} {row['delta_ce']:+8.4f}"
           f"{error:8} {row['bytes_per_token']:9,} {100 * row['bytes_share']:6.2f}% "
           f"{row['fvu_key']:6.3f} {row['fvu_val']:6.3f} {row['cos_key']:6.3f} "
           f"{row['cos_val']:6.3f}", flush=True)
@@ -676,7 +682,7 @@ def main():
                       args.sink)
     if "l1" in args.baselines:
         l1 = load_l1(folder, name, model, layers)
-    tried = variants(args, model, saes, pca, l1)
+    tried = variants(args, model, saes, sta.load_budgets(folder, layers), pca, l1)
     if args.variants:
         chosen = {"dense", *args.variants.split(",")}
         for unknown in chosen - {v.name for v in tried}:

@@ -44,7 +44,8 @@ class TopKSAE(nn.Module):
     """Top-K sparse autoencoder for one layer's keys or values, shared by its kv heads.
 
     W_enc (D, M), b_enc (M,), W_dec (M, D) with unit rows, b_dec (D,); buffers: scale (), the s
-    above, and idle (M,), rows seen since each latent last fired. Everything in float32."""
+    above, idle (M,), rows seen since each latent last fired, and metric (D, D), in which pursuit
+    measures lengths. Everything in float32."""
 
     def __init__(self, head_dim, n_latents, generator=None):
         super().__init__()
@@ -55,6 +56,7 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(head_dim))
         self.register_buffer("scale", torch.ones(()))
         self.register_buffer("idle", torch.zeros(n_latents, dtype=torch.long))
+        self.register_buffer("metric", torch.eye(head_dim))
         self.register_buffer("l1_weight", torch.tensor(0.05))  # used by l1_loss alone
         self.n_latents = n_latents
         self.pursuit = False  # True: encode by `pursue`
@@ -84,23 +86,32 @@ class TopKSAE(nn.Module):
 
         k times the atom most in line with what is left, then least squares over all chosen; slower
         than one matmul and much closer [arXiv 2412.08890]. Gradients flow through z, not idx."""
-        target = (x / self.scale - self.b_dec).flatten(0, -2).detach()  # (N, D)
+        target = self.to_metric(x).flatten(0, -2).detach()  # (N, D)
         idx = torch.cat([self._pick(rows, k) for rows in target.split(2048)])  # in cache
         idx = idx.view(*x.shape[:-1], k)
         return self.least_squares(x, idx), idx
 
+    def to_metric(self, x):
+        return (x / self.scale - self.b_dec) @ self.metric  # (..., D)
+
     def least_squares(self, x, idx):
-        """x (..., D), atoms idx (..., k) -> their best coefficients z (..., k)."""
-        atoms, target = self.W_dec[idx], x / self.scale - self.b_dec  # (..., k, D), (..., D)
+        """x (..., D), atoms idx (..., k) -> their best coefficients z (..., k), in the metric."""
+        atoms = (self.W_dec @ self.metric)[idx]  # (..., k, D)
         gram = atoms @ atoms.mT + 1e-6 * torch.eye(idx.shape[-1], device=x.device)
-        return torch.linalg.solve(gram, atoms @ target[..., None])[..., 0]
+        return torch.linalg.solve(gram, atoms @ self.to_metric(x)[..., None])[..., 0]
+
+    def shorten(self, x, z, idx, k):
+        """The code of x at a smaller budget k, from its code z, idx at a larger one."""
+        idx = idx[..., :k]
+        return (self.least_squares(x, idx) if self.pursuit else z[..., :k]), idx
 
     @torch.no_grad()
     def _pick(self, rest, k):
         span, picks = rest.new_empty(len(rest), k, rest.shape[-1]), []  # orthonormal (N, k, D)
+        atoms = F.normalize(self.W_dec @ self.metric, dim=-1)  # (M, D)
         for j in range(k):
-            picks.append((rest @ self.W_dec.T).abs_().max(-1).indices)
-            atom, known = self.W_dec[picks[-1]], span[:, :j]
+            picks.append((rest @ atoms.T).abs_().max(-1).indices)
+            atom, known = atoms[picks[-1]], span[:, :j]
             atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]  # Gram-Schmidt
             span[:, j] = F.normalize(atom, dim=-1)
             rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
@@ -130,14 +141,25 @@ class TopKSAE(nn.Module):
         return error + aux / 32, error.detach()
 
     def pursuit_loss(self, x, k):
-        """Rows x (N, D) -> (loss, error) of codes by pursuit. At the least-squares z the error's
-        gradient to the atoms is the one that holds z fixed, so z is."""
+        """Rows x (N, D) -> (loss, error in the metric) of codes by pursuit. At the least-squares z
+        the error's gradient to the atoms is the one that holds z fixed, so z is."""
         with torch.no_grad():
             z, idx = self.pursue(x, k)
             self.idle += len(x)
             self.idle[idx.flatten()] = 0
-        error = (x / self.scale - self.b_dec - _sum_atoms(z, idx, self.W_dec)).square().sum(-1)
-        return error.mean(), error.mean().detach()
+        left = self.to_metric(x) - _sum_atoms(z, idx, self.W_dec) @ self.metric  # (N, D)
+        error = left.square().sum(-1).mean()
+        return error, error.detach()
+
+    @torch.no_grad()
+    def set_metric(self, g):
+        """From the loss's gradients g (N, D) to the rows: |error|^2 in the metric is half the plain
+        one and half that along the gradients, (g . error)^2 in units of its mean.
+
+        not in paper. It spares what attention feels: queries for keys, RoPE's slow pairs, W_o."""
+        feels, axes = torch.linalg.eigh(g.T.double() @ g.double())  # (D,), (D, D)
+        lengths = (feels / feels.mean() + 1).div(2).sqrt()
+        self.metric.copy_((axes * lengths) @ axes.T)
 
     def l1_loss(self, x, k, gain=0.03):
         """P1's rival, a ReLU autoencoder: rows x (N, D) -> (loss, error) with an L1 penalty whose
@@ -278,6 +300,7 @@ def capture(model, layers=None):
 # ------------------------------------------------------------------ 3. the budget curve
 
 CURVE_KS = (1, 2, 4, 8, 16, 32, 64)  # the grid on which elbows are found
+COST_KS = (*range(1, 21), 24, 28, 32, 40, 48)  # that of budgets by bytes
 
 
 class BudgetCurve:
@@ -294,9 +317,7 @@ class BudgetCurve:
         for rows in x.split(8192):
             z, idx = self.sae.encode(rows, max(self.at))
             for k, fidelity in self.at.items():
-                code = z[:, :k], idx[:, :k]
-                if self.sae.pursuit:  # the same atoms, other coefficients
-                    code = self.sae.least_squares(rows, code[1]), code[1]
+                code = self.sae.shorten(rows, z, idx, k)
                 fidelity.update(rows, self.sae.decode(*code), *code)
 
     def result(self):
@@ -313,6 +334,60 @@ def elbow(curve):
     rise, run = max(last["cos"] - first["cos"], 1e-12), max(last["k"] - first["k"], 1)
     height = lambda p: (p["cos"] - first["cos"]) / rise - (p["k"] - first["k"]) / run
     return max(curve, key=height)["k"]
+
+
+def loss_gradients(model, windows, layers, seed=0):
+    """{(layer, kind): g (B, T, H, D)}, the gradient to every key and value of -log p(y) summed over
+    windows (B, T), with y drawn from the model's own predictions.
+
+    not in paper: what an error d of a vector costs. The mean of (g . d)^2 / 2, summed over a
+    token's vectors, is the second-order rise of the KL from the dense model (Fisher information)."""
+    sites, parts = [(layer, kind) for layer in layers for kind in KINDS], []
+    generator = torch.Generator(model.device).manual_seed(seed)
+    for part in windows.split(max(1, 2048 // windows.shape[1])):
+        added = {}
+
+        def add_zero(x, live, key):
+            added[key] = torch.zeros_like(x, requires_grad=True)
+            return x + added[key]
+
+        with reconstruct(model, {key: functools.partial(add_zero, key=key) for key in sites}):
+            logits = model(part.to(model.device), use_cache=False).logits.flatten(0, 1).float()
+        drawn = logits.detach().softmax(-1).multinomial(1, generator=generator).squeeze(-1)
+        F.cross_entropy(logits, drawn, reduction="sum").backward()
+        parts.append({key: x.grad for key, x in added.items()})
+    return {key: torch.cat([part[key] for part in parts]) for key in sites}
+
+
+@torch.no_grad()
+def code_costs(sae, x, g, coef_bits=16):
+    """{k: nats a row} of the codes of rows x (N, D), from the gradients g (N, D) of the loss."""
+    most = min(len(sae.b_dec) // 2, sae.n_latents)
+    costs = dict.fromkeys([k for k in COST_KS if k <= most], 0.0)
+    for rows, gradients in zip(x.split(8192), g.split(8192)):
+        code = sae.encode(rows, max(costs))
+        for k in costs:
+            z, idx = sae.shorten(rows, *code, k)
+            error = sae.decode(round_coefficients(z, coef_bits), idx) - rows
+            costs[k] += (gradients * error).sum(-1).square().sum().item() / (2 * len(x))
+    return costs
+
+
+def allocate(costs, size, limit):
+    """Budgets by greed: {site: k}, of {site: {k: nats a token}}, size(k) bytes and a limit on their
+    sum. The next bytes go where each lowers the loss most. Raises UsageError if none fit."""
+    ks = {site: min(curve) for site, curve in costs.items()}
+    left = limit - sum(map(size, ks.values()))
+    if left < 0:
+        raise UsageError(f"--budget bytes={limit:g}: want {limit - left:g} or more, one atom each")
+    while True:
+        steps = [((costs[site][k] - costs[site][j]) / (size(j) - size(k)), size(j) - size(k), site,
+                  j) for site, k in ks.items() for j in costs[site] if j > k]
+        steps = [step for step in steps if step[0] > 0 and step[1] <= left]
+        if not steps:
+            return ks
+        _, more, site, j = max(steps)
+        ks[site], left = j, left - more
 
 
 # ------------------------------------------------------------------ 4. the dual budget
@@ -385,15 +460,19 @@ def reconstruct(model, codecs, sink=1):
         yield
 
 
-def bytes_per_token(budget, n_kv_heads, head_dim, n_latents, coef_bits=16):
-    """Bytes one layer keeps of a coded token, K and V of all kv heads. An atom: fp16 coefficient
-    and int16 index (int32 above 65,536 latents); below 16 bits, coefficient and index packed, and
-    an fp16 scale a vector. A dense vector: bf16."""
+def vector_bytes(k, head_dim, n_latents, coef_bits=16):
+    """Bytes of one vector. An atom: fp16 coefficient and int16 index (int32 above 65,536 latents);
+    below 16 bits, coefficient and index packed, and an fp16 scale a vector. None: dense bf16."""
+    if k is None:
+        return 2 * head_dim
     if coef_bits == 16:
-        size = lambda k: k * (2 + (2 if n_latents <= 65536 else 4))
-    else:
-        size = lambda k: 2 + math.ceil(k * (coef_bits + (n_latents - 1).bit_length()) / 8)
-    return sum(n_kv_heads * (2 * head_dim if k is None else size(k)) for k in budget)
+        return k * (2 + (2 if n_latents <= 65536 else 4))
+    return 2 + math.ceil(k * (coef_bits + (n_latents - 1).bit_length()) / 8)
+
+
+def bytes_per_token(budget, n_kv_heads, head_dim, n_latents, coef_bits=16):
+    """Bytes one layer keeps of a coded token, K and V of all kv heads."""
+    return n_kv_heads * sum(vector_bytes(k, head_dim, n_latents, coef_bits) for k in budget)
 
 
 # ------------------------------------------------------------------ 6. the fast path
@@ -588,6 +667,8 @@ def save_sae(folder, sae, metadata):
     from safetensors.torch import save
     weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale,
                "W_dec": sae.W_dec, "b_dec": sae.b_dec * sae.scale}
+    if sae.pursuit:
+        weights["metric"] = sae.metric
     names = {"l1": "standard", "pursuit": "orthogonal_matching_pursuit"}  # the latter is ours
     cfg = {"architecture": names.get(metadata.get("sparsity"), "topk"), "d_in": len(sae.b_dec),
            "d_sae": sae.n_latents, "k": metadata["k"], "dtype": "float32", "device": "cpu",
@@ -606,7 +687,7 @@ def load_sae(folder):
         cfg = json.loads((folder / "cfg.json").read_text())
         sae = TopKSAE(cfg["d_in"], cfg["d_sae"])
         weights = load((folder / "sae_weights.safetensors").read_bytes())
-        sae.load_state_dict({**weights, **dict(sae.named_buffers())})
+        sae.load_state_dict({**dict(sae.named_buffers()), **weights})
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
         raise UsageError(f"{folder}: missing, truncated or corrupt; train it again "
                          f"({type(error).__name__}: {error})") from None
@@ -630,3 +711,16 @@ def load_saes(folder, model, layers=None):
     if not saes:
         raise UsageError(f"{folder}: no SAEs here")
     return saes, about
+
+
+def load_budgets(folder, layers):
+    """{layer: Budget} that train_sae.py --budget wrote beside the SAEs; None if it wrote none."""
+    path = pathlib.Path(folder) / "budget.json"
+    try:
+        found = json.loads(path.read_text())["k"]
+        return {layer: Budget(*found[str(layer)]) for layer in layers}
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path}: corrupt, or without a layer; make it again by train_sae.py "
+                         f"--budget ({type(error).__name__}: {error})") from None

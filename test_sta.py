@@ -4,6 +4,7 @@ Each check compares with something independent: a Python loop, float64, numpy, H
 cache or loss, an uninterrupted run. Non-goals: speed (README has the commands), model quality.
 """
 import copy
+import itertools
 import json
 import math
 import os
@@ -301,19 +302,73 @@ def test_rounded_coefficients_against_a_loop(bits):
     assert (z.grad == 1).all() and sta.round_coefficients(z, 16) is z
 
 
-def test_gradient_of_pursuit_is_that_through_least_squares():
+@pytest.mark.parametrize("metric", ["plain", "loss"])
+def test_gradient_of_pursuit_is_that_through_least_squares(metric):
     sae, x = small_sae().double(), rows_of(20).double()
+    if metric == "loss":
+        sae.set_metric(rows_of(50, seed=2).double())
     loss, error = sae.pursuit_loss(x, 4)
     loss.backward()
     atoms = sae.W_dec.detach().clone().requires_grad_()
     _, idx = sae.pursue(x, 4)
-    target = (x / sae.scale - sae.b_dec).detach()
-    chosen = atoms[idx].mT  # (N, D, k)
+    target = (x / sae.scale - sae.b_dec).detach() @ sae.metric
+    chosen = (atoms @ sae.metric)[idx].mT  # (N, D, k)
     z = torch.linalg.pinv(chosen) @ target[..., None]
     expected = (target[..., None] - chosen @ z).square().sum((1, 2)).mean()
     expected.backward()
     torch.testing.assert_close(error, expected.detach(), atol=1e-6, rtol=0)
     torch.testing.assert_close(sae.W_dec.grad, atoms.grad, atol=1e-5, rtol=1e-4)
+
+
+def test_metric_is_half_plain_and_half_along_the_gradients():
+    sae, g, error = small_sae().double(), rows_of(50, seed=2).double(), rows_of(9, seed=3).double()
+    sae.set_metric(g)
+    along = (error @ g.T).square().mean(1) / (g.square().sum(1).mean() / 16)
+    torch.testing.assert_close((error @ sae.metric).square().sum(1),
+                               (error.square().sum(1) + along) / 2)
+
+
+def test_loss_gradients_against_finite_differences():
+    model, windows = small_model("qwen2"), tokens_of(3, 10)
+    found = sta.loss_gradients(model, windows, [0, 1], seed=4)
+    logits = model(windows).logits.flatten(0, 1)
+    drawn = logits.softmax(-1).multinomial(
+        1, generator=torch.Generator().manual_seed(4)).squeeze(-1)
+    for key, g in found.items():
+        assert g.shape == (3, 10, 2, 16) and g[:, 0].abs().max() == 0  # the sink stays exact
+        way, losses = g.clone() / g.norm(), []
+        for eps in (0.02, -0.02):
+            with sta.reconstruct(model, {key: lambda x, live: x + eps * way}):
+                logits = model(windows).logits.flatten(0, 1)
+            losses.append(torch.nn.functional.cross_entropy(logits, drawn, reduction="sum"))
+        slope = (losses[0] - losses[1]).item() / 0.04
+        assert slope == pytest.approx(g.norm().item(), rel=0.02), key
+
+
+@pytest.mark.parametrize("pursuit", [False, True])
+def test_costs_of_codes(pursuit):
+    sae, x, g = small_sae(), rows_of(30), rows_of(30, seed=1)
+    sae.pursuit = pursuit
+    costs = sta.code_costs(sae, x, g)
+    assert list(costs) == list(range(1, 9))  # half of head_dim
+    for k in (1, 5, 8):
+        expected = ((sae(x, k) - x) * g).sum(-1).square().mean() / 2
+        assert costs[k] == pytest.approx(expected.item(), rel=1e-3)
+
+
+def test_allocation_is_the_best_of_all():
+    """Greed is optimal where costs are convex; here against every combination."""
+    weights = {"a": 4.0, "b": 1.0, "c": 0.3}
+    costs = {site: {k: w / k for k in range(1, 6)} for site, w in weights.items()}
+    size = lambda k: 2 + 3 * k
+    for limit in (15, 20, 31, 60):
+        found = sta.allocate(costs, size, limit)
+        every = [ks for ks in itertools.product(range(1, 6), repeat=3)
+                 if sum(map(size, ks)) <= limit]
+        best = min(sum(costs[s][k] for s, k in zip(weights, ks)) for ks in every)
+        assert sum(costs[s][k] for s, k in found.items()) == pytest.approx(best), limit
+    with pytest.raises(sta.UsageError, match="bytes=14: want 15 or more"):
+        sta.allocate(costs, size, 14)
 
 
 # ---------------------------------------------------------------- 6. the fast path
@@ -567,6 +622,46 @@ def test_kl_stage(trained, tmp_path, monkeypatch, capsys):
     assert evaluate.find_saes(base, None) == (base, "tiny")  # the very folder that is named
 
 
+def test_text_that_the_model_writes(tiny):
+    """Plain sampling: its surprise, on average, is the entropy of the predictions."""
+    model, tokenizer = tiny
+    windows = train_sae.sample_windows(model, tokenizer, 32, 4096, seed=0)
+    assert windows.shape == (128, 32) and (windows[:, 0] == tokenizer.bos_token_id).all()
+    assert torch.equal(windows, train_sae.sample_windows(model, tokenizer, 32, 4096, seed=0))
+    assert not torch.equal(windows, train_sae.sample_windows(model, tokenizer, 32, 4096, seed=1))
+    with torch.no_grad():
+        predicted = torch.distributions.Categorical(logits=model(windows).logits[:, :-1])
+    surprise, entropy = -predicted.log_prob(windows[:, 1:]), predicted.entropy()
+    spread = (surprise - entropy).std().item() / math.sqrt(surprise.numel())
+    assert surprise.mean().item() == pytest.approx(entropy.mean().item(), abs=4 * spread)
+
+
+def test_budgets_by_layer(trained, tmp_path, monkeypatch, capsys):
+    """Saved beside finished SAEs, which stay; the row of evaluate.py has their bytes."""
+    shutil.copytree(trained / "tiny", tmp_path / "tiny", ignore=shutil.ignore_patterns("l1"))
+    weights = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    train = [*SHORT, "--out", tmp_path, "--budget"]
+    assert script(train_sae, monkeypatch, *train, "elbow") == 0
+    budgets = sta.load_budgets(tmp_path / "tiny", [1, 2])
+    assert set(budgets[1] + budgets[2]) <= set(sta.CURVE_KS)
+    assert script(train_sae, monkeypatch, *train, "bytes=18.75%") == 0
+    assert "384 bytes a token, 18.75% of bf16" in capsys.readouterr().out
+    budgets = sta.load_budgets(tmp_path / "tiny", [1, 2])
+    assert sum(budgets[1] + budgets[2]) == 48 and budgets[1] != budgets[2]
+    assert weights == {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    argv = ["--saes", tmp_path, "--max-tokens", 512, "--limit", 4, "--variants", "dual,allocated"]
+    assert script(evaluate, monkeypatch, *argv, "--out", tmp_path) == 0
+    dual, allocated = json.loads((tmp_path / "tiny.json").read_text())["rows"][1:]
+    assert allocated["name"] == "allocated" and allocated["bytes_share"] == dual["bytes_share"]
+    assert allocated["k_key"] == (budgets[1].k_key + budgets[2].k_key) / 2
+    assert allocated["fvu_key"] != dual["fvu_key"]
+    assert script(train_sae, monkeypatch, *train, "bytes=20") == 2
+    assert_one_line(capsys.readouterr().err, "--budget bytes=20: want 32 or more")
+    (tmp_path / "tiny" / "budget.json").write_text('{"k": {"1": [8, 16]}}')
+    assert script(evaluate, monkeypatch, *argv, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "budget.json: corrupt, or without a layer")
+
+
 # ---------------------------------------------------------------- zero-shot, baselines, verdicts
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "bc"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -674,15 +769,21 @@ def test_quantise_against_a_loop(bits):
                                found["key"][live])
 
 
-def test_omp_against_least_squares():
+@pytest.mark.parametrize("metric", ["plain", "loss"])
+def test_omp_against_least_squares(metric):
     sae, x = small_sae().double(), rows_of(5).double()
-    atoms, found = sae.W_dec.detach().numpy(), evaluate.omp(x[None], None, sae, 4)[0]
+    if metric == "loss":
+        sae.set_metric(rows_of(50, seed=2).double())
+    root, atoms = sae.metric.numpy(), sae.W_dec.detach().numpy()
+    found, measured = evaluate.omp(x[None], None, sae, 4)[0], atoms @ root
+    unit = measured / np.linalg.norm(measured, axis=1, keepdims=True)
     for n, target in enumerate((x / sae.scale - sae.b_dec).detach().numpy()):
-        chosen, rest = [], target
+        chosen, rest = [], target @ root
         for _ in range(4):
-            chosen.append(np.abs(atoms @ rest).argmax())
-            rest = target - atoms[chosen].T @ np.linalg.lstsq(atoms[chosen].T, target)[0]
-        expected = (torch.tensor(target - rest) + sae.b_dec) * sae.scale
+            chosen.append(np.abs(unit @ rest).argmax())
+            z = np.linalg.lstsq(measured[chosen].T, target @ root)[0]
+            rest = target @ root - z @ measured[chosen]
+        expected = (torch.tensor(z @ atoms[chosen]) + sae.b_dec) * sae.scale
         torch.testing.assert_close(found[n], expected, atol=1e-4, rtol=0)
         assert sae.pursue(x, 4)[1][n].tolist() == chosen
 
@@ -784,6 +885,7 @@ def test_verdicts_follow_from_the_rows(judged):
     (["--text", "{tmp}/latin1.txt"], "latin1.txt: not UTF-8"),
     (["--text", "{tmp}/short.txt"], "too short"),
     (["--text", "no-one/nothing"], "--text no-one/nothing"),
+    (["--budget", "ten"], "--budget ten: want elbow, bytes=1152 or bytes=18.75%"),
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
     (["--seq-len", "257"], "--seq-len 257: want 2 to the model's limit of 256"),
     (["--out", "{tmp}/short.txt/below"], "cannot write"),

@@ -3,6 +3,7 @@
     python train_sae.py                              # tiny, all layers: minutes on 2 cores
     python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
     python train_sae.py --objective kl               # then: all of them together on predictions
+    python train_sae.py --budget bytes=18.75%        # then: k by layer, for evaluate.py
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
@@ -14,6 +15,7 @@ import hashlib
 import json
 import math
 import pathlib
+import re
 import time
 
 import torch
@@ -23,6 +25,7 @@ from tqdm import tqdm
 import sta
 
 CHECKPOINT_SECONDS, LOG_STEPS, KL_LOG_STEPS = 10, 50, 20
+METRIC_TOKENS = 8192  # of training text, on which gradients of the loss are taken
 # not in paper: budgets of the steps in turn, in multiples of k. topk then serves k/2 to 2k at no
 # cost; kl costs its own k more, as codes there specialise to the budgets they see
 SCALES = {"topk": (1, 0.5, 1, 2), "pursuit": (1,), "l1": (1,), "kl": (1, 1, 0.75, 1, 1, 1.5)}
@@ -36,8 +39,8 @@ def parse_args(argv=None):
     add("--model", default="tiny",
         help=f"{', '.join(sta.MODELS)}, a hub id or a folder (default tiny)")
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
-    add("--text", help="UTF-8 file, or hub data set as owner/name[:config[:split]] "
-                       "(default: tiny's own, else WikiText-103)")
+    add("--text", help="UTF-8 file, hub data set as owner/name[:config[:split]], or self: sampled "
+                       "from the model (default: tiny's own, else WikiText-103)")
     add("--objective", choices=["reconstruction", "kl"], default="reconstruction",
         help="kl: take the SAEs on disk and train all of them together on the KL divergence of the "
              "model's predictions from its dense ones; written to a subfolder kl")
@@ -62,8 +65,14 @@ def parse_args(argv=None):
         help="pursuit: codes by orthogonal matching pursuit; l1: the rival of claim P1, penalised "
              "until k latents are active on average; both go to a subfolder of that name "
              "(default topk)")
+    add("--metric", choices=["plain", "loss"], default="loss",
+        help="what pursuit makes small: the error itself, or that which the model's loss feels "
+             "(default loss)")
     add("--coef-bits", type=int, default=16, choices=range(3, 17), metavar="BITS",
-        help="kl: bits a coefficient, rounded in training, too (default 16)")
+        help="kl, --budget: bits a coefficient, rounded in training, too (default 16)")
+    add("--budget", help="k by layer and kind, saved beside the SAEs for --objective kl and "
+                         "evaluate.py: elbow, or bytes=B, where B a token (or B%% of bf16) lower "
+                         "the loss most (default: none saved)")
     add("--lr", type=float,
         help="Adam's peak rate (default 0.004; pursuit: 0.01; kl: 0.001)")
     add("--seed", type=int, default=0)
@@ -79,8 +88,11 @@ def parse_args(argv=None):
         tokens = 200_000 if args.model == "tiny" else 2_000_000
     if args.lr is None:
         args.lr = 1e-3 if args.objective == "kl" else 1e-2 if args.sparsity == "pursuit" else 4e-3
+    args.metric = args.metric if args.sparsity == "pursuit" else "plain"
     args.tokens = tokens if args.tokens is None else args.tokens
     args.n_latents = n_latents if args.n_latents is None else args.n_latents
+    if not re.fullmatch(r"elbow|bytes=\d+(\.\d*)?%?", args.budget or "elbow"):
+        raise sta.UsageError(f"--budget {args.budget}: want elbow, bytes=1152 or bytes=18.75%")
     for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "batch_tokens", "part_tokens",
                  "n_latents", "k_key", "k_val"):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -109,6 +121,18 @@ def token_windows(text, tokenizer, seq_len, n_tokens):
                              "(training, held out); give more text or another --seq-len")
     windows = torch.tensor(ids[:n * body]).view(n, body)
     return torch.cat([torch.tensor(prefix, dtype=torch.long).expand(n, -1), windows], 1)
+
+
+@torch.no_grad()
+def sample_windows(model, tokenizer, seq_len, n_tokens, seed):
+    """As `token_windows`, of text that the model writes: plain sampling after one BOS (else EOS)."""
+    start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return torch.cat([model.generate(
+            torch.full((64, 1), start, device=model.device), do_sample=True, top_k=0, top_p=1.0,
+            temperature=1.0, min_new_tokens=seq_len - 1, max_new_tokens=seq_len - 1).cpu()
+            for _ in tqdm(range(-(-n_tokens // (64 * seq_len))), desc="text", disable=None)])
 
 
 def schedule(windows, n_tokens, buffer_tokens, seed):
@@ -246,6 +270,12 @@ def train(model, windows, layers, settings, args, folder):
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
+            if args.sparsity == "pursuit" and args.metric == "loss":
+                some = windows[buffers[0]][:-(-METRIC_TOKENS // windows.shape[1])]
+                for key, g in sta.loss_gradients(model, some, layers, args.seed).items():
+                    saes[key].set_metric(g.flatten(0, 2))
+                if not args.budget:  # what lies above is not needed any more
+                    del model.get_decoder().layers[layers[-1] + 1:]
         shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + b)
         shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle).to(model.device)
         for batch in shuffled.split(args.batch_rows)[:steps[b]]:
@@ -309,8 +339,33 @@ def divergence(model, codecs, windows, part_tokens, train=False):
     return sums.tolist()
 
 
-def train_kl(model, windows, saes, settings, args, folder):
-    """All SAEs together, the model frozen -> (held-out rows by (layer, kind), log)."""
+def choose_budgets(model, saes, windows, args):
+    """{layer: Budget} by --budget, measured on windows of training text; printed."""
+    layers = sorted({layer for layer, _ in saes})
+    heads, dim = sta.kv_shape(model.get_decoder().config)
+    size = lambda k: heads * sta.vector_bytes(k, dim, args.n_latents, args.coef_bits)
+    dense, ks, rows = 2 * len(layers) * size(None), {}, harvest(model, layers, windows)
+    if args.budget == "elbow":
+        for key, sae in saes.items():
+            curve = sta.BudgetCurve(sae)
+            curve.update(rows[key].float())
+            ks[key] = sta.elbow(curve.result())
+    else:
+        limit = float(args.budget[6:].rstrip("%")) * (dense / 100 if "%" in args.budget else 1)
+        gradients = sta.loss_gradients(model, windows, layers, args.seed)
+        costs = {key: sta.code_costs(sae, rows[key].float(), gradients[key][:, 1:].flatten(0, 2),
+                                     args.coef_bits) for key, sae in saes.items()}
+        ks = sta.allocate(costs, size, limit)
+    total = sum(map(size, ks.values()))
+    print(f"--budget {args.budget}: {total:,} bytes a token, {100 * total / dense:.2f}% of bf16")
+    for kind in sta.KINDS:
+        print(f"  atoms a {kind}, by layer: {' '.join(str(ks[layer, kind]) for layer in layers)}")
+    return {layer: sta.Budget(ks[layer, "key"], ks[layer, "value"]) for layer in layers}
+
+
+def train_kl(model, windows, saes, budgets, settings, args, folder):
+    """All SAEs together, the model frozen, at budgets {layer: Budget} -> (held-out rows by
+    (layer, kind), log)."""
     for sae in saes.values():
         sae.requires_grad_(True)
     if args.checkpoint:
@@ -319,9 +374,9 @@ def train_kl(model, windows, saes, settings, args, folder):
     optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()], lr=args.lr,
                                  fused=True)
     held_out, batches = schedule(windows, args.tokens, args.batch_tokens, args.seed)
-    budgets = [sta.Budget(*b) for b in zip(*(budget_cycle(k, args)
-                                             for k in (args.k_key, args.k_val)))]
-    codecs = [sta.dual(saes, budget, args.coef_bits) for budget in budgets]  # the first: own k
+    codecs = [sta.dual(saes, {layer: sta.Budget(*(budget_cycle(k, args)[i] for k in budget))
+                              for layer, budget in budgets.items()}, args.coef_bits)
+              for i in range(len(SCALES["kl"]))]  # the first: own k
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
     if args.resume:
@@ -355,40 +410,12 @@ def train_kl(model, windows, saes, settings, args, folder):
     return harvest(model.eval(), sorted({layer for layer, _ in saes}), held_out), progress["log"]
 
 
-def main():
-    args = parse_args()
-    device, dtype = sta.pick_device(args.device, args.dtype)
-    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
-                                              last_only=args.objective != "kl")
-    args.seq_len = sta.window_length(model, args.seq_len, 512)
-    text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
-    windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
-    settings = {name: getattr(args, name) for name in (
-        "tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr",
-        "sparsity", "objective", "batch_tokens", "coef_bits", "seed")}
-    settings |= {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
-                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    base = args.out / sta.slug(args.model) / ("" if args.sparsity == "topk" else args.sparsity)
-    folder = base / "kl" if args.objective == "kl" else base
-    if args.objective == "kl" and not any(base.glob("layer*.key")):
-        raise sta.UsageError(f"{base}: no SAEs to start from; first run the same command without "
-                             "--objective kl")
-    if check_folder(folder, layers, settings, args.resume):
-        print(f"{folder}: trained already with these settings; nothing to do")
-        return
-    run = folder / f"run-{args.layer}.json"
-    sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": []}))
-    print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
-          f"training on {args.tokens:,} in windows of {args.seq_len}")
-
-    if args.objective == "kl":
-        saes, _ = sta.load_saes(base, model, layers)
-        held_rows, log = train_kl(model, windows, saes, settings, args, folder)
-    else:
-        saes, held_rows, log = train(model, windows, layers, settings, args, folder)
+def save_trained(folder, model, saes, held_rows, settings, args):
+    """Print the held-out fidelity of each SAE, and save it with that."""
+    mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
+    layers = sorted({layer for layer, _ in saes})
     print(f"held out ({len(held_rows[layers[0], 'key']):,} rows each; dead: fired by none of them)")
     print("            cos_K  fvu_K dead_K  L0_K |  cos_V  fvu_V dead_V  L0_V")
-    mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
     for layer in layers:
         line = []
         for kind, k in ks.items():
@@ -403,9 +430,58 @@ def main():
                 "k_trained": sorted(set(budget_cycle(k, args))), "held_out": point,
                 "sparsity": args.sparsity, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
-    sta.write_atomic(run, json.dumps({"model": args.model, "settings": settings, "log": log}))
-    (folder / "unfinished.safetensors").unlink(missing_ok=True)
-    print(f"wrote {2 * len(layers)} SAEs to {folder}; next: python evaluate.py")
+    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py")
+
+
+def main():
+    args = parse_args()
+    device, dtype = sta.pick_device(args.device, args.dtype)
+    kl, by_model = args.objective == "kl", args.text == "self"
+    predicts = kl or by_model or args.budget or args.metric == "loss"  # else the last layers rest
+    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
+                                              last_only=not predicts)
+    args.seq_len = sta.window_length(model, args.seq_len, 512)
+    if by_model:
+        windows = sample_windows(model, tokenizer, args.seq_len, args.tokens, args.seed)
+    else:
+        text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
+        windows = token_windows(text, tokenizer, args.seq_len, args.tokens)
+    base = args.out / sta.slug(args.model) / ("" if args.sparsity == "topk" else args.sparsity)
+    folder = base / "kl" if kl else base
+    if kl and not any(base.glob("layer*.key")):
+        raise sta.UsageError(f"{base}: no SAEs to start from; first run the same command without "
+                             "--objective kl")
+    saved = sta.load_budgets(base, layers) if kl else None
+    budgets = saved or {layer: sta.Budget(args.k_key, args.k_val) for layer in layers}
+    settings = {name: getattr(args, name) for name in (
+        "tokens", "seq_len", "buffer_tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr",
+        "sparsity", "metric", "objective", "batch_tokens", "coef_bits", "seed")}
+    settings |= {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
+                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12],
+                 "budgets": [list(budget) for budget in budgets.values()]}
+    if not check_folder(folder, layers, settings, args.resume):
+        run = folder / f"run-{args.layer}.json"
+        about = {"model": args.model, "settings": settings}
+        sta.write_atomic(run, json.dumps({**about, "log": []}))
+        print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
+              f"training on {args.tokens:,} in windows of {args.seq_len}")
+        if kl:
+            saes, _ = sta.load_saes(base, model, layers)
+            held_rows, log = train_kl(model, windows, saes, budgets, settings, args, folder)
+        else:
+            saes, held_rows, log = train(model, windows, layers, settings, args, folder)
+        save_trained(folder, model, saes, held_rows, settings, args)
+        sta.write_atomic(run, json.dumps({**about, "log": log}))
+        (folder / "unfinished.safetensors").unlink(missing_ok=True)
+    elif not args.budget:
+        print(f"{folder}: trained already with these settings; nothing to do")
+    if args.budget:
+        saes, _ = sta.load_saes(folder, model, layers)
+        held_out, _ = schedule(windows, args.tokens, args.buffer_tokens, args.seed)
+        budgets = choose_budgets(model, saes, held_out, args)
+    if args.budget or saved:
+        sta.write_atomic(folder / "budget.json", json.dumps(
+            {"rule": args.budget, "coef_bits": args.coef_bits, "k": budgets}) + "\n")
 
 
 if __name__ == "__main__":
