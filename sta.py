@@ -130,7 +130,7 @@ class TopKSAE(nn.Module):
         A latent fires where it is chosen among the k_own strongest and above zero; those idle for
         more than dead_window rows are dead and learn by AuxK."""
         target = x / self.scale
-        z, idx = SparseTopK.apply(target - self.b_dec, self.W_enc, self.b_enc, k)  # (N, k)
+        z, idx = sparse_encode(self, x, k)  # (N, k)
         residual = target - self.b_dec - _sum_atoms(z, idx, self.W_dec)  # (N, D)
         error = residual.square().sum(-1).mean()
         with torch.no_grad():
@@ -501,6 +501,13 @@ class SparseTopK(torch.autograd.Function):
                              per_sample_weights=dz[order])  # (M, D)
         db = torch.zeros_like(dW[:, 0]).index_add_(0, flat, dz)
         return _sum_atoms(dz.view_as(z), idx, W_enc.T.contiguous()), dW.T, db, None
+
+
+def sparse_encode(sae, x, k):
+    """TopKSAE.encode of one pass, with the gradients of SparseTopK."""
+    rows = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
+    z, idx = SparseTopK.apply(rows, sae.W_enc, sae.b_enc, k)
+    return z.view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
 
 
 def speed_up(saes):

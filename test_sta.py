@@ -4,6 +4,7 @@ Each check compares with something independent: a Python loop, float64, numpy, H
 cache or loss, an uninterrupted run. Non-goals: speed (README has the commands), model quality.
 """
 import copy
+import functools
 import itertools
 import json
 import math
@@ -561,6 +562,21 @@ def test_tiny_fits_and_beats_a_trigram_model():
         row = json.loads(line)
         assert set(row) == {"context", "choices", "label"} and len(set(row["choices"])) == 4
         assert 0 <= row["label"] < 4
+
+
+def test_sparse_gradient_of_kl_is_that_of_encode(tiny):
+    windows, found = tokens_of(2, 24), []
+    saes = {(2, kind): small_sae(128, 64, seed) for seed, kind in enumerate(sta.KINDS)}
+    for _ in range(2):
+        for sae in saes.values():
+            sae.zero_grad()
+        train_sae.divergence(tiny[0], sta.dual(saes, sta.Budget(4, 8)), windows, 48, train=True)
+        found.append([p.grad.clone() for sae in saes.values() for p in sae.parameters()])
+        for sae in saes.values():
+            sae.encode = functools.partial(sta.sparse_encode, sae)  # for the second time
+    for plain, sparse in zip(*found):
+        assert plain.abs().max() > 0
+        torch.testing.assert_close(sparse, plain, atol=1e-6, rtol=1e-4)
 
 
 def test_divergence_and_its_gradient(tiny):

@@ -11,6 +11,7 @@ the same bits on a CPU. Sources: Top-K SAEs and AuxK, Gao et al. 2024 (arXiv 240
 order inside the loop, dictionary_learning. Non-goals: several machines, tuning the model itself.
 """
 import argparse
+import functools
 import hashlib
 import json
 import math
@@ -368,6 +369,8 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
     (layer, kind), log)."""
     for sae in saes.values():
         sae.requires_grad_(True)
+        if not sae.pursuit:
+            sae.encode = functools.partial(sta.sparse_encode, sae)
     if args.checkpoint:
         model.gradient_checkpointing_enable({"use_reentrant": False})
         model.train()  # or transformers ignores it; the supported types have no dropout by default
@@ -407,6 +410,7 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
     bar.close()
     for sae in saes.values():
         sae.requires_grad_(False)
+        vars(sae).pop("encode", None)
     return harvest(model.eval(), sorted({layer for layer, _ in saes}), held_out), progress["log"]
 
 
