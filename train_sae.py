@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import sta
 
-CHECKPOINT_SECONDS, LOG_STEPS, KL_LOG_STEPS = 10, 50, 20
+CHECKPOINT_SECONDS, LOG_STEPS, KL_LOG_STEPS = 10, 50, 50
 METRIC_TOKENS = 8192  # of training text, on which gradients of the loss are taken
 # not in paper: budgets of the steps in turn, in multiples of k. topk then serves k/2 to 2k at no
 # cost; kl costs its own k more, as codes there specialise to the budgets they see
