@@ -676,7 +676,7 @@ def main():
     tasks = [load_task(spec, args, tokenizer, limit_tokens) for spec in specs.split(",") if spec]
     pca = l1 = None
     if "pca" in args.baselines:
-        learned = None if trained["text"] == "default" else trained["text"]
+        learned = None if trained["text"] in ("default", "self") else trained["text"]
         learned = sta.read_text(learned, "train", name, max_chars=1 << 20)
         pca = fit_pca(model, layers, token_windows(learned, tokenizer, args.seq_len, 32_768),
                       args.sink)

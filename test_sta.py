@@ -902,6 +902,7 @@ def test_verdicts_follow_from_the_rows(judged):
     (["--text", "{tmp}/short.txt"], "too short"),
     (["--text", "no-one/nothing"], "--text no-one/nothing"),
     (["--budget", "ten"], "--budget ten: want elbow, bytes=1152 or bytes=18.75%"),
+    (["--budget", "elbow", "--sparsity", "l1"], "--budget elbow: codes of l1 have no k"),
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
     (["--seq-len", "257"], "--seq-len 257: want 2 to the model's limit of 256"),
     (["--out", "{tmp}/short.txt/below"], "cannot write"),

@@ -94,6 +94,8 @@ def parse_args(argv=None):
     args.n_latents = n_latents if args.n_latents is None else args.n_latents
     if not re.fullmatch(r"elbow|bytes=\d+(\.\d*)?%?", args.budget or "elbow"):
         raise sta.UsageError(f"--budget {args.budget}: want elbow, bytes=1152 or bytes=18.75%")
+    if args.budget and args.sparsity == "l1":
+        raise sta.UsageError(f"--budget {args.budget}: codes of l1 have no k; train topk or pursuit")
     for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "batch_tokens", "part_tokens",
                  "n_latents", "k_key", "k_val"):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
