@@ -3,6 +3,8 @@
     python evaluate.py                                    # the newest SAEs: minutes for tiny
     python evaluate.py --baselines quant,pca,omp          # what else the same bytes could buy
     python evaluate.py --claims                           # verdicts on the paper's P1 to P6
+    python evaluate.py --cache                            # through the cache that stores codes
+    python evaluate.py --generate "The President"         # what it writes, dense and compressed
     python evaluate.py --model yi-6b --seq-len 2048 --tasks piqa,arc_easy
 
 Perplexity is the GPTQ convention: one tokenizer call on the whole text, disjoint windows of
@@ -13,19 +15,22 @@ formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<mo
             the same windows: delta_ce, its paired delta_ce_stderr (nats a token), ratio of
             perplexities and its bootstrap ratio_ci95; bytes_per_token of the whole model's cache
             and bytes_share of bf16, for a coded token (bytes_share_with_sink: at seq_len tokens);
+            (cache: measured, with its exact tokens, and a column cache: bytes, break-even, ...);
             fvu_key, fvu_val, cos_key, cos_val (means over the layers in by_layer), tokens,
             tasks   {name: {acc, acc_norm, acc_stderr, acc_norm_stderr, n, truncated, delta_acc,
                     delta_acc_stderr (paired with dense), ppl (lambada_openai), loglik on demand}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} as sta.BudgetCurve
     claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]
 Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total;
-allocated: by layer as train_sae.py --budget saved it (k_key, k_val are means); with --baselines
-quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k atoms in place
-of the k strongest. Fidelity is measured on the dense model's rows without the
+allocated: by layer as train_sae.py --budget saved it (k_key, k_val are means); with --cache one
+more, allocated's budgets if there are any, else dual's, chunk by chunk through sta.compress; with
+--baselines quant2..4, pca, omp, l1; with --claims dual at other budgets, and lower, the next k
+atoms in place of the k strongest. Fidelity is measured on the dense model's rows without the
 sinks: curves over all tokens, the rows' columns, and the curves of pursuit, over the first 4,096.
-Non-goals: lm-eval's word perplexity, few-shot prompts, speed (nothing is stored compressed here).
+Non-goals: lm-eval's word perplexity, few-shot prompts.
 """
 import argparse
+import contextlib
 import datetime
 import functools
 import json
@@ -35,6 +40,7 @@ import platform
 import re
 import subprocess
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -64,19 +70,25 @@ def parse_args(argv=None):
     add("--task-dir", type=pathlib.Path, help="folder of <task>.jsonl with the hub's columns "
                                               "(default: the hub)")
     add("--baselines", default="", help=f"of {','.join(BASELINES)} (default none)")
+    add("--cache", action="store_true", help="one more row: chunk by chunk through sta.compress")
+    add("--generate", metavar="PROMPT", help="only write on, dense and compressed, greedily")
     add("--variants", help="rows to compute beside dense, such as dual,quant2 (default all)")
     add("--claims", action="store_true", help="run what P1 to P6 need and print six verdicts; "
                                               "trains L1 SAEs if there are none")
     # how much
     add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
+    add("--chunk", type=int, default=128, help="tokens a step of --cache (default 128)")
+    add("--recent", type=int, default=128,
+        help="newest tokens that --cache and --generate keep exact (default 128)")
+    add("--new-tokens", type=int, default=100, help="of --generate (default 100)")
     add("--limit", type=int, help="rows of each task (default all)")
     # budgets
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
     add("--coef-bits", type=int, default=16, choices=range(3, 17), metavar="BITS",
-        help="bits a coefficient; below 16 packed with the index, and an fp16 step a vector "
-             "(default 16)")
+        help="bits a coefficient; below 16 packed with its index into 16, and an fp16 step a "
+             "vector (default 16)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
@@ -88,7 +100,8 @@ def parse_args(argv=None):
     add("--log-samples", action="store_true", help="write each choice's log-likelihood, too")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
-    for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("max_tokens", 2), ("limit", 1)):
+    for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("recent", 0), ("chunk", 1),
+                        ("new_tokens", 1), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at "
                                  f"least {least}")
@@ -132,13 +145,24 @@ def token_windows(text, tokenizer, seq_len, max_tokens):
     return ids[:n * seq_len].view(n, seq_len)
 
 
+def forward(model, ids, mask=None, cache=None, chunk=0):
+    """ids (B, T) -> logits (B, T, V), at once, or chunk by chunk through a cache."""
+    mask = torch.ones_like(ids) if mask is None else mask
+    if cache is None:
+        return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    cache.reset()
+    return torch.cat([model(input_ids=ids[:, i:i + chunk], attention_mask=mask[:, :i + chunk],
+                            past_key_values=cache).logits
+                      for i in range(0, ids.shape[1], chunk)], 1)
+
+
 @torch.no_grad()
-def window_losses(model, windows, name, after_batch=lambda number: None):
+def window_losses(model, windows, name, after_batch=lambda number: None, **through):
     """Mean cross entropy (nats) over the T - 1 targets of each window: (n_windows,) float64."""
     losses = []
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     for number, batch in enumerate(tqdm(batches, desc=name, leave=False, disable=None)):
-        logits = model(input_ids=batch.to(model.device), use_cache=False).logits  # (B, T, V)
+        logits = forward(model, batch.to(model.device), **through)  # (B, T, V)
         for row, ids in zip(logits, batch.to(logits.device)):
             losses.append(F.cross_entropy(row[:-1].float(), ids[1:]).double())
         after_batch(number)
@@ -273,7 +297,7 @@ def load_task(spec, args, tokenizer, limit_tokens):
 
 
 @torch.no_grad()
-def loglikelihoods(model, requests, limit_tokens, name):
+def loglikelihoods(model, requests, limit_tokens, name, **through):
     """[(sum of log p over the continuation, whether it is the greedy one)] of each request."""
     inputs, found = {}, [None] * len(requests)  # one forward pass for each distinct input
     for i, (context, rest) in enumerate(requests):
@@ -282,13 +306,14 @@ def loglikelihoods(model, requests, limit_tokens, name):
     with tqdm(total=len(order), desc=name, leave=False, disable=None) as bar:
         while order:
             n = max(1, BATCH_TOKENS // len(order[0]))
+            if through:  # padding would push tokens out of the recent ones
+                n = min(n, sum(len(row) == len(order[0]) for row in order))
             batch, order = order[:n], order[n:]
             ids = torch.zeros(len(batch), len(batch[0]), dtype=torch.long)  # (B, T)
             mask = torch.zeros_like(ids)
             for b, row in enumerate(batch):
                 ids[b, :len(row)], mask[b, :len(row)] = torch.tensor(row), 1  # padded on the right
-            logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device),
-                           use_cache=False).logits  # (B, T, V)
+            logits = forward(model, ids.to(model.device), mask.to(model.device), **through)
             for b, row in enumerate(batch):
                 for i in inputs[row]:
                     rest = torch.tensor(requests[i][1], device=logits.device)
@@ -386,11 +411,13 @@ def lower(x, live, sae, k):
 
 
 class Variant(NamedTuple):
-    """One row: the codecs of sta.reconstruct, and one layer's bytes for a coded token."""
+    """One row: the codecs of sta.reconstruct, and one layer's bytes for a coded token. cached: the
+    budgets of sta.compress, which is used instead."""
     name: str
     budget: sta.Budget
     codecs: dict
     layer_bytes: float
+    cached: dict | sta.Budget | None = None
 
 
 def variants(args, model, saes, allocated, pca, l1):
@@ -408,11 +435,16 @@ def variants(args, model, saes, allocated, pca, l1):
     made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b), args.coef_bits),
                     size(b, args.coef_bits)) for name, b in budgets.items()]
     own, none = dict(zip(sta.KINDS, (k, v))), sta.Budget(None, None)
+    if args.cache and not allocated:
+        dual = next(variant for variant in made if variant.name == "dual")
+        made.append(dual._replace(name="cache", cached=dual.budget))
     if allocated:  # {layer: Budget}
         mean = lambda numbers: sum(numbers) / len(allocated)
         made.append(Variant("allocated", sta.Budget(*map(mean, zip(*allocated.values()))),
                             sta.dual(saes, allocated, args.coef_bits),
                             mean([size(b, args.coef_bits) for b in allocated.values()])))
+        if args.cache:
+            made.append(made[-1]._replace(name="cache", cached=allocated))
     if args.claims:
         made.append(Variant("lower", sta.Budget(k, v), {
             key: functools.partial(lower, sae=sae, k=own[key[1]]) for key, sae in saes.items()},
@@ -478,6 +510,23 @@ def memory(variant, n_coded, model, seq_len, sink):
     share = total / (config.num_hidden_layers * dense)
     return {"bytes_per_token": round(total), "bytes_share": share,
             "bytes_share_with_sink": share + (1 - share) * min(1, sink / seq_len)}
+
+
+def cached_bytes(cache, model, saes, variant, windows):
+    """Columns bytes_* measured on a cache that holds the last batch of windows, and more."""
+    config, slots = model.get_decoder().config, cache.positions.numel()
+    dense = 4 * math.prod(sta.kv_shape(config)) * config.num_hidden_layers
+    stored, coded = cache.nbytes() / slots, variant.layer_bytes * config.num_hidden_layers
+    dictionaries = sum(getattr(sae, name).nbytes for sae in saes.values() for name in (
+        "W_dec", "b_dec", *(["metric"] if sae.pursuit else ["W_enc", "b_enc"])))
+    once = (stored - coded) * windows.shape[1] + dictionaries  # does not grow with the context
+    print(f"cache: {cache.nbytes():,} bytes for {slots:,} tokens in windows of {windows.shape[1]}; "
+          f"dictionaries {dictionaries:,}; smaller than bf16 from {once / (dense - coded):,.0f} "
+          "tokens on")
+    return {"bytes_per_token": round(stored), "bytes_share": stored / dense,
+            "bytes_share_with_sink": stored / dense,
+            "cache": {"bytes": cache.nbytes(), "tokens": slots, "dictionary_bytes": dictionaries,
+                      "break_even_tokens": once / (dense - coded)}}
 
 
 def compare(losses, dense, seed):
@@ -614,17 +663,22 @@ def score(model, saes, tried, windows, tasks, limit_tokens, args):
     layers = sorted({layer for layer, _ in saes})
     rows, losses, dense_found = [], {"dense": dense}, {}
     for variant in tried:
-        with sta.reconstruct(model, variant.codecs, args.sink):
+        with (sta.reconstruct(model, variant.codecs, args.sink) if variant.cached is None else
+              sta.compress(model, saes, variant.cached, args.sink, args.recent,
+                           args.coef_bits)) as cache:
+            through = {"cache": cache, "chunk": args.chunk} if cache else {}
             if variant.name != "dense":
-                losses[variant.name] = window_losses(model, windows, variant.name)
+                losses[variant.name] = window_losses(model, windows, variant.name, **through)
+            measured_bytes = cached_bytes(cache, model, saes, variant, windows) if cache else {}
             found = {task.name: loglikelihoods(model, task.requests, limit_tokens,
-                                               f"{variant.name} {task.name}")
+                                               f"{variant.name} {task.name}", **through)
                      for task in tasks if not variant.name.startswith(P5_ONLY)}
         dense_found = dense_found or found
         rows.append({"name": variant.name, **variant.budget._asdict()}
                     | compare(losses[variant.name], dense, args.seed)
                     | memory(variant, len(layers), model, args.seq_len, args.sink)
-                    | fidelity(fits[variant.name], layers) | {"tokens": windows.numel(), "tasks": {
+                    | measured_bytes | fidelity(fits[variant.name], layers)
+                    | {"tokens": windows.numel(), "tasks": {
                         task.name: task_columns(task, found[task.name], dense_found[task.name],
                                                 args.log_samples)
                         for task in tasks if task.name in found}})
@@ -640,6 +694,24 @@ def score(model, saes, tried, windows, tasks, limit_tokens, args):
         for layer, k in zip(layers, elbows):
             curves[layer][f"elbow_{kind[:3]}"] = k
     return rows, losses, curves
+
+
+@torch.no_grad()
+def write_on(model, tokenizer, saes, budget, args):
+    """--generate: the prompt continued greedily, dense and through the cache, with its cost."""
+    inputs = tokenizer(args.generate, return_tensors="pt").to(model.device)
+    for name in ("dense", "codes"):
+        with (contextlib.nullcontext(transformers.DynamicCache(config=model.config))
+              if name == "dense" else sta.compress(model, saes, budget, args.sink, args.recent,
+                                                   args.coef_bits)) as cache:
+            began = time.time()
+            ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens,
+                                 do_sample=False)[0, inputs.input_ids.shape[1]:]
+            speed = len(ids) / (time.time() - began)
+            stored = cache.nbytes() if name == "codes" else sum(
+                layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        print(f"{name}: {speed:.1f} tokens/s, {stored:,} bytes of cache\n  "
+              f"{args.generate}{tokenizer.decode(ids, skip_special_tokens=True)}")
 
 
 def provenance(device):
@@ -668,6 +740,11 @@ def main():
             raise sta.UsageError(f"{flag} {k}: larger than the SAEs' n_latents = {most}")
     if args.compile or (args.compile is None and device.type == "cuda"):
         sta.speed_up(saes)
+    allocated = sta.load_budgets(folder, layers)
+    if args.generate is not None:
+        budget = allocated or sta.Budget(args.k_key, args.k_val)
+        write_on(model, tokenizer, saes, budget, args)
+        return
     args.seq_len = sta.window_length(model, args.seq_len, 2048)
     text = sta.read_text(args.text, "valid", name)
     windows = token_windows(text, tokenizer, args.seq_len, args.max_tokens)
@@ -682,7 +759,7 @@ def main():
                       args.sink)
     if "l1" in args.baselines:
         l1 = load_l1(folder, name, model, layers)
-    tried = variants(args, model, saes, sta.load_budgets(folder, layers), pca, l1)
+    tried = variants(args, model, saes, allocated, pca, l1)
     if args.variants:
         chosen = {"dense", *args.variants.split(",")}
         for unknown in chosen - {v.name for v in tried}:

@@ -30,8 +30,10 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers.cache_utils import Cache, DynamicLayer
 
 KINDS = ("key", "value")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")  # the families of the compressed cache
 
 
 class UsageError(Exception):
@@ -119,7 +121,7 @@ class TopKSAE(nn.Module):
 
     def decode(self, z, idx):
         """z, idx (..., k) -> x_hat (..., D): a sum of k rows of W_dec, never a dense latent."""
-        return (_sum_atoms(z, idx, self.W_dec) + self.b_dec) * self.scale
+        return _sum_atoms(z * self.scale, idx, self.W_dec) + self.b_dec * self.scale
 
     def forward(self, x, k):
         return self.decode(*self.encode(x, k))
@@ -208,7 +210,7 @@ def _sum_atoms(z, idx, atoms):
     """sum_j z_j atoms[idx_j]: z, idx (..., k), atoms (M, D) -> (..., D)."""
     z, flat = z.reshape(-1, idx.shape[-1]), idx.reshape(-1, idx.shape[-1])  # (N, k)
     x = F.embedding_bag(flat, atoms, per_sample_weights=z, mode="sum")  # (N, D)
-    return x.view(*idx.shape[:-1], -1)
+    return x.view(*idx.shape[:-1], atoms.shape[-1])
 
 
 class Fidelity:
@@ -341,7 +343,8 @@ def loss_gradients(model, windows, layers, seed=0):
     windows (B, T), with y drawn from the model's own predictions.
 
     not in paper: what an error d of a vector costs. The mean of (g . d)^2 / 2, summed over a
-    token's vectors, is the second-order rise of the KL from the dense model (Fisher information)."""
+    token's vectors, is the second-order rise of the KL from the dense model [Fisher information].
+    """
     sites, parts = [(layer, kind) for layer in layers for kind in KINDS], []
     generator = torch.Generator(model.device).manual_seed(seed)
     for part in windows.split(max(1, 2048 // windows.shape[1])):
@@ -398,12 +401,19 @@ class Budget(NamedTuple):
     k_val: int | None = 16
 
 
+def coefficient_step(z, bits):
+    """z (..., k) -> the fp16 step (..., 1) that puts max|z| of a vector 2**(bits - 1) - 1 steps off
+    zero."""
+    return (z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).half()
+
+
 def round_coefficients(z, bits):
-    """z (..., k) on 2**bits - 1 even steps between -max|z| and max|z| of its vector, that step in
-    fp16. 16 bits: unchanged, fp16's own rounding is not simulated. The gradient is that of z."""
-    if bits == 16:
+    """z (..., k) as it is stored: fp16, below 16 bits in steps, at 32 as it is. Gradient: z's."""
+    if bits == 32:
         return z
-    step = (z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).half().float()
+    if bits == 16:
+        return z + (z.half().float() - z).detach()
+    step = coefficient_step(z, bits).float()
     return z + ((z / step.clamp_min(1e-8)).round() * step - z).detach()
 
 
@@ -460,19 +470,254 @@ def reconstruct(model, codecs, sink=1):
         yield
 
 
+def index_bits(n_latents, coef_bits=16):
+    """Bits of an index. Raises UsageError if it and coef_bits below 16 do not pack into 16."""
+    bits = (n_latents - 1).bit_length()
+    if coef_bits < 16 and bits + coef_bits > 16:
+        raise UsageError(f"coef_bits {coef_bits} and {n_latents} latents do not pack into 16 bits; "
+                         f"want at most {16 - bits}, or 16")
+    return bits
+
+
 def vector_bytes(k, head_dim, n_latents, coef_bits=16):
     """Bytes of one vector. An atom: fp16 coefficient and int16 index (int32 above 65,536 latents);
-    below 16 bits, coefficient and index packed, and an fp16 scale a vector. None: dense bf16."""
+    below 16 bits both in 16, and an fp16 step a vector. None: dense bf16."""
+    index_bits(n_latents, coef_bits)
     if k is None:
         return 2 * head_dim
-    if coef_bits == 16:
-        return k * (2 + (2 if n_latents <= 65536 else 4))
-    return 2 + math.ceil(k * (coef_bits + (n_latents - 1).bit_length()) / 8)
+    if coef_bits < 16:
+        return 2 + 2 * k
+    return k * (coef_bits // 8 + (2 if n_latents <= 65536 else 4))
 
 
 def bytes_per_token(budget, n_kv_heads, head_dim, n_latents, coef_bits=16):
     """Bytes one layer keeps of a coded token, K and V of all kv heads."""
     return n_kv_heads * sum(vector_bytes(k, head_dim, n_latents, coef_bits) for k in budget)
+
+
+# ------------------------------------------------------------------ 5. the compressed cache
+
+def rotate(x, cos, sin, out):
+    """RoPE as the families of `compress` have it: x, out (B, H, T, D), cos and sin (B, T, D)."""
+    (a, b), half = x.chunk(2, -1), x.shape[-1] // 2
+    cos, sin = cos[:, None, :, :half], sin[:, None, :, :half]  # the second half is the same again
+    out[..., :half] = torch.addcmul(a * cos, b, sin, value=-1)
+    out[..., half:] = torch.addcmul(b * cos, a, sin)
+    return out
+
+
+def pack(z, idx, n_latents, coef_bits):
+    """A code as it is stored: z in fp16 (32 bits: as it is) and idx in int16 (int32 above 65,536
+    latents); below 16 an int16 an atom, coefficient above index, and the vector's fp16 step."""
+    if coef_bits >= 16:
+        return [z.half() if coef_bits == 16 else z,
+                idx.int() if n_latents > 65536 else (idx - 32768).short()]
+    step = coefficient_step(z, coef_bits)
+    level = (z / step.float().clamp_min(1e-8)).round().long() + 2 ** (coef_bits - 1)
+    return [((level << index_bits(n_latents)) + idx - 32768).short(), step]
+
+
+def unpack(code, n_latents, coef_bits):
+    """Inverse of `pack` -> z, idx."""
+    if coef_bits >= 16:
+        return code[0].float(), code[1].int() if n_latents > 65536 else code[1].int() + 32768
+    word, bits = code[0].int() + 32768, index_bits(n_latents)
+    return ((word >> bits) - 2 ** (coef_bits - 1)) * code[1].float(), word & (2 ** bits - 1)
+
+
+class CodedLayer(DynamicLayer):
+    """One layer of STACache: its oldest tokens as codes, the newest exact, in `kept`, a dict of
+    tensors (B, H, tokens, ...); sinks among the former are kept exact, too."""
+
+    def __init__(self, cache, saes, budget, coef_bits):
+        super().__init__()
+        self.cache, self.saes, self.budget, self.coef_bits = cache, saes, budget, coef_bits
+        self.reset()
+
+    def reset(self):
+        self.is_initialized, self.kept = False, {}
+
+    def get_seq_length(self):
+        return sum(self.kept[name].shape[2] for name in ("key code 0", "key exact") if self.kept)
+
+    def change(self, how):
+        """Each stored tensor becomes how(tensor, its name)."""
+        self.kept = {name: how(tensor, name) for name, tensor in self.kept.items()}
+
+    def reorder_cache(self, beam_idx):
+        self.change(lambda x, name: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        self.change(lambda x, name: x.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove):
+        """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
+        if self.kept:
+            exact = self.kept["key exact"].shape[2]
+            left = {"exact": max(0, exact + tokens_to_remove), "sink": None, "code": max(
+                0, self.get_seq_length() - exact + min(0, exact + tokens_to_remove))}
+            self.change(lambda x, name: x[:, :, :left[name.split()[1]]].clone())
+
+    def to_code(self, kind, x):
+        """x (B, H, T, D) -> tensors (B, H, T, ...) to be stored."""
+        k = self.budget[KINDS.index(kind)]
+        return [x] if k is None else pack(*self.saes[kind].encode(x.float(), k),
+                                          self.saes[kind].n_latents, self.coef_bits)
+
+    def code(self, kind):
+        """z, idx (B, H, T, k) of all that is coded, or [x] if that kind stays dense."""
+        stored = [x for name, x in self.kept.items() if name.startswith(f"{kind} code")]
+        if self.budget[KINDS.index(kind)] is None:
+            return stored
+        return unpack(stored, self.saes[kind].n_latents, self.coef_bits)
+
+    def update(self, keys, values, *args, **kwargs):
+        """New keys (after RoPE) and values (B, H, T, D) -> all of them, as attention sees them."""
+        if self.cache.now is None:
+            raise UsageError("this cache works only inside `with compress`")
+        out, past = [], self.get_seq_length()
+        cos, sin, first = (x.to(keys.device) for x in self.cache.now)  # (B, slots, D) twice, (B,)
+        for kind, x in zip(KINDS, (keys, values)):
+            if not self.is_initialized:
+                self.kept[f"{kind} sink"] = x.new_zeros(*x.shape[:2], self.cache.sink, x.shape[3])
+                self.kept[f"{kind} exact"] = x[:, :, :0]
+                self.kept |= {f"{kind} code {i}": part
+                              for i, part in enumerate(self.to_code(kind, x[:, :, :0]))}
+            exact = torch.cat([self.kept[f"{kind} exact"], x], 2)
+            start = past + x.shape[2] - exact.shape[2]  # the slots before are codes
+            end = max(start, past + x.shape[2] - self.cache.recent)  # and will be
+            leaving, exact = exact[:, :, :end - start], exact[:, :, end - start:].clone()
+            self.kept[f"{kind} exact"] = exact
+            self._keep_sinks(kind, leaving, first - start)
+            if end > start:
+                if kind == "key":  # as it was before RoPE
+                    c, s = cos[:, start:end].float(), sin[:, start:end].float()
+                    leaving = rotate(leaving.float(), c, -s, leaving.new_empty(
+                        leaving.shape, dtype=c.dtype))
+                    leaving = (leaving / (c.square() + s.square())[:, None]).to(x.dtype)
+                for i, part in enumerate(self.to_code(kind, leaving)):
+                    name = f"{kind} code {i}"
+                    self.kept[name] = torch.cat([self.kept[name], part], 2)
+            code = self.code(kind)
+            old = self.saes[kind].decode(*code) if len(code) == 2 else code[0]  # (B, H, end, D)
+            out.append(x.new_empty(*x.shape[:2], past + x.shape[2], x.shape[3]))
+            out[-1][:, :, end:] = exact
+            if kind == "key":
+                rotate(old, cos[:, :end], sin[:, :end], out[-1][:, :, :end])
+            else:
+                out[-1][:, :, :end] = old
+            self._put_sinks(kind, out[-1][:, :, :end], first)
+        self.is_initialized = True
+        return out
+
+    def _keep_sinks(self, kind, x, first):
+        """Of x (B, H, T, D), keep those of the `sink` tokens from slot first (B,) on."""
+        kept = self.kept[f"{kind} sink"]  # (B, H, S, D)
+        at = first[:, None] + torch.arange(kept.shape[2], device=x.device)  # (B, S)
+        there = ((at >= 0) & (at < x.shape[2]))[:, None, :, None]
+        if x.shape[2] and kept.shape[2]:
+            at = at.clamp(0, x.shape[2] - 1)[:, None, :, None].expand_as(kept)
+            self.kept[f"{kind} sink"] = torch.where(there, x.gather(2, at), kept)
+
+    def _put_sinks(self, kind, x, first):
+        """Into x (B, H, T, D) the sinks, in place of their codes."""
+        kept = self.kept[f"{kind} sink"]  # (B, H, S, D)
+        end = min(x.shape[2], self.cache.last_sink)
+        if end and kept.shape[2]:
+            which = torch.arange(end, device=x.device) - first[:, None]  # (B, end)
+            sink = ((which >= 0) & (which < kept.shape[2]))[:, None, :, None]
+            at = which.clamp(0, kept.shape[2] - 1)[:, None, :, None]
+            at = at.expand(*x.shape[:2], end, x.shape[3])
+            x[:, :, :end] = torch.where(sink, kept.gather(2, at), x[:, :, :end])
+
+
+class STACache(Cache):
+    """A cache of transformers that stores codes, made by `compress`."""
+
+    def __init__(self, sink, recent):
+        super().__init__(layers=[])
+        self.sink, self.recent, self.now, self.positions = sink, recent, None, None
+
+    def nbytes(self):
+        """Bytes of every tensor that is stored."""
+        tensors = [x for layer in self.layers for x in (
+            layer.kept.values() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
+        return sum(x.untyped_storage().nbytes() for x in (*tensors, self.positions)
+                   if x is not None)
+
+    def reset(self):
+        super().reset()
+        self.positions = None
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self.positions = self.positions[indices.to(self.positions.device)]
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        self.positions = self.positions.repeat_interleave(repeats, 0)
+
+
+@contextlib.contextmanager
+def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
+    """`with compress(model, saes, budget) as cache: model.generate(..., past_key_values=cache)`.
+
+    saes: {(layer, kind): TopKSAE}; budget: a Budget, or {layer: Budget}. Exact are the first `sink`
+    real tokens of a sequence and its newest `recent`: a token is coded once it is `recent` old. A
+    chunk of several tokens is first stored, then attended to, so its older ones are seen as codes
+    by all of it. Layers without SAEs stay dense. Raises UsageError for families whose RoPE it
+    cannot undo."""
+    decoder = model.get_decoder()
+    config, rope = decoder.config, getattr(decoder.config, "rope_parameters", None) or {}
+    kind_of_rope = rope.get("rope_type", "default")
+    if config.model_type not in ROTARY or kind_of_rope not in ("default", "linear", "llama3"):
+        raise UsageError(f"the compressed cache takes {', '.join(ROTARY)} with plain RoPE; this is "
+                         f"{config.model_type} with {kind_of_rope}")
+    for sae in saes.values():
+        index_bits(sae.n_latents, coef_bits)
+    cache, begun = STACache(sink, recent), {}
+    by_layer = budget if isinstance(budget, dict) else {layer: budget for layer, _ in saes}
+    cache.layers += [
+        CodedLayer(cache, {kind: saes[layer, kind] for kind in KINDS}, by_layer[layer], coef_bits)
+        if (layer, "key") in saes else DynamicLayer() for layer in range(config.num_hidden_layers)]
+
+    def begin(module, args, kwargs):  # of the decoder, before it runs
+        if kwargs.get("past_key_values") is not cache:
+            raise UsageError("inside compress, give the model past_key_values=the cache")
+        ids = args[0] if args else kwargs.get("input_ids")
+        ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # (B, T)
+        begun["past"], mask = cache.get_seq_length(), kwargs.get("attention_mask")
+        slots = torch.arange(begun["past"] + ids.shape[1], device=ids.device)
+        begun["first"] = torch.zeros_like(ids[:, 0], dtype=torch.long)
+        if isinstance(mask, torch.Tensor):
+            if mask.dim() != 2:
+                raise UsageError("the compressed cache takes a mask (batch, tokens)")
+            begun["first"] = torch.where(mask.bool(), slots, len(slots)).amin(1)  # (B,)
+        cache.last_sink = int(begun["first"].max()) + sink
+
+    def turn(module, args, kwargs, output):  # of RoPE: the angles of all slots
+        new = kwargs.get("position_ids", args[-1]).int().expand(len(begun["first"]), -1)
+        old = new[:, :0] if cache.positions is None else cache.positions[:, :begun["past"]]
+        cache.positions = torch.cat([old.to(new.device), new], 1)  # (B, slots)
+        cache.now = *module.forward(args[0], cache.positions), begun["first"]
+
+    def end(module, args, output):
+        cache.now = None
+
+    hooks = [decoder.register_forward_pre_hook(begin, with_kwargs=True),
+             decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
+             decoder.register_forward_hook(end)]
+    try:
+        yield cache
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 # ------------------------------------------------------------------ 6. the fast path

@@ -46,11 +46,11 @@ def small_sae(dim=16, n_latents=40, seed=0):
     return sae
 
 
-def small_model(family, kv_heads=2, vocab_size=128):
+def small_model(family, kv_heads=2, vocab_size=128, max_position_embeddings=64):
     config = transformers.AutoConfig.for_model(
         family, vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=64, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
+        num_attention_heads=4, max_position_embeddings=max_position_embeddings, pad_token_id=0,
+        bos_token_id=1, eos_token_id=2, **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
         **({"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}))
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
@@ -248,7 +248,7 @@ def test_generate_sees_the_reconstruction(family):
 
 def test_budget_by_layer_and_dense_kinds():
     saes = small_saes(small_model("llama"))
-    codecs = sta.dual(saes, {0: sta.Budget(2, None), 1: sta.Budget(None, 5)})
+    codecs = sta.dual(saes, {0: sta.Budget(2, None), 1: sta.Budget(None, 5)}, coef_bits=32)
     assert set(codecs) == {(0, "key"), (1, "value")}
     x = rows_of(6)
     assert torch.equal(codecs[1, "value"](x, None), saes[1, "value"](x, 5))
@@ -289,7 +289,7 @@ def test_bytes():
     assert sta.bytes_per_token(budget, 1, 128, 70_000) == 144  # wider indices
     # packed: 10 bits of index and 6 of coefficient, and a step a vector: 3 bits a value at D = 64
     assert sta.bytes_per_token(sta.Budget(9, 13), 3, 64, 1024, coef_bits=6) == 3 * 48
-    assert sta.bytes_per_token(sta.Budget(3, None), 1, 64, 512, coef_bits=4) == 2 + 5 + 128
+    assert sta.bytes_per_token(sta.Budget(3, None), 1, 64, 512, coef_bits=7) == 2 + 6 + 128
 
 
 @pytest.mark.parametrize("bits", [3, 6])
@@ -300,7 +300,7 @@ def test_rounded_coefficients_against_a_loop(bits):
         step = float(np.float16(max(map(abs, row)) / (2 ** (bits - 1) - 1)))
         assert found == pytest.approx([round(value / step) * step for value in row], abs=1e-5)
     rounded.sum().backward()
-    assert (z.grad == 1).all() and sta.round_coefficients(z, 16) is z
+    assert (z.grad == 1).all() and torch.equal(sta.round_coefficients(z, 16), z.half().float())
 
 
 @pytest.mark.parametrize("metric", ["plain", "loss"])
@@ -350,7 +350,7 @@ def test_loss_gradients_against_finite_differences():
 def test_costs_of_codes(pursuit):
     sae, x, g = small_sae(), rows_of(30), rows_of(30, seed=1)
     sae.pursuit = pursuit
-    costs = sta.code_costs(sae, x, g)
+    costs = sta.code_costs(sae, x, g, coef_bits=32)
     assert list(costs) == list(range(1, 9))  # half of head_dim
     for k in (1, 5, 8):
         expected = ((sae(x, k) - x) * g).sum(-1).square().mean() / 2
@@ -370,6 +370,146 @@ def test_allocation_is_the_best_of_all():
         assert sum(costs[s][k] for s, k in found.items()) == pytest.approx(best), limit
     with pytest.raises(sta.UsageError, match="bytes=14: want 15 or more"):
         sta.allocate(costs, size, 14)
+
+
+# ---------------------------------------------------------------- 5. the compressed cache
+
+CACHED = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+def exact_saes(model):
+    """SAEs of 2 D latents that lose nothing at k = 2 D: the positive and the negative axes."""
+    heads, dim = sta.kv_shape(model.config)
+    sae = sta.TopKSAE(dim, 2 * dim)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.cat([torch.eye(dim), -torch.eye(dim)]))
+        sae.W_enc.copy_(sae.W_dec.T)
+    return dict.fromkeys(sta.kv_sites(model), sae.requires_grad_(False))
+
+
+def padded(batch=3, length=9):
+    ids, mask = tokens_of(batch, length), torch.ones(batch, length, dtype=torch.long)
+    for row, n in enumerate((0, 4, 2)):
+        ids[row, :n], mask[row, :n] = 0, 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize("how", ["exact SAEs", "all exact"])
+def test_cache_that_loses_nothing_generates_the_same(family, how):
+    model = small_model(family, max_position_embeddings=256)
+    greedy = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    dense = model.generate(**padded(), **greedy)
+    saes, sizes = exact_saes(model), (4, 3) if how == "exact SAEs" else (4, 300)
+    with sta.compress(model, saes, sta.Budget(32, 32), *sizes, coef_bits=32) as cache:
+        found = model.generate(**padded(), past_key_values=cache, **greedy)
+    assert found.tolist() == dense.tolist()
+    assert cache.get_seq_length() == 208 and len(cache.layers) == 2
+
+
+@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize("coef_bits", [16, 8])
+def test_cache_computes_what_the_hooks_do(family, coef_bits):
+    """recent = 0: token by token, in chunks or at once, the logits of `reconstruct`."""
+    model, inputs = small_model(family), padded(length=20)
+    ids, mask = inputs.values()
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    saes, budget = small_saes(model), sta.Budget(4, 6)
+    with sta.reconstruct(model, sta.dual(saes, budget, coef_bits), sink=1):
+        expected = model(ids, attention_mask=mask, position_ids=positions).logits
+    for step in (1, 7, 20):
+        with sta.compress(model, saes, budget, 1, 0, coef_bits) as cache:
+            found = torch.cat([model(ids[:, i:i + step], attention_mask=mask[:, :i + step],
+                                     position_ids=positions[:, i:i + step],
+                                     past_key_values=cache).logits
+                               for i in range(0, 20, step)], 1)
+        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+
+
+def test_recent_is_a_sliding_window():
+    """A token is exact while fewer than `recent` are newer: what is not coded must not matter."""
+    model, ids = small_model("llama"), tokens_of(1, 12)
+    saes = small_saes(model)
+    with sta.compress(model, saes, sta.Budget(2, 3), sink=1, recent=4) as cache:
+        for i in range(12):
+            model(ids[:, i:i + 1], past_key_values=cache)
+            kept = cache.layers[1].kept
+            assert kept["key exact"].shape[2] == min(4, i + 1)
+            assert kept["value code 0"].shape[2] == max(0, i + 1 - 4)
+    with sta.capture(model) as rows, sta.compress(model, saes, sta.Budget(2, 3), 1, 4) as again:
+        model(ids, past_key_values=again)
+    layer = again.layers[0]
+    torch.testing.assert_close(layer.kept["value exact"],
+                               rows[0, "value"][:, -4:].transpose(1, 2))
+    z, idx = saes[0, "value"].encode(rows[0, "value"][:, :8], 3)
+    torch.testing.assert_close(layer.kept["value code 0"], z.half().transpose(1, 2))
+
+
+def test_beam_search_and_sampling():
+    model = small_model("llama", max_position_embeddings=128)
+    saes = exact_saes(model)
+    for how in ({"num_beams": 4, "do_sample": False}, {"do_sample": True, "top_k": 0},
+                {"num_beams": 2, "num_return_sequences": 2, "do_sample": False}):
+        how |= {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
+        torch.manual_seed(0)
+        dense = model.generate(**padded(), **how)
+        torch.manual_seed(0)
+        with sta.compress(model, saes, sta.Budget(32, 32), 2, 5, 32) as cache:
+            found = model.generate(**padded(), past_key_values=cache, **how)
+        assert found.tolist() == dense.tolist()
+
+
+def test_reorder_crop_and_growth_at_random():
+    """recent = 0: after any of them the logits are those of a new cache that read what is left."""
+    model, generator = small_model("llama", max_position_embeddings=256), np.random.default_rng(0)
+    saes, budget, ids = small_saes(model), sta.Budget(3, 5), tokens_of(3, 1)
+    with sta.compress(model, saes, budget, 1, 0) as cache:
+        model(ids, past_key_values=cache)
+        for turn in range(30):
+            what = generator.integers(3)
+            if what == 0:
+                rows = torch.tensor(generator.integers(0, 3, 3))
+                cache.reorder_cache(rows)
+                ids = ids[rows]
+            elif what == 1 and ids.shape[1] > 6:
+                n = int(generator.integers(1, 5))
+                cache.crop(-n)
+                ids = ids[:, :-n]
+            new = tokens_of(3, int(generator.integers(1, 6)), seed=turn)
+            ids = torch.cat([ids, new], 1)
+            found = model(new, past_key_values=cache).logits
+            assert cache.get_seq_length() == ids.shape[1] == cache.positions.shape[1]
+        used = cache.nbytes()
+        cache.reset()
+        assert cache.nbytes() == 0 and cache.get_seq_length() == 0
+        expected = model(ids, past_key_values=cache).logits
+        torch.testing.assert_close(found, expected[:, -found.shape[1]:], atol=1e-4, rtol=0)
+        assert cache.nbytes() == used
+
+
+@pytest.mark.parametrize("coef_bits", [16, 8])
+def test_bytes_of_the_cache_are_those_of_the_formula(coef_bits):
+    model = small_model("llama", max_position_embeddings=256)
+    with sta.compress(model, small_saes(model), sta.Budget(3, 5), 4, 10, coef_bits) as cache:
+        model(tokens_of(2, 200), past_key_values=cache)
+    coded = sta.bytes_per_token(sta.Budget(3, 5), 2, 16, 64, coef_bits)
+    exact = 2 * 2 * 16 * 4  # K and V of two heads in float32
+    assert cache.nbytes() == 2 * (2 * (190 * coded + 14 * exact) + 200 * 4)  # and positions, once
+
+
+def test_cache_refuses_what_it_would_get_wrong():
+    with pytest.raises(sta.UsageError, match="compressed cache takes llama, .* this is phi3"):
+        with sta.compress(small_model("phi3"), {}, sta.Budget()):
+            pass
+    model = small_model("llama")
+    with sta.compress(model, small_saes(model), sta.Budget(2, 3)) as cache:
+        with pytest.raises(sta.UsageError, match="give the model past_key_values=the cache"):
+            model(tokens_of(1, 3))
+    with pytest.raises(sta.UsageError, match="only inside `with compress"):
+        model(tokens_of(1, 3), past_key_values=cache)
+    with pytest.raises(sta.UsageError, match="coef_bits 11 and 64 latents do not pack into 16"):
+        with sta.compress(model, small_saes(model), sta.Budget(2, 3), coef_bits=11):
+            pass
 
 
 # ---------------------------------------------------------------- 6. the fast path
@@ -676,6 +816,35 @@ def test_budgets_by_layer(trained, tmp_path, monkeypatch, capsys):
     (tmp_path / "tiny" / "budget.json").write_text('{"k": {"1": [8, 16]}}')
     assert script(evaluate, monkeypatch, *argv, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "budget.json: corrupt, or without a layer")
+
+
+def test_evaluation_through_the_cache(trained, tmp_path, monkeypatch, capsys):
+    """recent = 0: the losses and log-likelihoods of the hooks; bytes are those of what is kept."""
+    argv = ["--saes", trained, "--max-tokens", 512, "--limit", 8, "--variants", "dual,cache",
+            "--cache", "--recent", 0, "--chunk", 100, "--log-samples", "--out", tmp_path]
+    assert script(evaluate, monkeypatch, *argv) == 0
+    dense, dual, cache = json.loads((tmp_path / "tiny.json").read_text())["rows"]
+    assert cache["ce"] == pytest.approx(dual["ce"], abs=1e-4) and dual["ce"] > dense["ce"] + 1e-3
+    assert cache["tasks"]["cloze"]["loglik"] == pytest.approx(
+        dual["tasks"]["cloze"]["loglik"], abs=5e-3)
+    a_token = 4 + 2 * 2 * 96 + 4 * 2 * 2 * 128 * 4  # position; two coded layers; four in float32
+    assert cache["cache"]["bytes"] == 512 * a_token + 2 * 2 * 2 * 2 * 128 * 4  # sinks of two rows
+    dictionaries = 4 * (2 * 64 * 128 + 64 + 128) * 4  # of four SAEs, float32
+    assert cache["cache"]["dictionary_bytes"] == dictionaries
+    assert f"dictionaries {dictionaries:,}; smaller than bf16 from" in capsys.readouterr().out
+
+
+def test_writing_on(trained, tiny, monkeypatch, capsys):
+    model, tokenizer = tiny
+    argv = ["--saes", trained, "--generate", "The President of", "--new-tokens", 12]
+    assert script(evaluate, monkeypatch, *argv, "--recent", 2) == 0
+    inputs = tokenizer("The President of", return_tensors="pt")
+    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0],
+                            skip_special_tokens=True)
+    printed = capsys.readouterr().out
+    dense, codes = re.findall(r"(?:dense|codes): [0-9.]+ tokens/s, ([0-9,]+) bytes", printed)
+    assert text in printed
+    assert int(codes.replace(",", "")) < int(dense.replace(",", ""))
 
 
 # ---------------------------------------------------------------- zero-shot, baselines, verdicts
