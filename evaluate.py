@@ -41,6 +41,7 @@ import re
 import subprocess
 import sys
 import time
+import types
 from typing import NamedTuple
 
 import torch
@@ -701,17 +702,18 @@ def write_on(model, tokenizer, saes, budget, args):
     """--generate: the prompt continued greedily, dense and through the cache, with its cost."""
     inputs = tokenizer(args.generate, return_tensors="pt").to(model.device)
     for name in ("dense", "codes"):
+        at = []  # times: at the start, then at each new token
+        clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
         with (contextlib.nullcontext(transformers.DynamicCache(config=model.config))
               if name == "dense" else sta.compress(model, saes, budget, args.sink, args.recent,
                                                    args.coef_bits)) as cache:
-            began = time.time()
             ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens,
-                                 do_sample=False)[0, inputs.input_ids.shape[1]:]
-            speed = len(ids) / (time.time() - began)
-            stored = cache.nbytes() if name == "codes" else sum(
-                layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        print(f"{name}: {speed:.1f} tokens/s, {stored:,} bytes of cache\n  "
-              f"{args.generate}{tokenizer.decode(ids, skip_special_tokens=True)}")
+                                 do_sample=False, streamer=clock)[0, inputs.input_ids.shape[1]:]
+        stored = cache.nbytes() if name == "codes" else sum(
+            layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
+              f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache {stored:,} "
+              f"bytes\n  {args.generate[-200:]}{tokenizer.decode(ids, skip_special_tokens=True)}")
 
 
 def provenance(device):

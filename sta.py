@@ -14,7 +14,7 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
 Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents, k budget
 Use:    with reconstruct(model, dual(saes, Budget(8, 16))): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where K and V live, 3 the budget curve and its elbow, 4 the dual
-budget, 6 the fast path, 7 models, text, files. Read 1-4; the rest serves them. Choices that the
+budget, 5 the compressed cache, 6 the fast path, 7 models, text, files. Read 1-4. Choices that the
 paper's readable text leaves open say `not in paper`. Non-goal: training the language model.
 """
 import contextlib
@@ -649,6 +649,8 @@ class STACache(Cache):
 
     def reset(self):
         super().reset()
+        self.layers[:] = [layer if isinstance(layer, CodedLayer) else DynamicLayer()
+                          for layer in self.layers]  # transformers 5.17 only fills those with zeros
         self.positions = None
 
     def reorder_cache(self, beam_idx):

@@ -842,7 +842,7 @@ def test_writing_on(trained, tiny, monkeypatch, capsys):
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0],
                             skip_special_tokens=True)
     printed = capsys.readouterr().out
-    dense, codes = re.findall(r"(?:dense|codes): [0-9.]+ tokens/s, ([0-9,]+) bytes", printed)
+    dense, codes = re.findall(r": . tokens in .* ms a token; cache ([0-9,]+) bytes", printed)
     assert text in printed
     assert int(codes.replace(",", "")) < int(dense.replace(",", ""))
 
