@@ -46,12 +46,12 @@ def small_sae(dim=16, n_latents=40, seed=0):
     return sae
 
 
-def small_model(family, kv_heads=2, vocab_size=128, max_position_embeddings=64):
+def small_model(family, kv_heads=2, vocab_size=128, max_position_embeddings=64, **options):
     config = transformers.AutoConfig.for_model(
         family, vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=max_position_embeddings, pad_token_id=0,
         bos_token_id=1, eos_token_id=2, **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
-        **({"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}))
+        **({"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}), **options)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
 
@@ -405,6 +405,22 @@ def test_cache_that_loses_nothing_generates_the_same(family, how):
         found = model.generate(**padded(), past_key_values=cache, **greedy)
     assert found.tolist() == dense.tolist()
     assert cache.get_seq_length() == 208 and len(cache.layers) == 2
+
+
+@pytest.mark.parametrize("family", CACHED)
+def test_cache_with_eager_attention_a_sliding_window_and_bf16(family):
+    window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
+    model = small_model(family, max_position_embeddings=256,
+                        **({} if family == "llama" else window))
+    model.set_attn_implementation("eager")
+    greedy = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    dense, saes = model.generate(**padded(), **greedy), exact_saes(model)
+    with sta.compress(model, saes, sta.Budget(32, 32), 2, 3, coef_bits=32) as cache:
+        found = model.generate(**padded(), past_key_values=cache, **greedy)
+    assert found.tolist() == dense.tolist()
+    with sta.compress(model.bfloat16(), saes, sta.Budget(32, 32), 2, 3) as cache:
+        model.generate(**padded(), past_key_values=cache, **greedy)
+    assert cache.layers[0].kept["key exact"].dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("family", CACHED)
