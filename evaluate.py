@@ -148,12 +148,11 @@ def token_windows(text, tokenizer, seq_len, max_tokens):
 
 def forward(model, ids, mask=None, cache=None, chunk=0):
     """ids (B, T) -> logits (B, T, V), at once, or chunk by chunk through a cache."""
-    mask = torch.ones_like(ids) if mask is None else mask
     if cache is None:
         return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     cache.reset()
-    return torch.cat([model(input_ids=ids[:, i:i + chunk], attention_mask=mask[:, :i + chunk],
-                            past_key_values=cache).logits
+    return torch.cat([model(input_ids=ids[:, i:i + chunk], past_key_values=cache,
+                            attention_mask=None if mask is None else mask[:, :i + chunk]).logits
                       for i in range(0, ids.shape[1], chunk)], 1)
 
 

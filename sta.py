@@ -89,7 +89,8 @@ class TopKSAE(nn.Module):
         k times the atom most in line with what is left, then least squares over all chosen; slower
         than one matmul and much closer [arXiv 2412.08890]. Gradients flow through z, not idx."""
         target = self.to_metric(x).flatten(0, -2).detach()  # (N, D)
-        idx = torch.cat([self._pick(rows, k) for rows in target.split(2048)])  # in cache
+        atoms = F.normalize(self.W_dec @ self.metric, dim=-1).detach()  # (M, D)
+        idx = torch.cat([self._pick(rows, atoms, k) for rows in target.split(2048)])  # in cache
         idx = idx.view(*x.shape[:-1], k)
         return self.least_squares(x, idx), idx
 
@@ -108,9 +109,8 @@ class TopKSAE(nn.Module):
         return (self.least_squares(x, idx) if self.pursuit else z[..., :k]), idx
 
     @torch.no_grad()
-    def _pick(self, rest, k):
+    def _pick(self, rest, atoms, k):
         span, picks = rest.new_empty(len(rest), k, rest.shape[-1]), []  # orthonormal (N, k, D)
-        atoms = F.normalize(self.W_dec @ self.metric, dim=-1)  # (M, D)
         for j in range(k):
             picks.append((rest @ atoms.T).abs_().max(-1).indices)
             atom, known = atoms[picks[-1]], span[:, :j]
@@ -401,10 +401,11 @@ class Budget(NamedTuple):
     k_val: int | None = 16
 
 
-def coefficient_step(z, bits):
-    """z (..., k) -> the fp16 step (..., 1) that puts max|z| of a vector 2**(bits - 1) - 1 steps off
-    zero."""
-    return (z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).half()
+def coefficient_levels(z, bits):
+    """z (..., k) -> whole numbers of steps (..., k), and the fp16 step (..., 1) that puts max|z| of
+    a vector 2**(bits - 1) - 1 of them off zero."""
+    step = (z.abs().amax(-1, keepdim=True) / (2 ** (bits - 1) - 1)).half()
+    return (z / step.float().clamp_min(1e-8)).round(), step
 
 
 def round_coefficients(z, bits):
@@ -413,8 +414,8 @@ def round_coefficients(z, bits):
         return z
     if bits == 16:
         return z + (z.half().float() - z).detach()
-    step = coefficient_step(z, bits).float()
-    return z + ((z / step.clamp_min(1e-8)).round() * step - z).detach()
+    levels, step = coefficient_levels(z, bits)
+    return z + (levels * step.float() - z).detach()
 
 
 def dual(saes, budget, coef_bits=16):
@@ -512,9 +513,9 @@ def pack(z, idx, n_latents, coef_bits):
     if coef_bits >= 16:
         return [z.half() if coef_bits == 16 else z,
                 idx.int() if n_latents > 65536 else (idx - 32768).short()]
-    step = coefficient_step(z, coef_bits)
-    level = (z / step.float().clamp_min(1e-8)).round().long() + 2 ** (coef_bits - 1)
-    return [((level << index_bits(n_latents)) + idx - 32768).short(), step]
+    levels, step = coefficient_levels(z, coef_bits)
+    word = (levels.long() + 2 ** (coef_bits - 1)) << index_bits(n_latents)
+    return [(word + idx - 32768).short(), step]
 
 
 def unpack(code, n_latents, coef_bits):
@@ -590,7 +591,8 @@ class CodedLayer(DynamicLayer):
             end = max(start, past + x.shape[2] - self.cache.recent)  # and will be
             leaving, exact = exact[:, :, :end - start], exact[:, :, end - start:].clone()
             self.kept[f"{kind} exact"] = exact
-            self._keep_sinks(kind, leaving, first - start)
+            if start < self.cache.last_sink:
+                self._keep_sinks(kind, leaving, first - start)
             if end > start:
                 if kind == "key":  # as it was before RoPE
                     c, s = cos[:, start:end].float(), sin[:, start:end].float()

@@ -50,7 +50,8 @@ def small_model(family, kv_heads=2, vocab_size=128, max_position_embeddings=64, 
     config = transformers.AutoConfig.for_model(
         family, vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
         num_attention_heads=4, max_position_embeddings=max_position_embeddings, pad_token_id=0,
-        bos_token_id=1, eos_token_id=2, **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
+        bos_token_id=1, eos_token_id=2,
+        **({} if family == "gpt_neox" else {"num_key_value_heads": kv_heads}),
         **({"head_dim": 16} if family in ("qwen3", "gemma3_text") else {}), **options)
     torch.manual_seed(0)
     return transformers.AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)

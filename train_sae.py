@@ -95,7 +95,7 @@ def parse_args(argv=None):
     if not re.fullmatch(r"elbow|bytes=\d+(\.\d*)?%?", args.budget or "elbow"):
         raise sta.UsageError(f"--budget {args.budget}: want elbow, bytes=1152 or bytes=18.75%")
     if args.budget and args.sparsity == "l1":
-        raise sta.UsageError(f"--budget {args.budget}: codes of l1 have no k; train topk or pursuit")
+        raise sta.UsageError(f"--budget {args.budget}: codes of l1 have no k; use topk, pursuit")
     for name in ("tokens", "seq_len", "buffer_tokens", "batch_rows", "batch_tokens", "part_tokens",
                  "n_latents", "k_key", "k_val"):
         value, flag = getattr(args, name), "--" + name.replace("_", "-")
@@ -128,7 +128,7 @@ def token_windows(text, tokenizer, seq_len, n_tokens):
 
 @torch.no_grad()
 def sample_windows(model, tokenizer, seq_len, n_tokens, seed):
-    """As `token_windows`, of text that the model writes: plain sampling after one BOS (else EOS)."""
+    """As `token_windows`, of text that the model writes, sampled after a BOS (else EOS)."""
     start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -273,7 +273,7 @@ def train(model, windows, layers, settings, args, folder):
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
-            if args.sparsity == "pursuit" and args.metric == "loss":
+            if args.metric == "loss":  # of pursuit alone
                 some = windows[buffers[0]][:-(-METRIC_TOKENS // windows.shape[1])]
                 for key, g in sta.loss_gradients(model, some, layers, args.seed).items():
                     saes[key].set_metric(g.flatten(0, 2))
