@@ -435,16 +435,14 @@ def variants(args, model, saes, allocated, pca, l1):
     made = [Variant(name, sta.Budget(*b), sta.dual(saes, sta.Budget(*b), args.coef_bits),
                     size(b, args.coef_bits)) for name, b in budgets.items()]
     own, none = dict(zip(sta.KINDS, (k, v))), sta.Budget(None, None)
-    if args.cache and not allocated:
-        dual = next(variant for variant in made if variant.name == "dual")
-        made.append(dual._replace(name="cache", cached=dual.budget))
     if allocated:  # {layer: Budget}
         mean = lambda numbers: sum(numbers) / len(allocated)
         made.append(Variant("allocated", sta.Budget(*map(mean, zip(*allocated.values()))),
                             sta.dual(saes, allocated, args.coef_bits),
                             mean([size(b, args.coef_bits) for b in allocated.values()])))
-        if args.cache:
-            made.append(made[-1]._replace(name="cache", cached=allocated))
+    if args.cache:
+        base = made[-1] if allocated else made[list(budgets).index("dual")]
+        made.append(base._replace(name="cache", cached=allocated or base.budget))
     if args.claims:
         made.append(Variant("lower", sta.Budget(k, v), {
             key: functools.partial(lower, sae=sae, k=own[key[1]]) for key, sae in saes.items()},
@@ -514,7 +512,8 @@ def memory(variant, n_coded, model, seq_len, sink):
 
 def cached_bytes(cache, model, saes, variant, windows):
     """Columns bytes_* measured on a cache that holds the last batch of windows, and more."""
-    config, slots = model.get_decoder().config, cache.positions.numel()
+    config = model.get_decoder().config
+    slots = cache.layers[min(saes)[0]].kept["all positions"].numel()
     dense = 4 * math.prod(sta.kv_shape(config)) * config.num_hidden_layers
     stored, coded = cache.nbytes() / slots, variant.layer_bytes * config.num_hidden_layers
     dictionaries = sum(getattr(sae, name).nbytes for sae in saes.values() for name in (
@@ -666,10 +665,10 @@ def score(model, saes, tried, windows, tasks, limit_tokens, args):
         with (sta.reconstruct(model, variant.codecs, args.sink) if variant.cached is None else
               sta.compress(model, saes, variant.cached, args.sink, args.recent,
                            args.coef_bits)) as cache:
-            through = {"cache": cache, "chunk": args.chunk} if cache else {}
+            through = {} if cache is None else {"cache": cache, "chunk": args.chunk}
             if variant.name != "dense":
                 losses[variant.name] = window_losses(model, windows, variant.name, **through)
-            measured_bytes = cached_bytes(cache, model, saes, variant, windows) if cache else {}
+            measured_bytes = cached_bytes(cache, model, saes, variant, windows) if through else {}
             found = {task.name: loglikelihoods(model, task.requests, limit_tokens,
                                                f"{variant.name} {task.name}", **through)
                      for task in tasks if not variant.name.startswith(P5_ONLY)}

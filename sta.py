@@ -432,6 +432,13 @@ def dual(saes, budget, coef_bits=16):
             for key, sae in saes.items() if ks[key]}
 
 
+def _call(args, kwargs):
+    """Of a decoder's arguments: (ids, or something else, (B, T); mask; tokens in the cache)."""
+    ids, cache = args[0] if args else kwargs.get("input_ids"), kwargs.get("past_key_values")
+    ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids
+    return ids, kwargs.get("attention_mask"), 0 if cache is None else cache.get_seq_length()
+
+
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with replaced K and V: prefill, decode and generate alike.
@@ -445,10 +452,7 @@ def reconstruct(model, codecs, sink=1):
         raise UsageError(f"layer {layer}: the model has layers 0 to {max(sites)[0]}")
 
     def find_live(module, args, kwargs):  # before the decoder runs; padding has no position
-        ids = args[0] if args else kwargs.get("input_ids")
-        ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # (B, T)
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        past = cache.get_seq_length() if cache is not None else 0
+        ids, mask, past = _call(args, kwargs)
         if not (isinstance(mask, torch.Tensor) and mask.dim() == 2):  # else (B, past + T)
             mask = ids.new_ones(ids.shape[0], past + ids.shape[1])
         seen["live"] = (mask.long().cumsum(-1) > sink)[:, -ids.shape[1]:]  # (B, T)
@@ -528,7 +532,8 @@ def unpack(code, n_latents, coef_bits):
 
 class CodedLayer(DynamicLayer):
     """One layer of STACache: its oldest tokens as codes, the newest exact, in `kept`, a dict of
-    tensors (B, H, tokens, ...); sinks among the former are kept exact, too."""
+    tensors (B, H, tokens, ...); sinks among the former are kept exact, too. The first of the layers
+    holds the positions of all slots, (B, 1, slots), for the others."""
 
     def __init__(self, cache, saes, budget, coef_bits):
         super().__init__()
@@ -539,7 +544,8 @@ class CodedLayer(DynamicLayer):
         self.is_initialized, self.kept = False, {}
 
     def get_seq_length(self):
-        return sum(self.kept[name].shape[2] for name in ("key code 0", "key exact") if self.kept)
+        return sum(self.kept[name].shape[2] for name in ("key code 0", "key exact")
+                   if self.is_initialized)
 
     def change(self, how):
         """Each stored tensor becomes how(tensor, its name)."""
@@ -555,10 +561,11 @@ class CodedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove):
         """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
-        if self.kept:
-            exact = self.kept["key exact"].shape[2]
-            left = {"exact": max(0, exact + tokens_to_remove), "sink": None, "code": max(
-                0, self.get_seq_length() - exact + min(0, exact + tokens_to_remove))}
+        if self.is_initialized:
+            exact, total = self.kept["key exact"].shape[2], self.get_seq_length()
+            left = {"exact": max(0, exact + tokens_to_remove), "sink": None,
+                    "code": max(0, total - exact + min(0, exact + tokens_to_remove)),
+                    "positions": max(0, total + tokens_to_remove)}
             self.change(lambda x, name: x[:, :, :left[name.split()[1]]].clone())
 
     def to_code(self, kind, x):
@@ -640,32 +647,18 @@ class STACache(Cache):
 
     def __init__(self, sink, recent):
         super().__init__(layers=[])
-        self.sink, self.recent, self.now, self.positions = sink, recent, None, None
+        self.sink, self.recent, self.now = sink, recent, None
 
     def nbytes(self):
         """Bytes of every tensor that is stored."""
         tensors = [x for layer in self.layers for x in (
             layer.kept.values() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
-        return sum(x.untyped_storage().nbytes() for x in (*tensors, self.positions)
-                   if x is not None)
+        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
     def reset(self):
         super().reset()
         self.layers[:] = [layer if isinstance(layer, CodedLayer) else DynamicLayer()
                           for layer in self.layers]  # transformers 5.17 only fills those with zeros
-        self.positions = None
-
-    def reorder_cache(self, beam_idx):
-        super().reorder_cache(beam_idx)
-        self.positions = self.positions.index_select(0, beam_idx.to(self.positions.device))
-
-    def batch_select_indices(self, indices):
-        super().batch_select_indices(indices)
-        self.positions = self.positions[indices.to(self.positions.device)]
-
-    def batch_repeat_interleave(self, repeats):
-        super().batch_repeat_interleave(repeats)
-        self.positions = self.positions.repeat_interleave(repeats, 0)
 
 
 @contextlib.contextmanager
@@ -683,6 +676,8 @@ def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
     if config.model_type not in ROTARY or kind_of_rope not in ("default", "linear", "llama3"):
         raise UsageError(f"the compressed cache takes {', '.join(ROTARY)} with plain RoPE; this is "
                          f"{config.model_type} with {kind_of_rope}")
+    if not saes:
+        raise UsageError("no SAEs to compress with")
     for sae in saes.values():
         index_bits(sae.n_latents, coef_bits)
     cache, begun = STACache(sink, recent), {}
@@ -690,14 +685,13 @@ def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
     cache.layers += [
         CodedLayer(cache, {kind: saes[layer, kind] for kind in KINDS}, by_layer[layer], coef_bits)
         if (layer, "key") in saes else DynamicLayer() for layer in range(config.num_hidden_layers)]
+    holder = cache.layers[min(saes)[0]]  # of the positions
 
     def begin(module, args, kwargs):  # of the decoder, before it runs
         if kwargs.get("past_key_values") is not cache:
             raise UsageError("inside compress, give the model past_key_values=the cache")
-        ids = args[0] if args else kwargs.get("input_ids")
-        ids = kwargs["inputs_embeds"][..., 0] if ids is None else ids  # (B, T)
-        begun["past"], mask = cache.get_seq_length(), kwargs.get("attention_mask")
-        slots = torch.arange(begun["past"] + ids.shape[1], device=ids.device)
+        ids, mask, past = _call(args, kwargs)
+        slots = torch.arange(past + ids.shape[1], device=ids.device)
         begun["first"] = torch.zeros_like(ids[:, 0], dtype=torch.long)
         if isinstance(mask, torch.Tensor):
             if mask.dim() != 2:
@@ -707,9 +701,9 @@ def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
 
     def turn(module, args, kwargs, output):  # of RoPE: the angles of all slots
         new = kwargs.get("position_ids", args[-1]).int().expand(len(begun["first"]), -1)
-        old = new[:, :0] if cache.positions is None else cache.positions[:, :begun["past"]]
-        cache.positions = torch.cat([old.to(new.device), new], 1)  # (B, slots)
-        cache.now = *module.forward(args[0], cache.positions), begun["first"]
+        old = holder.kept.get("all positions", new[:, None, :0])
+        holder.kept["all positions"] = torch.cat([old.to(new.device), new[:, None]], 2)
+        cache.now = *module.forward(args[0], holder.kept["all positions"][:, 0]), begun["first"]
 
     def end(module, args, output):
         cache.now = None
