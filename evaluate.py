@@ -93,11 +93,13 @@ def parse_args(argv=None):
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: cuda "
+                         "if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the model (default float32 on cpu, bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="compiled encode and decode (default: on cuda)")
+        help="compiled encode and decode (default: on cuda; on cpu in blocks; --no-compile: as they "
+             "are defined)")
     add("--log-samples", action="store_true", help="write each choice's log-likelihood, too")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
@@ -730,7 +732,8 @@ def main():
     args = parse_args()
     folder, name = find_saes(args.saes, args.model)
     device, dtype = sta.pick_device(args.device, args.dtype)
-    model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
+    model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all",
+                                              spread=args.device == "auto")
     config = model.get_decoder().config
     saes, about = sta.load_saes(folder, model, layers if args.layer else None)
     layers, trained = sorted({layer for layer, _ in saes}), about[min(about)]["settings"]
@@ -738,8 +741,8 @@ def main():
     for k, flag in ((args.k_key, "--k-key"), (args.k_val, "--k-val")):
         if k > most:
             raise sta.UsageError(f"{flag} {k}: larger than the SAEs' n_latents = {most}")
-    if args.compile or (args.compile is None and device.type == "cuda"):
-        sta.speed_up(saes)
+    if args.compile is not False:
+        sta.speed_up(saes, args.compile or device.type == "cuda")
     allocated = sta.load_budgets(folder, layers)
     if args.generate is not None:
         budget = allocated or sta.Budget(args.k_key, args.k_val)

@@ -24,10 +24,14 @@ import json
 import math
 import os
 import pathlib
+import re
 import sys
+import warnings
 from typing import NamedTuple
 
+import numpy
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers.cache_utils import Cache, DynamicLayer
@@ -66,19 +70,24 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def centre(self, x):
         """Set b_dec and scale from rows x (N, D): inside, mean 0 and mean square norm 1."""
-        self.scale.copy_((x - x.mean(0)).square().sum(-1).mean().sqrt().clamp_min(1e-8))
-        self.b_dec.copy_(x.mean(0) / self.scale)
+        n, total = add_up(x.new_tensor(len(x)), x.sum(0))
+        spread, = add_up((x - total / n).square().sum())
+        self.scale.copy_((spread / n).sqrt().clamp_min(1e-8))
+        self.b_dec.copy_(total / n / self.scale)
 
     def encode(self, x, k):
         """x (..., D) -> z (..., k) >= 0 and idx (..., k), strongest first; in units of scale.
 
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
-        if not 1 <= k <= self.n_latents:
-            raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
+        self.check(k)
         if self.pursuit:
             return self.pursue(x, k)
         z, idx = self.preactivations(x).topk(k, dim=-1)
         return F.relu(z), idx
+
+    def check(self, k):
+        if not 1 <= k <= self.n_latents:
+            raise UsageError(f"k = {k}: a budget lies between 1 and n_latents = {self.n_latents}")
 
     def preactivations(self, x):
         return (x / self.scale - self.b_dec) @ self.W_enc + self.b_enc  # (..., M)
@@ -126,31 +135,38 @@ class TopKSAE(nn.Module):
     def forward(self, x, k):
         return self.decode(*self.encode(x, k))
 
-    def loss(self, x, k, k_own, dead_window):
+    def loss(self, x, k, k_own, dead_window, rows=None, places=None):
         """Rows x (N, D) and this step's budget k -> (loss, error |x - x_hat|^2 / s^2 at k).
 
-        A latent fires where it is chosen among the k_own strongest and above zero; those idle for
-        more than dead_window rows are dead and learn by AuxK."""
+        Of several processes, x are the rows at `places` (N,) in a batch of `rows`, and their losses
+        add up to that of the batch. A latent fires where it is chosen among the k_own strongest
+        and above zero; those idle for more than dead_window rows are dead and learn by AuxK."""
+        rows = len(x) if rows is None else rows
+        places = torch.arange(len(x), device=x.device) if places is None else places.to(x.device)
         target = x / self.scale
-        z, idx = sparse_encode(self, x, k)  # (N, k)
-        residual = target - self.b_dec - _sum_atoms(z, idx, self.W_dec)  # (N, D)
-        error = residual.square().sum(-1).mean()
-        with torch.no_grad():
-            self.idle += len(x)
-            self.idle[idx[:, :k_own][z[:, :k_own] > 0]] = 0
-        # a quarter of the rows is enough for AuxK, which costs more than the rest otherwise
-        aux = self.auxk(target[::4], residual[::4].detach(), self.idle > dead_window)
+        z, idx, x_hat = sparse_forward(self, target, k)
+        residual = target - x_hat  # (N, D)
+        error = residual.square().sum() / rows
+        self.fire(idx[:, :k_own][z[:, :k_own] > 0], rows)
+        some = places % 4 == 0  # enough for AuxK, which costs more than the rest otherwise
+        aux = self.auxk(target[some], residual[some].detach(), self.idle > dead_window)
         return error + aux / 32, error.detach()
 
-    def pursuit_loss(self, x, k):
+    @torch.no_grad()
+    def fire(self, idx, rows):
+        """Note the latents idx that fired, in a batch of `rows`."""
+        fired, = add_up(torch.zeros_like(self.b_enc).index_fill_(0, idx.flatten(), 1))
+        self.idle.add_(rows).masked_fill_(fired > 0, 0)
+
+    def pursuit_loss(self, x, k, rows=None):
         """Rows x (N, D) -> (loss, error in the metric) of codes by pursuit. At the least-squares z
         the error's gradient to the atoms is the one that holds z fixed, so z is."""
+        rows = len(x) if rows is None else rows
         with torch.no_grad():
             z, idx = self.pursue(x, k)
-            self.idle += len(x)
-            self.idle[idx.flatten()] = 0
+        self.fire(idx, rows)
         left = self.to_metric(x) - _sum_atoms(z, idx, self.W_dec) @ self.metric  # (N, D)
-        error = left.square().sum(-1).mean()
+        error = left.square().sum() / rows
         return error, error.detach()
 
     @torch.no_grad()
@@ -163,16 +179,17 @@ class TopKSAE(nn.Module):
         lengths = (feels / feels.mean() + 1).div(2).sqrt()
         self.metric.copy_((axes * lengths) @ axes.T)
 
-    def l1_loss(self, x, k, gain=0.03):
+    def l1_loss(self, x, k, rows=None, gain=0.03):
         """P1's rival, a ReLU autoencoder: rows x (N, D) -> (loss, error) with an L1 penalty whose
         weight follows the mean number of positive latents until that is k. Exact autograd."""
+        rows = len(x) if rows is None else rows
         z = F.relu(self.preactivations(x))  # (N, M)
-        error = (x / self.scale - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
+        error = (x / self.scale - z @ self.W_dec - self.b_dec).square().sum() / rows
         with torch.no_grad():
-            self.l1_weight *= ((z > 0).sum(-1).float().mean() / k).clamp(0.1, 10) ** gain
-            self.idle += len(x)
-            self.idle[(z > 0).any(0)] = 0
-        return error + self.l1_weight * z.sum(-1).mean(), error.detach()
+            active, = add_up((z > 0).sum().float())
+            self.l1_weight *= (active / rows / k).clamp(0.1, 10) ** gain
+        self.fire((z > 0).any(0).nonzero(), rows)
+        return error + self.l1_weight * z.sum() / rows, error.detach()
 
     def relu_code(self, x):
         """x (..., D) -> x_hat from every positive latent: the code of an SAE trained by l1_loss."""
@@ -192,23 +209,25 @@ class TopKSAE(nn.Module):
         pre = (target - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead].detach()
         z, chosen = pre.topk(k_aux, dim=-1)  # (N, k_aux), among the dead
         guess = _sum_atoms(F.relu(z), dead.nonzero().squeeze(-1)[chosen], self.W_dec)
-        variance = (residual - residual.mean(0)).square().sum(-1).mean()
-        return (residual - guess).square().sum(-1).mean() / variance.clamp_min(1e-12)
+        n, total, square = add_up(z.new_tensor(len(z)), residual.sum(0), residual.square().sum())
+        spread = square - total.square().sum() / n  # n times the variance
+        return (residual - guess).square().sum() / spread.clamp_min(1e-12)
 
     @torch.no_grad()
     def project_gradient(self):
         """Remove the part of W_dec's gradient along each atom: lengths are not learned."""
-        self.W_dec.grad -= (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True) * self.W_dec
+        along = torch.linalg.vecdot(self.W_dec.grad, self.W_dec)[:, None]  # (M, 1)
+        self.W_dec.grad.addcmul_(along, self.W_dec, value=-1)
 
     @torch.no_grad()
     def renormalise(self):
         """Unit atoms again, after the optimiser's step."""
-        self.W_dec.copy_(F.normalize(self.W_dec, dim=-1))
+        self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
 
 def _sum_atoms(z, idx, atoms):
     """sum_j z_j atoms[idx_j]: z, idx (..., k), atoms (M, D) -> (..., D)."""
-    z, flat = z.reshape(-1, idx.shape[-1]), idx.reshape(-1, idx.shape[-1])  # (N, k)
+    z, flat = z.to(atoms.dtype).flatten(0, -2), idx.flatten(0, -2)  # (N, k)
     x = F.embedding_bag(flat, atoms, per_sample_weights=z, mode="sum")  # (N, D)
     return x.view(*idx.shape[:-1], atoms.shape[-1])
 
@@ -720,45 +739,142 @@ def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
 
 # ------------------------------------------------------------------ 6. the fast path
 
+@torch.no_grad()
+def top_k(x, W, b, k):
+    """The k largest of x W + b and their columns, largest first: x (N, D), W (D, M) -> (N, k) twice.
+
+    On a CPU by blocks of rows, which stay in its cache, and in two rounds: the k largest of a row
+    lie in those k of its M/8 groups whose maxima are largest. No gradient."""
+    if x.is_cuda:
+        return torch.addmm(b, x, W).topk(k)
+    blocks, step = [], W.shape[1] // 8
+    two_rounds = step >= 2 * k and W.shape[1] % 8 == 0
+    for rows in x.split(256):
+        pre = torch.addmm(b, rows, W).to(x.dtype)  # (n, M)
+        if two_rounds:
+            grouped = pre.view(len(rows), 8, step)  # a group: columns g, g + step, g + 2 step, ...
+            group = _largest(grouped.amax(1), k)  # (n, k)
+            pre = grouped.gather(2, group[:, None].expand(-1, 8, -1)).flatten(1)  # (n, 8k)
+        at = _largest(pre, k)
+        z, order = pre.gather(1, at).sort(descending=True)
+        at = at.gather(1, order)  # (n, k)
+        blocks.append((z, at // k * step + group.gather(1, at % k) if two_rounds else at))
+    return tuple(torch.cat(parts) for parts in zip(*blocks))
+
+
+def _largest(x, k):
+    """Columns of the k largest of each row, in any order. numpy is faster, but has one thread."""
+    if torch.get_num_threads() <= 2:
+        return torch.from_numpy(numpy.argpartition(x.numpy(), -k)[:, -k:])
+    return x.topk(k, sorted=False).indices
+
+
 class SparseTopK(torch.autograd.Function):
     """encode for training: the same code, with gradients that touch the chosen latents only.
 
-    x (N, D) centred and scaled, W_enc (D, M), b_enc (M,), k -> z (N, k), idx (N, k). Backward
-    sums over the rows that chose a latent: a bag of rows for each latent, as decode's, turned."""
+    x (N, D) in units of scale, b_dec (D,), W_enc (D, M), b_enc (M,), k -> z, idx (N, k), and for
+    `_sum_rows` the picks N*k in order of their latents and where each latent's begin (M,)."""
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, k):
-        z, idx = torch.addmm(b_enc, x, W_enc).topk(k, dim=-1)
-        z = F.relu(z)
-        ctx.save_for_backward(x, W_enc, z, idx)
-        ctx.mark_non_differentiable(idx)
-        return z, idx
+    def forward(ctx, x, b_dec, W_enc, b_enc, k):
+        x = x - b_dec
+        z, idx = top_k(x, W_enc, b_enc, k)
+        z = F.relu(z).to(x.dtype)
+        flat, counts = idx.flatten(), idx.flatten().bincount(minlength=len(b_enc))
+        order, start = flat.argsort(stable=True), counts.cumsum(0) - counts
+        ctx.save_for_backward(x, W_enc, z, idx, order, start)
+        ctx.mark_non_differentiable(idx, order, start)
+        return z, idx, order, start
 
     @staticmethod
-    def backward(ctx, dz, _):
-        x, W_enc, z, idx = ctx.saved_tensors
-        dz, flat = (dz * (z > 0)).flatten(), idx.flatten()  # (N*k,)
-        order = flat.argsort(stable=True)  # the picks, latent by latent
-        counts = flat.bincount(minlength=W_enc.shape[1])
-        dW = F.embedding_bag(order // idx.shape[1], x, counts.cumsum(0) - counts, mode="sum",
-                             per_sample_weights=dz[order])  # (M, D)
-        db = torch.zeros_like(dW[:, 0]).index_add_(0, flat, dz)
-        return _sum_atoms(dz.view_as(z), idx, W_enc.T.contiguous()), dW.T, db, None
+    def backward(ctx, dz, *_):
+        x, W_enc, z, idx, order, start = ctx.saved_tensors
+        dz = dz * (z > 0)
+        dW = _sum_rows(dz, x, order, start)  # (M, D)
+        db = torch.zeros_like(dW[:, 0]).index_add_(0, idx.flatten(), dz.flatten())
+        dx = _sum_atoms(dz, idx, W_enc.T.contiguous()) if ctx.needs_input_grad[0] else None
+        return dx, -(W_enc @ db), dW.T, db, None
+
+
+class SumAtoms(torch.autograd.Function):
+    """_sum_atoms for training, with the sparse gradient to the atoms: z, idx (N, k), atoms (M, D),
+    order, start as SparseTopK gives them -> (N, D)."""
+
+    @staticmethod
+    def forward(ctx, z, idx, atoms, order, start):
+        with torch.enable_grad():  # embedding_bag's own gradient to z is fast
+            ctx.z = z.detach().requires_grad_()
+            ctx.y = _sum_atoms(ctx.z, idx, atoms.detach())
+        ctx.save_for_backward(order, start)
+        return ctx.y.detach()
+
+    @staticmethod
+    def backward(ctx, dy):
+        dz, = torch.autograd.grad(ctx.y, ctx.z, dy, retain_graph=True)
+        return dz, None, _sum_rows(ctx.z.detach(), dy.contiguous(), *ctx.saved_tensors), None, None
+
+
+def _sum_rows(z, rows, order, start):
+    """(M, D): for each latent the sum of the rows (N, D) that chose it, times their z (N, k). A bag
+    of rows for each latent: decode, turned."""
+    return F.embedding_bag(order // z.shape[1], rows, start, mode="sum",
+                           per_sample_weights=z.flatten()[order])
+
+
+def sparse_forward(sae, x, k):
+    """Rows x (N, D) in units of scale -> z, idx (N, k), x_hat (N, D), with sparse gradients."""
+    z, idx, *picks = SparseTopK.apply(x, sae.b_dec, sae.W_enc, sae.b_enc, k)
+    return z, idx, SumAtoms.apply(z, idx, sae.W_dec, *picks) + sae.b_dec
 
 
 def sparse_encode(sae, x, k):
     """TopKSAE.encode of one pass, with the gradients of SparseTopK."""
-    rows = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    z, idx = SparseTopK.apply(rows, sae.W_enc, sae.b_enc, k)
+    rows = (x / sae.scale).flatten(0, -2)  # (N, D)
+    z, idx, *_ = SparseTopK.apply(rows, sae.b_dec, sae.W_enc, sae.b_enc, k)
     return z.view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
 
 
-def speed_up(saes):
-    """Give each SAE compiled twins of encode and decode: same signatures, same values."""
+def fast_encode(sae, x, k):
+    """TopKSAE.encode of one pass by `top_k`, without gradients."""
+    sae.check(k)
+    z, idx = top_k((x / sae.scale - sae.b_dec).flatten(0, -2), sae.W_enc, sae.b_enc, k)
+    return F.relu(z).view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
+
+
+def speed_up(saes, compiled):
+    """Give SAEs of one pass faster twins of encode and decode, with the same signatures and values:
+    compiled as one graph each, shared by all SAEs of a shape; else `fast_encode`.
+
+    Warns, and compiles nothing, where there is no compiler."""
+    encode, decode = fast_encode, TopKSAE.decode
+    if compiled:
+        graph = torch.compile(TopKSAE.encode, fullgraph=True)
+
+        def compiled_encode(sae, x, k):
+            sae.check(k)  # a graph cannot raise it
+            return graph(sae, x, k)
+
+        try:
+            torch.compile(lambda x: x + 1)(next(iter(saes.values())).b_dec)
+            encode, decode = compiled_encode, torch.compile(decode, fullgraph=True)
+        except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
+            warnings.warn(f"nothing is compiled: {type(error).__name__}; computing step by step")
     for sae in (sae for sae in saes.values() if not sae.pursuit):
-        for f in (TopKSAE.encode, TopKSAE.decode):
-            fast = torch.compile(f, fullgraph=True, dynamic=True)
-            setattr(sae, f.__name__, functools.partial(fast, sae))
+        sae.encode, sae.decode = functools.partial(encode, sae), functools.partial(decode, sae)
+
+
+def add_up(*tensors):
+    """The sums of tensors over all processes of torchrun, which all have to call it; themselves if
+    there is one. Raises UsageError if another process is gone."""
+    if not dist.is_initialized():
+        return tensors
+    flat = torch.cat([x.flatten() for x in tensors])
+    try:
+        dist.all_reduce(flat)
+    except RuntimeError as error:
+        raise UsageError("another process of this run is gone; run it again with --resume "
+                         f"({str(error).splitlines()[0]})") from None
+    return [part.view_as(x) for part, x in zip(flat.split([x.numel() for x in tensors]), tensors)]
 
 
 # ------------------------------------------------------------------ 7. models, text, files
@@ -785,13 +901,21 @@ def run(main):
         sys.exit(130)
 
 
+def site_devices(model, layers=None):
+    """{(layer, kind): the torch.device that computes it}."""
+    return {key: next(module.parameters()).device for key, (module, _) in kv_sites(model).items()
+            if layers is None or key[0] in layers}
+
+
 def pick_device(device, dtype):
-    """(torch.device, torch.dtype) from --device and --dtype, printed with the reason."""
-    best = "cuda" if torch.cuda.is_available() else "cpu"
-    if device not in (None, "cpu") and not (device.startswith("cuda") and best == "cuda"):
+    """(torch.device, torch.dtype) from --device and --dtype, printed with the reason. Under
+    torchrun each process has a GPU of its own."""
+    gpu = torch.cuda.is_available()
+    best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if gpu else "cpu"
+    if not re.fullmatch(r"cpu|auto" + r"|cuda(:\d+)?" * gpu, device or "auto"):
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
-    reason = "asked for" if device else "a GPU was found" if best == "cuda" else "no GPU was found"
-    device = device or best
+    reason = "asked for" if device else "a GPU was found" if gpu else "no GPU was found"
+    device = best if device in (None, "auto", "cuda") else device
     dtype = dtype or ("bfloat16" if device.startswith("cuda") else "float32")
     print(f"device {device} ({reason}); model in {dtype}, SAEs in float32")
     return torch.device(device), getattr(torch, dtype)
@@ -815,10 +939,11 @@ def slug(name):
     return name if name in MODELS else pathlib.Path(name).resolve().name.lower()
 
 
-def load_model(name, device, dtype, layers="all", last_only=False):
+def load_model(name, device, dtype, layers="all", last_only=False, spread=False):
     """--model and --layer -> (model in eval mode, tokenizer, layer numbers).
 
-    name: a key of MODELS, a hub id or a folder. last_only: load no layer above the last chosen."""
+    name: a key of MODELS, a hub id or a folder. last_only: load no layer above the last chosen.
+    spread: over all GPUs, by accelerate."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()  # else a table of the layers left out on purpose
     logging.disable_progress_bar()
@@ -836,7 +961,8 @@ def load_model(name, device, dtype, layers="all", last_only=False):
                 text.layer_types = text.layer_types[:layers[-1] + 1]
         tokenizer = AutoTokenizer.from_pretrained(source)
         model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True)
+            source, config=config, dtype=dtype, output_loading_info=True,
+            device_map="auto" if spread else None)
     except UsageError:
         raise
     except Exception as error:  # no hub, no such name, gated, or a corrupt file: many kinds
@@ -845,7 +971,9 @@ def load_model(name, device, dtype, layers="all", last_only=False):
                          f"({type(error).__name__}: {error})") from None
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
-    return model.to(device).eval().requires_grad_(False), tokenizer, layers
+    if any(p.is_meta for p in model.parameters()):
+        raise UsageError(f"--model {name}: does not fit on the GPUs together")
+    return (model if spread else model.to(device)).eval().requires_grad_(False), tokenizer, layers
 
 
 def window_length(model, seq_len, default):
@@ -951,13 +1079,13 @@ def load_saes(folder, model, layers=None):
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, mark = pathlib.Path(folder), fingerprint(model)
     found = {int(path.parent.name[5:].split(".")[0]) for path in folder.glob("layer*.*/cfg.json")}
-    saes, about = {}, {}
+    saes, about, devices = {}, {}, site_devices(model)
     for layer in sorted(found) if layers is None else layers:
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
             if metadata.get("fingerprint") != mark:
                 raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, kind], about[layer, kind] = sae.to(model.device), metadata
+            saes[layer, kind], about[layer, kind] = sae.to(devices[layer, kind]), metadata
     if not saes:
         raise UsageError(f"{folder}: no SAEs here")
     return saes, about

@@ -532,16 +532,69 @@ def test_cache_refuses_what_it_would_get_wrong():
 
 # ---------------------------------------------------------------- 6. the fast path
 
-def check_compiled(device):
+@pytest.mark.parametrize("rows, n_latents, k", [(300, 64, 3), (300, 64, 4), (300, 64, 5),
+                                                (1, 36, 36), (600, 33, 1), (0, 64, 3)])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_top_k_is_torchs(rows, n_latents, k, threads):
+    """Two rounds of eight groups or one, numpy's partition or torch's; no ties in these rows."""
+    x, W, before = rows_of(rows), rows_of(n_latents, seed=1).T, torch.get_num_threads()
+    torch.set_num_threads(threads)
+    z, idx = sta.top_k(x, W, torch.ones(n_latents), k)
+    torch.set_num_threads(before)
+    expected = (x @ W + 1).topk(k)
+    assert torch.equal(idx, expected.indices)
+    torch.testing.assert_close(z, expected.values, atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 5, 20])
+def test_sparse_gradients_are_right_by_gradcheck(k):
+    x = rows_of(9, 4).double().requires_grad_()
+    sae = small_sae(4, 20).double()
+    weights = {name: p.detach().clone().requires_grad_() for name, p in sae.named_parameters()}
+
+    def forward(x, *values):
+        for name, value in zip(weights, values):
+            setattr(sae, name, value)
+        z, _, x_hat = sta.sparse_forward(sae, x, k)
+        return z, x_hat
+
+    for name in weights:
+        delattr(sae, name)
+    assert torch.autograd.gradcheck(forward, (x, *weights.values()))
+
+
+def test_sparse_gradients_under_autocast_are_close():
+    """As on CUDA: the encoder's matmul in bf16, all else in float32."""
+    found = []
+    for enabled in (False, True):
+        sae = small_sae()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss, error = sae.loss(rows_of(400), 6, 6, 10**9)
+        loss.backward()
+        found.append((error, *(p.grad for p in sae.parameters())))
+        assert all(x.dtype == torch.float32 for x in found[-1])
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=0.02, atol=0)
+    for exact, rough in zip(*found):
+        assert torch.cosine_similarity(exact.flatten(), rough.flatten(), dim=0) > 0.99
+
+
+def check_fast(device, compiled):
+    """Values of encode and decode; graphs compiled by a sweep over SAEs, budgets and rows."""
     saes = {(0, kind): small_sae(seed=i).to(device) for i, kind in enumerate(sta.KINDS)}
-    eager = {key: sae.encode(rows_of(50).to(device), 8) for key, sae in saes.items()}
-    sta.speed_up(saes)
-    for key, sae in saes.items():
-        z, idx = sae.encode(rows_of(50).to(device), 8)
-        torch.testing.assert_close(z, eager[key][0], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(sae.decode(z, idx), sta.TopKSAE.decode(sae, *eager[key]),
-                                   atol=1e-5, rtol=1e-5)
-        assert sae(rows_of(30).to(device), 3).shape == (30, 16)  # another size and budget
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    sta.speed_up(saes, compiled)
+    for sae, n, k in itertools.product(saes.values(), (50, 7, 400, 31), (8, 3, 40, 5)):
+        x = rows_of(n).to(device)
+        z, idx = sae.encode(x.view(1, n, 16), k)
+        expected, places = sta.TopKSAE.encode(sae, x, k)
+        torch.testing.assert_close(z[0], expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(sae.decode(z, idx)[0],
+                                   sta.TopKSAE.decode(sae, expected, places), atol=1e-5, rtol=1e-5)
+    assert compiled == (torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 8  # of 64 calls
+    with pytest.raises(sta.UsageError, match="k = 41"):
+        saes[0, "key"].encode(rows_of(5).to(device), 41)
 
 
 def test_compiled_path_equals_eager():
@@ -549,12 +602,27 @@ def test_compiled_path_equals_eager():
         torch.compile(lambda x: x + 1)(torch.zeros(3))
     except Exception as error:
         pytest.skip(f"no compiler for torch.compile here: {type(error).__name__}")
-    check_compiled("cpu")
+    check_fast("cpu", compiled=True)
+
+
+def test_blocked_path_equals_eager():
+    check_fast("cpu", compiled=False)
+
+
+def test_without_a_compiler_a_warning_says_so(monkeypatch):
+    def refuse(f, **options):
+        def call(*args):
+            raise RuntimeError("no compiler")
+        return call
+    monkeypatch.setattr(torch, "compile", refuse)
+    with pytest.warns(UserWarning, match="nothing is compiled: RuntimeError"):
+        sta.speed_up(saes := {0: small_sae()}, True)
+    assert saes[0].encode(rows_of(5), 3)[0].shape == (5, 3)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_compiled_path_equals_eager_on_cuda():
-    check_compiled("cuda")
+    check_fast("cuda", compiled=True)
 
 
 # ---------------------------------------------------------------- 7. files
@@ -661,6 +729,50 @@ def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, cap
     assert "resuming at step" in capsys.readouterr().out
     for path in trained.rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / path.relative_to(trained)).read_bytes(), path
+
+
+def train_in_float64(n_processes, *argv, patch="pass"):
+    """train_sae.py in processes of its own, where a sum in another order leaves the same digits."""
+    code = ("import torch, train_sae, sta; torch.set_default_dtype(torch.float64); "
+            f"torch.Tensor.float = torch.Tensor.double; {patch}; sta.run(train_sae.main)")
+    command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", sys.executable]
+    return subprocess.run([sys.executable, *(command if n_processes == 2 else []), "-c", code,
+                           *map(str, argv)], cwd=sta.HERE, capture_output=True, text=True)
+
+
+def assert_same_weights(one, two):
+    folders = [path.parent for path in sorted(one.glob("layer*/cfg.json"))]
+    assert len(folders) == 4
+    for folder in folders:
+        for a, b in zip(sta.load_sae(folder)[0].state_dict().values(),
+                        sta.load_sae(two / folder.name)[0].state_dict().values()):
+            torch.testing.assert_close(b, a, atol=1e-6, rtol=1e-6)
+
+
+def test_two_processes_train_the_weights_of_one_also_after_a_kill(tmp_path):
+    """The last buffer has one window, of which one process has no share."""
+    argv = [*SHORT, "--tokens", 8 * 1024 + 300, "--out"]
+    assert train_in_float64(1, *argv, tmp_path / "one").returncode == 0
+    patch = ("import os, signal; train_sae.CHECKPOINT_SECONDS = 0; old = train_sae.harvest; n = []; "
+             "train_sae.harvest = lambda *a: os.kill(os.getpid(), signal.SIGKILL) "
+             "if n.append(a) or len(n) == 4 and os.environ['RANK'] == '1' else old(*a)")
+    run = train_in_float64(2, *argv, tmp_path / "two", patch=patch)
+    assert run.returncode != 0
+    assert "error: another process of this run is gone; run it again with --resume" in run.stderr
+    run = train_in_float64(2, *argv, tmp_path / "two", "--resume")
+    assert run.returncode == 0 and "resuming at step" in run.stdout, run.stderr
+    assert_same_weights(tmp_path / "one" / "tiny", tmp_path / "two" / "tiny")
+
+
+def test_two_processes_train_kl_as_one(trained, tmp_path):
+    for n, name in ((1, "one"), (2, "two")):
+        shutil.copytree(trained / "tiny", tmp_path / name / "tiny")
+        run = train_in_float64(n, "--objective", "kl", "--tokens", 2048, "--batch-tokens", 768,
+                               "--layer", "1-2", "--n-latents", 64, "--out", tmp_path / name,
+                               patch="sta.pick_device = lambda *a: (torch.device('cpu'), "
+                                     "torch.float64)")
+        assert run.returncode == 0, run.stderr
+    assert_same_weights(tmp_path / "one" / "tiny" / "kl", tmp_path / "two" / "tiny" / "kl")
 
 
 @pytest.fixture(scope="module")

@@ -4,22 +4,29 @@
     python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
     python train_sae.py --objective kl               # then: all of them together on predictions
     python train_sae.py --budget bytes=18.75%        # then: k by layer, for evaluate.py
+    torchrun --nproc_per_node=2 train_sae.py         # the same weights, by two processes
+    python train_sae.py --benchmark                  # how long a step takes, and how that grows
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
 the same bits on a CPU. Sources: Top-K SAEs and AuxK, Gao et al. 2024 (arXiv 2406.04093); the
-order inside the loop, dictionary_learning. Non-goals: several machines, tuning the model itself.
+order inside the loop, dictionary_learning. Non-goal: tuning the model itself.
 """
 import argparse
+import contextlib
 import functools
 import hashlib
 import json
 import math
+import os
 import pathlib
 import re
+import signal
+import sys
 import time
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -78,17 +85,21 @@ def parse_args(argv=None):
         help="Adam's peak rate (default 0.004; pursuit: 0.01; kl: 0.001)")
     add("--seed", type=int, default=0)
     # where
-    add("--device", help="cpu or cuda (default: cuda if there is one)")
+    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: cuda "
+                         "if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the model (default float32 on cpu, bfloat16 on cuda)")
-    add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
+    add("--out", type=pathlib.Path, help="(default saes; --benchmark: results)")
     add("--resume", action="store_true", help="take up the unfinished run in --out")
+    add("--benchmark", action="store_true", help="only time steps, codes and the cache on random "
+                                                 "weights; writes benchmark.json")
     args = parser.parse_args(argv)
     tokens, n_latents = (500_000, 512) if args.model == "tiny" else (10_000_000, 1024)
     if args.objective == "kl":
         tokens = 200_000 if args.model == "tiny" else 2_000_000
     if args.lr is None:
         args.lr = 1e-3 if args.objective == "kl" else 1e-2 if args.sparsity == "pursuit" else 4e-3
+    args.out = args.out or pathlib.Path("results" if args.benchmark else "saes")
     args.metric = args.metric if args.sparsity == "pursuit" else "plain"
     args.tokens = tokens if args.tokens is None else args.tokens
     args.n_latents = n_latents if args.n_latents is None else args.n_latents
@@ -151,6 +162,14 @@ def schedule(windows, n_tokens, buffer_tokens, seed):
     epochs = [seen[torch.randperm(len(seen), generator=generator)]
               for _ in range(-(-n // len(seen)))]
     return windows[held], torch.cat(epochs)[:n].split(max(1, buffer_tokens // windows.shape[1]))
+
+
+def own_rows(batch, window_rows, rank, n_ranks):
+    """Of row numbers `batch` of a buffer, whose windows of window_rows rows the processes hold in
+    turn: this one's (places in the batch, numbers among the rows that it holds)."""
+    places = (batch // window_rows % n_ranks == rank).nonzero().squeeze(1)
+    mine = batch[places]
+    return places, mine // window_rows // n_ranks * window_rows + mine % window_rows
 
 
 @torch.no_grad()
@@ -243,22 +262,25 @@ def learning_rate(peak, step, n_steps):
     return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
 
 
-def train(model, windows, layers, settings, args, folder):
-    """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves)."""
+def train(model, windows, layers, settings, args, folder, rank, n_ranks):
+    """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves).
+
+    Each of n_ranks processes holds a share of a buffer's windows; a batch is the same whatever
+    their number, and each takes the rows of it that it holds."""
     n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
     own = {"key": args.k_key, "value": args.k_val}
     cycle = {kind: budget_cycle(k, args) for kind, k in own.items()}
     generator = torch.Generator().manual_seed(args.seed)
-    saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator).to(model.device)
+    saes = {(layer, kind): sta.TopKSAE(head_dim, args.n_latents, generator)
             for layer in layers for kind in sta.KINDS}
-    for sae in saes.values():
-        sae.pursuit = args.sparsity == "pursuit"
+    for key, device in sta.site_devices(model, layers).items():
+        saes[key].to(device).pursuit = args.sparsity == "pursuit"
     optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()],
                                  lr=args.lr, fused=True)
     held_out, buffers = schedule(windows, args.tokens, args.buffer_tokens, args.seed)
-    held_rows = harvest(model, layers, held_out)
-    steps = [max(1, len(buffer) * (windows.shape[1] - 1) * n_heads // args.batch_rows)
-             for buffer in buffers]  # in each buffer
+    held_rows = harvest(model, layers, held_out) if rank == 0 else None
+    window_rows = (windows.shape[1] - 1) * n_heads
+    steps = [max(1, len(buffer) * window_rows // args.batch_rows) for buffer in buffers]  # in each
     dead_window = 20 * args.n_latents  # rows; at k = 8, 160 times the mean time between uses
 
     state = folder / "unfinished.safetensors"
@@ -267,9 +289,12 @@ def train(model, windows, layers, settings, args, folder):
         print(f"resuming at step {progress['step']}/{sum(steps)}")
     step, saved, logged = progress["step"], time.time(), (progress["step"], time.time())
     errors, counted = torch.zeros(2, device=model.device), 0  # since the last log line
-    bar = tqdm(total=sum(steps), initial=step, unit="step", disable=None)  # on a terminal only
+    bar = tqdm(total=sum(steps), initial=step, unit="step", disable=True if rank else None)
+    autocast = functools.partial(torch.autocast, "cuda", torch.bfloat16,
+                                 enabled=model.device.type == "cuda" and args.sparsity == "topk")
     for b in range(progress["buffer"], len(buffers)):
-        rows = harvest(model, layers, windows[buffers[b]])
+        share = buffers[b][rank::n_ranks]
+        rows = harvest(model, layers, windows[share if len(share) else buffers[b][:1]])
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
@@ -280,19 +305,24 @@ def train(model, windows, layers, settings, args, folder):
                 if not args.budget:  # what lies above is not needed any more
                     del model.get_decoder().layers[layers[-1] + 1:]
         shuffle = torch.Generator().manual_seed(args.seed * 1_000_003 + b)
-        shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle).to(model.device)
-        for batch in shuffled.split(args.batch_rows)[:steps[b]]:
+        shuffled = torch.randperm(len(buffers[b]) * window_rows, generator=shuffle)
+        for batch in shuffled.to(model.device).split(args.batch_rows)[:steps[b]]:
+            places, mine = own_rows(batch, window_rows, rank, n_ranks)
             for (layer, kind), sae in saes.items():
-                x = rows[layer, kind][batch].float()  # (batch_rows, D)
+                x = rows[layer, kind]
+                x = x[mine.to(x.device)].float()  # (batch_rows, D), fewer in one of many processes
                 k = cycle[kind][step % len(cycle[kind])]
-                if args.sparsity == "topk":
-                    loss, error = sae.loss(x, k, own[kind], dead_window)
-                else:
-                    train_step = sae.l1_loss if args.sparsity == "l1" else sae.pursuit_loss
-                    loss, error = train_step(x, k)
+                with autocast():
+                    if args.sparsity == "topk":
+                        loss, error = sae.loss(x, k, own[kind], dead_window, len(batch), places)
+                    else:
+                        train_step = sae.l1_loss if args.sparsity == "l1" else sae.pursuit_loss
+                        loss, error = train_step(x, k, len(batch))
                 loss.backward()
                 if step % 2 == 0:  # then k is the SAE's own
-                    errors[sta.KINDS.index(kind)] += error / len(layers)
+                    errors[sta.KINDS.index(kind)] += error.to(errors.device) / len(layers)
+            add_up_gradients(saes)
+            for sae in saes.values():
                 sae.project_gradient()
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
             optimizer.step()
@@ -303,10 +333,10 @@ def train(model, windows, layers, settings, args, folder):
             bar.update()
             if counted and (step % LOG_STEPS == 0 or step == sum(steps)):
                 n, seconds = step - logged[0], time.time() - logged[1]
-                key, value = (errors / counted).tolist()
-                dead = torch.stack([(s.idle > dead_window).float().mean() for s in saes.values()])
+                key, value = (sta.add_up(errors)[0] / counted).tolist()
+                dead = [(s.idle > dead_window).float().mean().item() for s in saes.values()]
                 entry = {"step": step, "fvu_key": key, "fvu_val": value,
-                         "dead": dead.mean().item(), "lr": optimizer.param_groups[0]["lr"]}
+                         "dead": sum(dead) / len(dead), "lr": optimizer.param_groups[0]["lr"]}
                 progress["log"].append(entry)
                 bar.write(f"step {step}/{sum(steps)} | fvu_K {key:.3f} | fvu_V {value:.3f} | "
                           f"dead {100 * entry['dead']:.1f}% | lr {entry['lr']:.1e} | "
@@ -317,19 +347,32 @@ def train(model, windows, layers, settings, args, folder):
         if not all(p.isfinite().all() for sae in saes.values() for p in sae.parameters()):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
-        if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
+        if rank == 0 and (time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1):
             save_state(state, saes, optimizer, {**progress, "buffer": b + 1, "step": step})
             saved = time.time()
     bar.close()
     return saes, held_rows, progress["log"]
 
 
-def divergence(model, codecs, windows, part_tokens, train=False):
+@torch.no_grad()
+def add_up_gradients(saes):
+    """Each gradient becomes its sum over all processes."""
+    if dist.is_initialized():
+        gradients = [p.grad for sae in saes.values() for p in sae.parameters()
+                     if p.grad is not None]
+        for gradient, total in zip(gradients, sta.add_up(*gradients)):
+            gradient.copy_(total)
+
+
+def divergence(model, codecs, windows, part_tokens, ranks=(0, 1), train=False):
     """(KL(dense || coded) of next-token distributions, cross entropy of the coded model) in nats a
-    token, means over windows taken part by part; after backward on the former if train."""
-    sums = torch.zeros(2)
-    for part in windows.split(max(1, part_tokens // windows.shape[1])):
-        part, share = part.to(model.device), len(part) / len(windows)
+    token, means over windows taken part by part; after backward on the former if train. Of several
+    processes each takes its share, and what it returns are its parts of the means."""
+    sums, mine = torch.zeros(2), windows[ranks[0]::ranks[1]]
+    weight = 1 / len(windows) if len(mine) else 0.0  # without a share, one window for nothing
+    mine = mine if len(mine) else windows[:1]
+    for part in mine.split(max(1, part_tokens // windows.shape[1])):
+        part, share = part.to(model.device), len(part) * weight
         with torch.no_grad():
             dense = model(part, use_cache=False).logits.float().log_softmax(-1)  # (B, T, V)
         with sta.reconstruct(model, codecs), torch.set_grad_enabled(train):
@@ -366,7 +409,7 @@ def choose_budgets(model, saes, windows, args):
     return {layer: sta.Budget(ks[layer, "key"], ks[layer, "value"]) for layer in layers}
 
 
-def train_kl(model, windows, saes, budgets, settings, args, folder):
+def train_kl(model, windows, saes, budgets, settings, args, folder, rank, n_ranks):
     """All SAEs together, the model frozen, at budgets {layer: Budget} -> (held-out rows by
     (layer, kind), log)."""
     for sae in saes.values():
@@ -387,7 +430,8 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
     if args.resume:
         print(f"resuming at step {progress['step']}/{len(batches)}")
     saved = began = time.time()
-    bar = tqdm(total=len(batches), initial=progress["step"], unit="step", disable=None)
+    bar = tqdm(total=len(batches), initial=progress["step"], unit="step",
+               disable=True if rank else None)
     for step in range(progress["step"], len(batches) + 1):
         if step % KL_LOG_STEPS == 0 or step == len(batches):
             kl, ce = divergence(model, codecs[0], held_out, args.part_tokens)
@@ -398,7 +442,8 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
             break
         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, len(batches))
         divergence(model, codecs[step % len(codecs)], windows[batches[step]], args.part_tokens,
-                   train=True)
+                   (rank, n_ranks), train=True)
+        add_up_gradients(saes)
         for sae in saes.values():
             sae.project_gradient()
         optimizer.step()
@@ -406,7 +451,7 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
         for sae in saes.values():
             sae.renormalise()
         bar.update()
-        if time.time() - saved > CHECKPOINT_SECONDS:
+        if rank == 0 and time.time() - saved > CHECKPOINT_SECONDS:
             save_state(state, saes, optimizer, {**progress, "step": step + 1})
             saved = time.time()
     bar.close()
@@ -416,22 +461,22 @@ def train_kl(model, windows, saes, budgets, settings, args, folder):
     return harvest(model.eval(), sorted({layer for layer, _ in saes}), held_out), progress["log"]
 
 
-def save_trained(folder, model, saes, held_rows, settings, args):
-    """Print the held-out fidelity of each SAE, and save it with that."""
-    mark, ks = sta.fingerprint(model), dict(zip(sta.KINDS, (args.k_key, args.k_val)))
-    layers = sorted({layer for layer, _ in saes})
-    print(f"held out ({len(held_rows[layers[0], 'key']):,} rows each; dead: fired by none of them)")
+def save_trained(folder, model, saes, held_rows, budgets, settings, args):
+    """Print the held-out fidelity of each SAE at its budget, and save it with that."""
+    mark = sta.fingerprint(model)
+    n_rows = len(next(iter(held_rows.values())))
+    print(f"held out ({n_rows:,} rows each; dead: fired by none of them)")
     print("            cos_K  fvu_K dead_K  L0_K |  cos_V  fvu_V dead_V  L0_V")
-    for layer in layers:
+    for layer, budget in budgets.items():
         line = []
-        for kind, k in ks.items():
-            curve = sta.BudgetCurve(saes[layer, kind],
-                                    [args.n_latents if args.sparsity == "l1" else k])
+        for kind, k in zip(sta.KINDS, budget):
+            sae = saes[layer, kind]
+            curve = sta.BudgetCurve(sae, [sae.n_latents if args.sparsity == "l1" else k])
             curve.update(held_rows[layer, kind].float())
             point = curve.result()[0]
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}% "
                         f"{point['l0']:5.1f}")
-            sta.save_sae(folder / f"layer{layer}.{kind}", saes[layer, kind], {
+            sta.save_sae(folder / f"layer{layer}.{kind}", sae, {
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind, "k": k,
                 "k_trained": sorted(set(budget_cycle(k, args))), "held_out": point,
                 "sparsity": args.sparsity, "settings": settings})
@@ -439,13 +484,164 @@ def save_trained(folder, model, saes, held_rows, settings, args):
     print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py")
 
 
+# ------------------------------------------------------------------ --benchmark
+
+SHAPES = {"tiny": (128, 512, 16, 2048), "SmolLM2": (64, 1024, 16, 2048),
+          "Yi-6B": (128, 1024, 16, 4096), "large": (512, 4096, 32, 2048)}  # D, M, k, rows
+
+
+def timed(actions, device, n=20):
+    """{name: median ms} of callables, run in turn; the first three rounds are left out."""
+    ms = {name: [] for name in actions}
+    for i in range(n + 3):
+        for name, action in actions.items():
+            began = time.perf_counter()
+            action()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if i >= 3:
+                ms[name].append(1000 * (time.perf_counter() - began))
+    return {name: sorted(times)[n // 2] for name, times in ms.items()}
+
+
+def peak_bytes(action, device):
+    """Memory that an action takes at most, beyond what is held before it; None if not measurable."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        action()
+        return torch.cuda.max_memory_allocated() - before
+    read = lambda name: 1024 * int(re.search(name + r":\s+(\d+)", pathlib.Path(
+        "/proc/self/status").read_text())[1])
+    try:  # Linux: forget the peak so far
+        pathlib.Path("/proc/self/clear_refs").write_text("5")
+        before = read("VmRSS")
+        action()
+        return read("VmHWM") - before
+    except OSError:
+        return None
+
+
+def time_steps(shape, device, compiled=True):
+    """One row of the benchmark: training steps and codes at (D, M, k, rows) on random rows."""
+    D, M, k, rows = shape
+    generator = torch.Generator().manual_seed(0)
+    sae = sta.TopKSAE(D, M, generator).to(device)
+    x = torch.randn(rows, D, generator=generator).to(device)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
+
+    def definition(sae, x):
+        return (x - sta.TopKSAE.decode(sae, *sta.TopKSAE.encode(sae, x, k))).square().sum(-1).mean()
+
+    def step(loss):
+        loss.backward()
+        sae.project_gradient()
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.renormalise()
+
+    with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
+        steps = {"eager": lambda: step(definition(sae, x)),
+                 "sparse": lambda: step(sae.loss(x, k, k, 10**9)[0])}
+        codes = {"eager": lambda: sae(x, k), "fast": lambda: sae.decode(*sta.fast_encode(sae, x, k))}
+        if compiled:
+            whole = torch.compile(definition, fullgraph=True)
+            code = torch.compile(sta.TopKSAE.forward, fullgraph=True)
+            steps["compiled"] = lambda: step(whole(sae, x))
+            codes["compiled"] = lambda: code(sae, x, k)
+        matmul = lambda: torch.addmm(sae.b_enc, x, sae.W_enc)
+        with torch.no_grad():
+            plain = timed({"matmul": matmul, **codes}, device)
+        ms = timed(steps, device)
+        peaks = {name: peak_bytes(action, device) for name, action in steps.items()}
+    return {"D": D, "M": M, "k": k, "rows": rows, "matmul_ms": plain.pop("matmul"), "step_ms": ms,
+            "code_ms": plain, "peak_bytes": peaks, "rows_per_s": 1000 * rows / ms["sparse"]}
+
+
+@torch.no_grad()
+def time_cache(n_layers, context, device):
+    """ms for one new token after `context` others, and bytes, dense and as codes (8, 16): layers of
+    SmolLM2's shape, random weights."""
+    import transformers
+    config = transformers.LlamaConfig(
+        num_hidden_layers=n_layers, hidden_size=576, intermediate_size=1536, vocab_size=512,
+        num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2 * context)
+    torch.manual_seed(0)
+    model = transformers.LlamaForCausalLM(config).to(device).eval()
+    saes = {(i, kind): sta.TopKSAE(64, 1024).to(device) for i in range(n_layers)
+            for kind in sta.KINDS}
+    sta.speed_up(saes, compiled=False)
+    ids = torch.randint(512, (1, context), device=device)
+    row = {"layers": n_layers, "context": context}
+    for name in ("dense", "codes"):
+        with (sta.compress(model, saes, sta.Budget(8, 16)) if name == "codes" else
+              contextlib.nullcontext(transformers.DynamicCache(config=config))) as cache:
+            for part in ids.split(512, 1):
+                model(part, past_key_values=cache, logits_to_keep=1)
+            row[f"{name}_bytes"] = cache.nbytes() if name == "codes" else sum(
+                x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+            row[f"{name}_ms"] = timed({"": lambda: model(ids[:, :1], past_key_values=cache)},
+                                      device, 10)[""]
+    return row
+
+
+def benchmark(device, args):
+    """--benchmark: print and write what a step takes, by shape and by path, and how it grows."""
+    about = {"device": f"{device} ({torch.get_num_threads()} threads)", "torch": torch.__version__,
+             "command": " ".join(["python train_sae.py", *sys.argv[1:]]),
+             "date": time.strftime("%Y-%m-%d")}
+    print("ms, medians            D    M  k  rows  matmul | step: eager sparse compiled | codes: "
+          "eager   fast compiled |  rows/s  peak MB eager sparse")
+    table = {}
+    for name, shape in SHAPES.items():
+        row = table[name] = time_steps(shape, device)
+        peaks = [f"{(row['peak_bytes'][n] or 0) / 1e6:5.0f}" for n in ("eager", "sparse")]
+        print(f"{name:18}{shape[0]:6}{shape[1]:5}{shape[2]:3}{shape[3]:6}{row['matmul_ms']:8.1f} |"
+              + "".join(f"{row['step_ms'][n]:9.1f}" for n in ("eager", "sparse", "compiled")) + " |"
+              + "".join(f"{row['code_ms'][n]:9.1f}" for n in ("eager", "fast", "compiled"))
+              + f" | {row['rows_per_s']:9,.0f}  {' '.join(peaks)}")
+    growth = {"M": [time_steps((128, m, 16, 2048), device, False) for m in (512, 1024, 2048, 4096,
+                                                                            8192)],
+              "k": [time_steps((128, 1024, k, 2048), device, False) for k in (4, 8, 16, 32, 64)],
+              "context": [time_cache(4, n, device) for n in (512, 1024, 2048, 4096, 8192)],
+              "layers": [time_cache(n, 2048, device) for n in (1, 2, 4, 8)]}
+    for row in growth["context"] + growth["layers"]:
+        print("a token after {context:5} in {layers} layers: dense {dense_ms:6.1f} ms, "
+              "{dense_bytes:11,} bytes; codes {codes_ms:6.1f} ms, {codes_bytes:11,} bytes".format(
+                  **row))
+    path = args.out / "benchmark.json"
+    sta.write_atomic(path, json.dumps({**about, "shapes": table, "growth": growth}, indent=1) + "\n")
+    print(f"wrote {path}")
+
+
+def join_ranks():
+    """(number of this process, number of all): those that torchrun started, joined; else (0, 1)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    dist.init_process_group()  # nccl between GPUs, else gloo
+
+    def stop(*_):  # torchrun ends the others where one has died
+        raise sta.UsageError("another process of this run is gone; run it again with --resume")
+
+    signal.signal(signal.SIGTERM, stop)
+    if dist.get_rank():
+        sys.stdout = open(os.devnull, "w")  # one of them reports
+    return dist.get_rank(), dist.get_world_size()
+
+
 def main():
     args = parse_args()
+    rank, n_ranks = join_ranks()
     device, dtype = sta.pick_device(args.device, args.dtype)
+    if args.benchmark:
+        return benchmark(device, args)
+    if n_ranks > 1 and (args.device == "auto" or args.text == "self"):
+        raise sta.UsageError(f"{n_ranks} processes with --device auto or --text self: use one")
     kl, by_model = args.objective == "kl", args.text == "self"
     predicts = kl or by_model or args.budget or args.metric == "loss"  # else the last layers rest
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
-                                              last_only=not predicts)
+                                              last_only=not predicts,
+                                              spread=args.device == "auto")
     args.seq_len = sta.window_length(model, args.seq_len, 512)
     if by_model:
         windows = sample_windows(model, tokenizer, args.seq_len, args.tokens, args.seed)
@@ -465,18 +661,26 @@ def main():
     settings |= {"layers": layers, "dtype": str(dtype)[6:], "text": args.text or "default",
                  "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12],
                  "budgets": [list(budget) for budget in budgets.values()]}
-    if not check_folder(folder, layers, settings, args.resume):
+    trained = check_folder(folder, layers, settings, args.resume)
+    if not trained:
         run = folder / f"run-{args.layer}.json"
         about = {"model": args.model, "settings": settings}
-        sta.write_atomic(run, json.dumps({**about, "log": []}))
+        if rank == 0:
+            sta.write_atomic(run, json.dumps({**about, "log": []}))
         print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
-              f"training on {args.tokens:,} in windows of {args.seq_len}")
+              f"training on {args.tokens:,} in windows of {args.seq_len}"
+              + (f", {n_ranks} processes" if n_ranks > 1 else ""))
         if kl:
             saes, _ = sta.load_saes(base, model, layers)
-            held_rows, log = train_kl(model, windows, saes, budgets, settings, args, folder)
+            held_rows, log = train_kl(model, windows, saes, budgets, settings, args, folder, rank,
+                                      n_ranks)
         else:
-            saes, held_rows, log = train(model, windows, layers, settings, args, folder)
-        save_trained(folder, model, saes, held_rows, settings, args)
+            saes, held_rows, log = train(model, windows, layers, settings, args, folder, rank,
+                                         n_ranks)
+    if rank:
+        return
+    if not trained:
+        save_trained(folder, model, saes, held_rows, budgets, settings, args)
         sta.write_atomic(run, json.dumps({**about, "log": log}))
         (folder / "unfinished.safetensors").unlink(missing_ok=True)
     elif not args.budget:
