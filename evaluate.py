@@ -5,6 +5,7 @@
     python evaluate.py --claims                           # verdicts on the paper's P1 to P6
     python evaluate.py --cache                            # through the cache that stores codes
     python evaluate.py --generate "The President"         # what it writes, dense and compressed
+    python evaluate.py --atoms                            # what the atoms stand for, and P8
     python evaluate.py --model yi-6b --seq-len 2048 --tasks piqa,arc_easy
 
 Perplexity is the GPTQ convention: one tokenizer call on the whole text, disjoint windows of
@@ -20,7 +21,10 @@ formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<mo
             tasks   {name: {acc, acc_norm, acc_stderr, acc_norm_stderr, n, truncated, delta_acc,
                     delta_acc_stderr (paired with dense), ppl (lambada_openai), loglik on demand}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} as sta.BudgetCurve
-    claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]
+    claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]; with them rows dual and
+            l1 have attention {layer: {qk_error, attention_kl}}, and the file attention_map
+    training [the run-*.json of train_sae.py]
+--atoms writes results/<model>-atoms.json for plots.py, and <model>-hierarchy.json: check, hierarchy.
 Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total;
 allocated: by layer as train_sae.py --budget saved it (k_key, k_val are means); with --cache one
 more, allocated's budgets if there are any, else dual's, chunk by chunk through sta.compress; with
@@ -30,6 +34,7 @@ sinks: curves over all tokens, the rows' columns, and the curves of pursuit, ove
 Non-goals: lm-eval's word perplexity, few-shot prompts.
 """
 import argparse
+import collections
 import contextlib
 import datetime
 import functools
@@ -73,6 +78,7 @@ def parse_args(argv=None):
     add("--baselines", default="", help=f"of {','.join(BASELINES)} (default none)")
     add("--cache", action="store_true", help="one more row: chunk by chunk through sta.compress")
     add("--generate", metavar="PROMPT", help="only write on, dense and compressed, greedily")
+    add("--atoms", action="store_true", help="only look at what each atom stands for, and test P8")
     add("--variants", help="rows to compute beside dense, such as dual,quant2 (default all)")
     add("--claims", action="store_true", help="run what P1 to P6 need and print six verdicts; "
                                               "trains L1 SAEs if there are none")
@@ -565,6 +571,197 @@ def print_tasks(rows):
                   + (f"   ppl {t['ppl']:.2f}" if "ppl" in t else ""))
 
 
+# ------------------------------------------------------------------ looking inside
+
+@torch.no_grad()
+def attention_change(model, tokenizer, codecs, windows, sink):
+    """What replaced keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
+    the map of the head that changes most: layer, head, tokens, dense, coded).
+
+    qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
+    nats from the dense weights of a query. Means over the queries of windows (B, T)."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns its weights
+    ids, columns, worst = windows.to(model.device), {}, (-1,)
+    look = lambda: model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    seen = torch.ones(*ids.shape[1:], ids.shape[1], device=ids.device).tril()  # (T, T)
+    mean = lambda x: (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+    variance = lambda x: mean((x - mean(x)).square()).sum()
+    dense = look()
+    for layer, kind in sorted(key for key in codecs if key[1] == "key"):
+        with sta.reconstruct(model, {(layer, kind): codecs[layer, kind]}, sink):
+            maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T) each
+        logs = [x.clamp_min(1e-30).log() for x in maps]  # q.k but for a number a query
+        kl = (maps[0] * (logs[0] - logs[1])).sum(-1).mean((0, 2))  # (query heads,)
+        columns[layer] = {"attention_kl": kl.mean().item(), "qk_error": (
+            variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}
+        worst = max(worst, (kl.max().item(), layer, kl.argmax().item(),
+                            [x[0, kl.argmax(), :40, :40].cpu() for x in maps]), key=lambda w: w[0])
+    model.set_attn_implementation(before)
+    return columns, {"layer": worst[1], "head": worst[2], "tokens": [
+        tokenizer.decode(i) for i in windows[0, :40]], "dense": worst[3][0].tolist(),
+        "coded": worst[3][1].tolist()}
+
+
+class Strongest:
+    """For each of M latents the ten tokens of a stream where it is strongest, and how often it
+    fires."""
+
+    def __init__(self, n_latents):
+        self.z, self.token = torch.zeros(n_latents, 10), torch.zeros(n_latents, 10).long()
+        self.fired = torch.zeros(n_latents).long()
+
+    def update(self, z, first):
+        """z (M, T): each latent at each of T tokens, of which the first has the number `first`."""
+        self.fired += (z > 0).sum(1).cpu()
+        top = z.topk(min(10, z.shape[1]))
+        self.z, kept = torch.cat([self.z, top.values.cpu()], 1).topk(10)
+        self.token = torch.cat([self.token, first + top.indices.cpu()], 1).gather(1, kept)
+
+
+def describable(tokens):
+    """Whether at least 8 of an atom's ten strongest [(previous token, token)] share the token, the
+    token before, or a shape of it: digits, punctuation, a capital, the same last three letters."""
+    bare = [(a.strip().lower(), b.strip()) for a, b in tokens]
+    shapes = [[b.lower() for _, b in bare], [a for a, _ in bare], [b[-3:] for _, b in bare]]
+    most = max(collections.Counter(shape).most_common(1)[0][1] for shape in shapes)
+    kinds = [str.isdigit, lambda b: bool(b) and not any(map(str.isalnum, b)),
+             lambda b: b[:1].isupper()]
+    return max(most, *(sum(map(kind, (b for _, b in bare))) for kind in kinds)) >= 8
+
+
+@torch.no_grad()
+def look_inside(model, tokenizer, saes, windows, args):
+    """--atoms -> (page: what plots.py makes atoms.html of, check: {layer.kind: the share of
+    describable atoms, and of random directions}, codes {(layer, kind): idx (tokens, H, k)})."""
+    ks = dict(zip(sta.KINDS, (args.k_key, args.k_val)))
+    length, generator = windows.shape[1], torch.Generator().manual_seed(args.seed)
+    n_random, found, codes, page = 100, {}, {}, {}
+    lines = F.normalize(torch.randn(n_random, len(next(iter(saes.values())).b_dec),
+                                    generator=generator), dim=-1)
+    with sta.capture(model, {layer for layer, _ in saes}) as rows:
+        for number, batch in enumerate(tqdm(windows.split(8), desc="atoms", disable=None)):
+            model.get_decoder()(batch.to(model.device), use_cache=False)
+            for key, x in rows.items():
+                sae, x = saes[key], x.float().flatten(0, 1)  # (tokens, H, D)
+                z, idx = sae.encode(x, ks[key[1]])
+                first = torch.arange(len(x), device=x.device) % length == 0
+                z[first] = 0  # a window's first token is kept exact
+                dense = z.new_zeros(sae.n_latents * len(x))
+                at = idx * len(x) + torch.arange(len(x), device=x.device)[:, None, None]
+                dense.scatter_reduce_(0, at.flatten(), z.abs().flatten(), "amax")
+                along = (x / sae.scale - sae.b_dec) @ lines.T.to(x.device)  # (tokens, H, random)
+                along[first] = 0
+                atoms, random = found.setdefault(key, (Strongest(sae.n_latents),
+                                                       Strongest(n_random)))
+                atoms.update(dense.view(sae.n_latents, -1), number * 8 * length)
+                random.update(along.amax(1).T, number * 8 * length)
+                codes.setdefault(key, []).append(idx.to(torch.int32).cpu())
+                if number == 0:
+                    page[f"{key[0]}.{key[1]}"] = {"sentence": [
+                        [[[m, round(v, 3)] for m, v in zip(*head)] for head in zip(*token)]
+                        for token in zip(idx[1:49].tolist(), z[1:49].tolist())]}
+    words = [tokenizer.decode(i) for i in windows.flatten()]
+    check = {}
+    for key, (atoms, random) in found.items():
+        def share(of, some):
+            return sum(describable([(words[i - 1], words[i]) for i in of.token[m].tolist()])
+                       for m in some) / max(1, len(some))
+        live = (atoms.z[:, -1] > 0).nonzero().squeeze(1)
+        some = live[torch.randperm(len(live), generator=generator)[:20]]
+        name = f"{key[0]}.{key[1]}"
+        check[name] = {"atoms_20": share(atoms, some.tolist()), "atoms_live": share(
+            atoms, live.tolist()), "random": share(random, range(n_random)), "live": len(live)}
+        page[name] |= {"fired": (atoms.fired / len(words)).tolist(), "contexts": [
+            [[i, round(v, 3)] for i, v in zip(*pair) if v > 0]
+            for pair in zip(atoms.token.tolist(), atoms.z.tolist())]}
+    return ({"words": words, "sites": page}, check,
+            {key: torch.cat(parts) for key, parts in codes.items()})
+
+
+VERBS_AFTER = {"to", "will", "would", "must", "can", "should", "may", "could", "shall"}
+NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
+
+
+def equal_pairs(labels, generator, n=20_000):
+    """n pairs (i, j) of places with equal labels (int tensor), drawn at random; (2, n)."""
+    sort, order = labels.sort()
+    i = torch.randint(len(labels), (n,), generator=generator)
+    low, high = torch.searchsorted(sort, sort[i]), torch.searchsorted(sort, sort[i], right=True)
+    j = low + (torch.rand(n, generator=generator) * (high - low)).long()
+    return torch.stack([order[i], order[j]])
+
+
+def hierarchy(codes, windows, words, seed):
+    """P8, from the codes of a text's tokens: {kind: {name: [[mean, standard error] by layer]}}, the
+    words with two senses, and the verdict.
+
+    The share of atoms that two occurrences have in common, for pairs of: other, different tokens
+    (the null); lexical, the same token after different ones; ngram, the same after the same;
+    senses are told by rule: a word is a verb after will, to, ..., and a noun after the, our, ...
+    (five of each or more, and not one of the 50 most common);
+    sense: pairs of one, two: pairs of both; the token before differs in either."""
+    ids, generator = windows.flatten(), torch.Generator().manual_seed(seed)
+    before, window = ids.roll(1), torch.arange(len(ids)) // windows.shape[1]
+    bare = [word.strip().lower() for word in words]
+    role = torch.tensor([0] + [1 if a in VERBS_AFTER else 2 if a in NOUNS_AFTER else 0
+                               for a in bare[:-1]])
+    whole = [w.isalpha() and len(w) > 2 and raw[:1].isspace() and not after[:1].isalpha()
+             for w, raw, after in zip(bare, words, [*words[1:], ""])]  # no part of a longer word
+    counts = collections.Counter((w, r) for w, r, is_whole in zip(bare, role.tolist(), whole)
+                                 if is_whole)
+    common = {w for w, _ in collections.Counter(bare).most_common(50)}  # function words
+    senses = {w for w, _ in counts if min(counts[w, 1], counts[w, 2]) >= 5} - common
+    known = torch.tensor([w in senses for w in bare]) & (role > 0) & torch.tensor(whole)
+    places = known.nonzero().squeeze(1)
+    any_pair = torch.randint(len(ids), (2, 20_000), generator=generator)
+    same, both = equal_pairs(ids, generator), equal_pairs(ids * (ids.max() + 1) + before, generator)
+    word = places[equal_pairs(ids[places], generator)] if len(places) else any_pair[:, :0]
+    apart = lambda p: (window[p[0]] != window[p[1]]) & (before[p[0]] != before[p[1]])
+    pairs = {"other": any_pair[:, (ids[any_pair[0]] != ids[any_pair[1]]) & apart(any_pair)],
+             "lexical": same[:, apart(same)], "ngram": both[:, window[both[0]] != window[both[1]]],
+             "sense": word[:, apart(word) & (role[word[0]] == role[word[1]])],
+             "two": word[:, apart(word) & (role[word[0]] != role[word[1]])]}
+    layers, table, thirds = sorted({layer for layer, _ in codes}), {}, {}
+    for kind in sta.KINDS:
+        for name, (a, b) in pairs.items():
+            common = torch.stack([(codes[layer, kind][a][..., None] == codes[layer, kind][b][
+                ..., None, :]).any(-1).double().mean((1, 2)) for layer in layers])  # (L, pairs)
+            table.setdefault(kind, {})[name] = [mean_stderr(x) for x in common]
+            third = max(1, len(layers) // 3)
+            for where, part in (("shallow", common[:third]), ("deep", common[-third:])):
+                thirds[kind, name, where] = mean_stderr(part.mean(0))
+    gap = lambda kind, a, b, where: (thirds[kind, a, where][0] - thirds[kind, b, where][0], math.hypot(
+        *(thirds[kind, name, where][1] or 0 for name in (a, b))))
+    verdicts = {}
+    for kind in sta.KINDS:
+        gaps = {name: [gap(kind, *of, where) for where in ("shallow", "deep")] for name, of in (
+            ("lexical", ("lexical", "other")), ("ngram", ("ngram", "lexical")),
+            ("sense", ("sense", "two")))}
+        clear = lambda more, less: more[0] - less[0] > 2 * math.hypot(more[1], less[1])
+        verdicts[kind] = {"gaps": gaps, "lexical": clear(*gaps["lexical"]),
+                          "ngram": clear(*gaps["ngram"]), "sense": clear(*gaps["sense"][::-1])}
+    return {"layers": layers, "overlap": table, "words": sorted(senses), "verdicts": verdicts,
+            "pairs": {name: p.shape[1] for name, p in pairs.items()}}
+
+
+def tell_inside(check, deep):
+    """Print what `look_inside` and `hierarchy` found."""
+    for name, row in check.items():
+        print(f"atoms {name}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "
+              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; {100 * row['random']:.0f} % of "
+              "random directions")
+    if deep:
+        print(f"{len(deep['words'])} words with two senses by rule: {' '.join(deep['words'][:12])} ...")
+    for kind, verdict in (deep or {"verdicts": {}})["verdicts"].items():
+        said = [f"{name} {a[0]:+.3f} ±{a[1]:.3f} shallow, {b[0]:+.3f} ±{b[1]:.3f} deep: "
+                f"{'as claimed' if verdict[name] else 'not as claimed'}"
+                for name, (a, b) in verdict["gaps"].items()]
+        held = sum(verdict[name] for name in verdict["gaps"])
+        print(f"P8 {'holds' if held == 3 else 'holds in part' if held else 'does not hold here'} for "
+              f"{kind}s: " + "; ".join(said))
+
+
 # ------------------------------------------------------------------ the paper's claims
 
 def load_l1(folder, name, model, layers):
@@ -607,10 +804,12 @@ def judge(rows, losses, curves):
                        "rows": names})
 
     l1 = worse("l1", "dual")
+    qk = [mean_stderr([c["qk_error"] for c in row[name]["attention"].values()])[0]
+          for name in ("dual", "l1")]
     say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
         f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
-        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; L1 is {spell(l1)} "
-        "nats worse", clear(longer) and clear(l1), clear(longer) or clear(l1),
+        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
+        f"{qk[0]:.3f} and {qk[1]:.3f} of its spread; L1 is {spell(l1)} nats worse", clear(longer) and clear(l1), clear(longer) or clear(l1),
         "Top-K's keys are clearly longer (over layers) and L1's loss clearly higher; in part: one "
         "of the two", ["dual", "l1"])
     cos = at("key", 8, "cos")
@@ -655,6 +854,20 @@ def judge(rows, losses, curves):
 
 
 # ------------------------------------------------------------------ the run
+
+def write_inside(model, tokenizer, saes, windows, name, device, args):
+    """--atoms: look inside, print what is found, and write it."""
+    page, check, codes = look_inside(model, tokenizer, saes, windows, args)
+    layers = sorted({layer for layer, _ in saes})
+    deep = hierarchy(codes, windows, page["words"], args.seed) if len(layers) > 2 else None
+    tell_inside(check, deep)
+    about = {"model": name, "tokens": windows.numel(), "k_key": args.k_key, "k_val": args.k_val,
+             **provenance(device)}
+    for stem, content in (("atoms", page), ("hierarchy", {"check": check, "hierarchy": deep})):
+        path = args.out / f"{sta.slug(name)}-{stem}.json"
+        sta.write_atomic(path, json.dumps({**about, **content}) + "\n")
+        print(f"wrote {path}")
+
 
 def score(model, saes, tried, windows, tasks, limit_tokens, args):
     """Print the tables -> (rows, {name: window losses}, curves of the JSON)."""
@@ -751,6 +964,9 @@ def main():
     args.seq_len = sta.window_length(model, args.seq_len, 2048)
     text = sta.read_text(args.text, "valid", name)
     windows = token_windows(text, tokenizer, args.seq_len, args.max_tokens)
+    if args.atoms:
+        write_inside(model, tokenizer, saes, windows, name, device, args)
+        return
     limit_tokens = getattr(config, "max_position_embeddings", 2048)
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
     tasks = [load_task(spec, args, tokenizer, limit_tokens) for spec in specs.split(",") if spec]
@@ -773,7 +989,15 @@ def main():
           f"reconstructed, {windows.numel():,} tokens in windows of {args.seq_len}")
 
     rows, losses, curves = score(model, saes, tried, windows, tasks, limit_tokens, args)
-    claims = judge(rows, losses, curves) if args.claims else []
+    claims, attention_map = [], None
+    if args.claims:
+        some = windows[:max(1, 512 // args.seq_len), :512]
+        for variant, row in zip(tried, rows):
+            if variant.name in ("l1", "dual"):
+                row["attention"], drawn = attention_change(model, tokenizer, variant.codecs, some,
+                                                           args.sink)
+                attention_map = drawn if variant.name == "dual" else attention_map
+        claims = judge(rows, losses, curves)
     for c in claims:
         print(f"{c['claim']} {c['verdict']}: {c['statement']}: {c['text']}\n   rule: {c['rule']}")
     path = args.out / f"{sta.slug(name)}.json"
@@ -783,7 +1007,9 @@ def main():
          "n_layers": config.num_hidden_layers, "tokens": windows.numel(),
          "windows": len(windows), "seq_len": args.seq_len, "sink": args.sink, "config": settings,
          "sae_settings": trained, **provenance(device), "rows": rows,
-         "curves": curves, "claims": claims}, indent=1) + "\n")
+         "curves": curves, "claims": claims, "attention_map": attention_map,
+         "training": [json.loads(path.read_text()) for path in sorted(folder.glob("run-*.json"))]},
+        indent=1) + "\n")
     print(f"wrote {path}")
 
 
