@@ -679,7 +679,7 @@ def look_inside(model, tokenizer, saes, windows, args):
             {key: torch.cat(parts) for key, parts in codes.items()})
 
 
-VERBS_AFTER = {"to", "will", "would", "must", "can", "should", "may", "could", "shall"}
+MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
 NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
 
 
@@ -699,19 +699,20 @@ def hierarchy(codes, windows, words, seed):
     The share of atoms that two occurrences have in common, for pairs of: other, different tokens
     (the null); lexical, the same token after different ones; ngram, the same after the same;
     senses are told by rule: a word is a verb after will, to, ..., and a noun after the, our, ...
-    (five of each or more, and not one of the 50 most common);
+    (five of each or more, one after a modal verb, not one of the 50 most common);
     sense: pairs of one, two: pairs of both; the token before differs in either."""
     ids, generator = windows.flatten(), torch.Generator().manual_seed(seed)
     before, window = ids.roll(1), torch.arange(len(ids)) // windows.shape[1]
     bare = [word.strip().lower() for word in words]
-    role = torch.tensor([0] + [1 if a in VERBS_AFTER else 2 if a in NOUNS_AFTER else 0
+    role = torch.tensor([0] + [1 if a in MODALS or a == "to" else 2 if a in NOUNS_AFTER else 0
                                for a in bare[:-1]])
     whole = [w.isalpha() and len(w) > 2 and raw[:1].isspace() and not after[:1].isalpha()
              for w, raw, after in zip(bare, words, [*words[1:], ""])]  # no part of a longer word
     counts = collections.Counter((w, r) for w, r, is_whole in zip(bare, role.tolist(), whole)
                                  if is_whole)
     common = {w for w, _ in collections.Counter(bare).most_common(50)}  # function words
-    senses = {w for w, _ in counts if min(counts[w, 1], counts[w, 2]) >= 5} - common
+    verbs = {w for a, w in zip(bare, bare[1:]) if a in MODALS}  # "to" alone goes before nouns, too
+    senses = {w for w in verbs if min(counts[w, 1], counts[w, 2]) >= 5} - common
     known = torch.tensor([w in senses for w in bare]) & (role > 0) & torch.tensor(whole)
     places = known.nonzero().squeeze(1)
     any_pair = torch.randint(len(ids), (2, 20_000), generator=generator)
