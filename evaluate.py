@@ -591,7 +591,7 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     for layer, kind in sorted(key for key in codecs if key[1] == "key"):
         with sta.reconstruct(model, {(layer, kind): codecs[layer, kind]}, sink):
             maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T) each
-        logs = [x.clamp_min(1e-30).log() for x in maps]  # q.k but for a number a query
+        logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]  # q.k but for a number a query
         kl = (maps[0] * (logs[0] - logs[1])).sum(-1).mean((0, 2))  # (query heads,)
         columns[layer] = {"attention_kl": kl.mean().item(), "qk_error": (
             variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}

@@ -133,7 +133,7 @@ def overview(result):
     panels[0].legend(fontsize=7, loc="lower right")
     draw_asymmetry(panels[1], result)
     draw_bytes(panels[2], result)
-    for panel, title in zip(panels, ("a few atoms keep its direction", "keys need fewer than values",
+    for panel, title in zip(panels, ("a few atoms keep a vector's direction", "keys need fewer than values",
                                      "what the model loses for the bytes")):
         panel.set_title(title, fontsize=11)
     figure.suptitle(f"{result['model']}: K and V as a few semantic atoms")
@@ -225,7 +225,8 @@ def growth(bench):
                        label=f"{path}, ms")
             more.plot(at, [r[f"{path}_bytes"] / 1e6 for r in rows], color=colour, marker=marker,
                       mfc="none", ls=":", label=f"{path}, MB")
-            more.set_yscale("log", base=2)
+        more.set_yscale("log", base=2)
+        more.yaxis.set_major_formatter("{x:g}")
         panel.set_xlabel(label)
         panel.set_ylabel("ms for one new token")
         more.set_ylabel("cache, MB (dotted)")

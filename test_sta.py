@@ -1185,6 +1185,128 @@ def test_verdicts_follow_from_the_rows(judged):
     assert claims["P6"]["verdict"] == "does not hold here" or rows["dual"]["ratio"] < 1.1
 
 
+# ---------------------------------------------------------------- looking inside
+
+def test_attention_change_is_that_of_hugging_face_attention(tiny):
+    """Against softmax weights and logits recomputed from q and k by hand, layer 2."""
+    model, tokenizer = tiny
+    windows, codecs = tokens_of(2, 24), {
+        (2, "key"): lambda x, live: 0.8 * x + 0.3 * x.flip(-1), (2, "value"): lambda x, live: 0 * x}
+    columns, drawn = evaluate.attention_change(model, tokenizer, codecs, windows, sink=1)
+    layer, seen, logits = model.model.layers[2].self_attn, torch.ones(24, 24).tril().bool(), []
+
+    def keep(module, args, kwargs):
+        x, (cos, sin) = kwargs["hidden_states"], kwargs["position_embeddings"]
+        q, k = (f(x).view(2, 24, -1, 128).transpose(1, 2) for f in (layer.q_proj, layer.k_proj))
+        q, k = transformers.models.llama.modeling_llama.apply_rotary_pos_emb(q, k, cos, sin)
+        logits.append((q @ k.repeat_interleave(2, 1).mT / 128 ** 0.5).double())  # (B, 4, T, T)
+
+    hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
+    with torch.no_grad():
+        model(windows)
+        with sta.reconstruct(model, {(2, "key"): codecs[2, "key"]}):
+            model(windows)
+    hook.remove()
+    error = spread = kl = 0
+    for b, h, t in itertools.product(range(2), range(4), range(24)):
+        dense, coded = (x[b, h, t, :t + 1] for x in logits)
+        error += (coded - dense).var(unbiased=False).item()
+        spread += dense.var(unbiased=False).item()
+        p, q = dense.log_softmax(-1), coded.log_softmax(-1)
+        kl += (p.exp() * (p - q)).sum().item() / (2 * 4 * 24)
+    assert columns == {2: {"qk_error": pytest.approx((error / spread) ** 0.5, rel=1e-3),
+                           "attention_kl": pytest.approx(kl, rel=1e-3)}}
+    at = drawn["head"]
+    torch.testing.assert_close(torch.tensor(drawn["dense"]), logits[0][0, at].masked_fill(
+        ~seen, -math.inf).softmax(-1).float(), atol=1e-4, rtol=1e-3)
+    assert drawn["layer"] == 2 and len(drawn["tokens"]) == len(drawn["coded"]) == 24
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_strongest_tokens_are_those_of_a_sort():
+    z = torch.relu(rows_of(6, 50))  # six latents, fifty tokens
+    found = evaluate.Strongest(6)
+    for first in (0, 7, 30):
+        found.update(z[:, first:{0: 7, 7: 30, 30: 50}[first]], first)
+    assert torch.equal(found.token, z.argsort(descending=True)[:, :10])
+    assert torch.equal(found.fired, (z > 0).sum(1))
+
+
+@pytest.mark.parametrize("pairs,expected", [
+    ([("a", f" w{i}") for i in range(8)] + [("b", "x"), ("c", "y")], True),  # the token before
+    ([("a", f" w{i}") for i in range(7)] + [("b", "x"), ("c", "y"), ("d", "z")], False),
+    ([(str(i), " Way"[:4 - i % 2]) for i in range(10)], True),  # a capital
+    ([(str(i), str(i)) for i in range(8)] + [("", "of"), (".", "is")], True),  # digits
+    ([(str(i), w) for i, w in enumerate("ab,cd;ef-gh")][:10], False)])
+def test_describable_atoms(pairs, expected):
+    assert evaluate.describable(pairs) == expected
+
+
+def test_hierarchy_finds_what_was_put_in():
+    """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun from
+    a verb; text of made-up words in forty windows."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [" the", " a", " will", " to", " walk", " run", " work", *(f" w{i}q" for i in range(55))]
+    ids = torch.randint(7, len(vocabulary), (40, 200), generator=generator)
+    ids[:, ::4] = torch.randint(0, 4, (40, 50), generator=generator)
+    ids[:, 1::40] = torch.randint(4, 7, (40, 5), generator=generator)  # rarer than the others
+    flat = ids.flatten()
+    verb = ((flat.roll(1) == 2) | (flat.roll(1) == 3)).long()
+    code = lambda *parts: torch.stack(parts, -1)[:, None]  # (tokens, one head, k)
+    noise = torch.randint(900, 1000, flat.shape, generator=generator)
+    codes = {}
+    for kind in sta.KINDS:
+        codes[0, kind] = code(flat, 100 + flat, 200 + flat.roll(1))
+        codes[1, kind] = code(flat, noise, noise + 100)
+        codes[2, kind] = code(flat, noise, 300 + 2 * flat + verb)
+    words = [vocabulary[i] for i in flat]
+    found = evaluate.hierarchy(codes, ids, words, seed=0)
+    assert found["words"] == ["run", "walk", "work"]
+    means = {name: [m for m, _ in rows] for name, rows in found["overlap"]["key"].items()}
+    assert means["lexical"][:2] == pytest.approx([2 / 3, 1 / 3], abs=0.03)
+    assert means["ngram"] == pytest.approx([1, 1 / 3, 2 / 3], abs=0.03)
+    assert means["sense"] == pytest.approx([2 / 3, 1 / 3, 2 / 3], abs=0.03)
+    assert means["two"] == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.03)
+    assert max(means["other"]) < 0.02
+    turned = evaluate.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
+    for name in ("lexical", "ngram", "sense"):
+        assert found["verdicts"]["key"][name] and not turned["verdicts"]["key"][name]
+
+
+def test_atoms_and_their_page(trained, tmp_path, monkeypatch, capsys):
+    """The file's strongest contexts against codes computed here; corpus text cannot end the data."""
+    assert script(evaluate, monkeypatch, "--saes", trained, "--atoms", "--max-tokens", 2048,
+                  "--out", tmp_path) == 0
+    page = json.loads((tmp_path / "tiny-atoms.json").read_text())
+    saes, _ = sta.load_saes(trained / "tiny", tiny_model := sta.load_model(
+        "tiny", torch.device("cpu"), torch.float32)[0])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(sta.HERE / "tiny")
+    ids = torch.tensor(tokenizer(sta.read_text(None, "valid", "tiny")).input_ids[:2048])
+    with sta.capture(tiny_model, [2]) as rows, torch.no_grad():
+        tiny_model(ids.view(8, 256))
+    z, idx = saes[2, "key"].encode(rows[2, "key"], 8)  # (8, 256, H, 8)
+    strongest = [(v, t * 256 + s) for v, m, t, s in zip(
+        z.flatten().tolist(), idx.flatten().tolist(),
+        *(p.flatten().tolist() for p in torch.meshgrid(torch.arange(8), torch.arange(256),
+                                                       torch.arange(16), indexing="ij")[:2]))
+        if m == 5 and s > 0]
+    best = {}
+    for v, place in strongest:
+        best[place] = max(v, best.get(place, 0))
+    expected = sorted(best.items(), key=lambda item: -item[1])[:10]
+    found = page["sites"]["2.key"]["contexts"][5]
+    assert [i for i, _ in found] == [i for i, _ in expected]
+    assert [v for _, v in found] == pytest.approx([v for _, v in expected], abs=1e-3)
+    assert page["words"][:2048] == [tokenizer.decode(i) for i in ids]
+    page["words"][3] = "</script><script>alert(1)</script>"
+    (tmp_path / "tiny-atoms.json").write_text(json.dumps(page))
+    assert script(plots, monkeypatch, "--results", tmp_path, "--out", tmp_path) == 0
+    html = (tmp_path / "atoms.html").read_text()
+    assert html.count("</script>") == 2 and "://" not in html.split('id="data">')[0]
+    data = html.split('id="data">')[1].split("</script>")[0]
+    assert json.loads(data)["words"][3] == page["words"][3]
+
+
 # ---------------------------------------------------------------- bad input
 
 @pytest.mark.parametrize("argv,message", [
