@@ -184,7 +184,7 @@ def attention(result):
     found = result.get("attention_map")
     if not found:
         return "attention maps; run python evaluate.py --claims"
-    figure, panels = plt.subplots(1, 3, figsize=(15, 5.6), layout="constrained")
+    figure, panels = plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     gap = [[b - a for a, b in zip(*rows)] for rows in zip(found["dense"], found["coded"])]
     most = max(abs(x) for row in gap for x in row)
     words = [word.strip() or "␣" for word in found["tokens"]]

@@ -625,6 +625,22 @@ def test_compiled_path_equals_eager_on_cuda():
     check_fast("cuda", compiled=True)
 
 
+def test_benchmark_rows():
+    """Plausible times and memory; the caches' bytes are those of the formulas."""
+    row = train_sae.time_steps((16, 64, 4, 256), torch.device("cpu"), compiled=False)
+    assert set(row["step_ms"]) == {"eager", "sparse"} and set(row["code_ms"]) == {"eager", "fast"}
+    assert all(0 < ms < 1000 for ms in (row["matmul_ms"], *row["step_ms"].values()))
+    assert row["rows_per_s"] == pytest.approx(256e3 / row["step_ms"]["sparse"])
+    if pathlib.Path("/proc/self/clear_refs").exists():
+        peak = train_sae.peak_bytes(lambda: torch.zeros(10_000_000).sum(), torch.device("cpu"))
+        assert 4e7 * 0.9 < peak < 4e7 * 1.5
+    row = train_sae.time_cache(2, 300, torch.device("cpu"))
+    token = 2 * 3 * 64 * 4  # float32; K and V of three heads
+    assert row["dense_bytes"] == 2 * 300 * token
+    coded = sta.bytes_per_token(sta.Budget(8, 16), 3, 64, 1024)
+    assert row["codes_bytes"] == 2 * ((300 - 128) * coded + (128 + 4) * token) + 4 * 300
+
+
 # ---------------------------------------------------------------- 7. files
 
 METADATA = {"k": 8, "model": "small", "fingerprint": "f", "settings": {}}
@@ -779,7 +795,8 @@ def test_two_processes_train_kl_as_one(trained, tmp_path):
 def evaluated(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")
     with pytest.MonkeyPatch.context() as patch:
-        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 2048, "--out", out) == 0
+        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 2048, "--limit", 20,
+                      "--out", out) == 0
     return out
 
 
@@ -815,9 +832,13 @@ def test_perplexity_is_that_of_hugging_face(evaluated):
 
 def test_plots(evaluated, tmp_path, monkeypatch, capsys):
     assert script(plots, monkeypatch, "--results", evaluated, "--out", tmp_path) == 0
-    for name in ("tiny-budget.png", "tiny-bytes.png"):
+    for name in ("tiny-overview.png", "tiny-budget.png", "tiny-asymmetry.png", "tiny-bytes.png",
+                 "tiny-training.png"):
         image = plots.plt.imread(tmp_path / name)
         assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
+    said = capsys.readouterr().out
+    assert "no tiny-shrinkage.png: it needs the row l1; run python evaluate.py --claims" in said
+    assert "no growth.png: it needs python train_sae.py --benchmark" in said
     assert script(plots, monkeypatch, "--results", tmp_path, "--out", tmp_path) == 2
     assert "python evaluate.py" in capsys.readouterr().err
 
@@ -1165,6 +1186,14 @@ def test_every_baseline_has_its_row(judged):
     assert cloze["n"] == 20 and cloze["delta_acc"] == pytest.approx(
         cloze["acc"] - rows["dense"]["tasks"]["cloze"]["acc"])
     assert rows["dense"]["ratio_ci95"] == [1, 1] and rows["dual"]["ratio_ci95"][0] > 1
+
+
+def test_pictures_of_claims(judged, tmp_path, monkeypatch):
+    (tmp_path / "tiny.json").write_text(json.dumps(judged))
+    assert script(plots, monkeypatch, "--results", tmp_path, "--out", tmp_path) == 0
+    for name in ("shrinkage", "attention"):
+        image = plots.plt.imread(tmp_path / f"tiny-{name}.png")
+        assert image.shape[1] > 600 and image[..., :3].std() > 0.05
 
 
 def test_verdicts_follow_from_the_rows(judged):
