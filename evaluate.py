@@ -84,7 +84,7 @@ def parse_args(argv=None):
                                               "trains L1 SAEs if there are none")
     # how much
     add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
-    add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
+    add("--max-tokens", type=int, help="tokens to score (default 32,768; --atoms: 131,072)")
     add("--chunk", type=int, default=128, help="tokens a step of --cache (default 128)")
     add("--recent", type=int, default=128,
         help="newest tokens that --cache and --generate keep exact (default 128)")
@@ -109,6 +109,8 @@ def parse_args(argv=None):
     add("--log-samples", action="store_true", help="write each choice's log-likelihood, too")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
+    if args.max_tokens is None:
+        args.max_tokens = 131_072 if args.atoms else 32_768
     for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("recent", 0), ("chunk", 1),
                         ("new_tokens", 1), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -723,6 +725,7 @@ def hierarchy(codes, windows, words, seed):
              "lexical": same[:, apart(same)], "ngram": both[:, window[both[0]] != window[both[1]]],
              "sense": word[:, apart(word) & (role[word[0]] == role[word[1]])],
              "two": word[:, apart(word) & (role[word[0]] != role[word[1]])]}
+    pairs = {name: p for name, p in pairs.items() if p.shape[1] > 1}
     layers, table, thirds = sorted({layer for layer, _ in codes}), {}, {}
     for kind in sta.KINDS:
         for name, (a, b) in pairs.items():
@@ -738,10 +741,10 @@ def hierarchy(codes, windows, words, seed):
     for kind in sta.KINDS:
         gaps = {name: [gap(kind, *of, where) for where in ("shallow", "deep")] for name, of in (
             ("lexical", ("lexical", "other")), ("ngram", ("ngram", "lexical")),
-            ("sense", ("sense", "two")))}
+            ("sense", ("sense", "two"))) if pairs.keys() >= set(of)}
         clear = lambda more, less: more[0] - less[0] > 2 * math.hypot(more[1], less[1])
-        verdicts[kind] = {"gaps": gaps, "lexical": clear(*gaps["lexical"]),
-                          "ngram": clear(*gaps["ngram"]), "sense": clear(*gaps["sense"][::-1])}
+        verdicts[kind] = {"gaps": gaps} | {  # senses are claimed to part in deep layers
+            name: clear(*(two[::-1] if name == "sense" else two)) for name, two in gaps.items()}
     return {"layers": layers, "overlap": table, "words": sorted(senses), "verdicts": verdicts,
             "pairs": {name: p.shape[1] for name, p in pairs.items()}}
 
@@ -753,7 +756,8 @@ def tell_inside(check, deep):
               f"{100 * row['atoms_live']:.0f} % of all {row['live']}; {100 * row['random']:.0f} % of "
               "random directions")
     if deep:
-        print(f"{len(deep['words'])} words with two senses by rule: {' '.join(deep['words'][:12])} ...")
+        print(f"{len(deep['words'])} words with two senses by rule: {' '.join(deep['words'])}"
+              + ("" if deep["words"] else "none; a longer text may have some (--max-tokens)"))
     for kind, verdict in (deep or {"verdicts": {}})["verdicts"].items():
         said = [f"{name} {a[0]:+.3f} ±{a[1]:.3f} shallow, {b[0]:+.3f} ±{b[1]:.3f} deep: "
                 f"{'as claimed' if verdict[name] else 'not as claimed'}"

@@ -898,7 +898,7 @@ def test_divergence_and_its_gradient(tiny):
 
 def test_kl_stage(trained, tmp_path, monkeypatch, capsys):
     """It lowers the held-out divergence, resumes to the same bits, and evaluate.py finds it."""
-    argv = ["--objective", "kl", "--tokens", 16_384, "--batch-tokens", 1024, "--layer", "1-2",
+    argv = ["--objective", "kl", "--tokens", 9 * 1024, "--batch-tokens", 1024, "--layer", "1-2",
             "--n-latents", 64]
     assert script(train_sae, monkeypatch, *argv, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, ".*no SAEs to start from")
@@ -1165,7 +1165,7 @@ def judged(trained, tmp_path_factory):
     """Everything at once, on the short run; it has no L1 SAEs yet, so they are trained."""
     out = tmp_path_factory.mktemp("judged")
     with pytest.MonkeyPatch.context() as patch:
-        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 2048, "--limit", 20,
+        assert script(evaluate, patch, "--saes", trained, "--max-tokens", 1024, "--limit", 8,
                       "--claims", "--baselines", "quant,pca,omp", "--out", out) == 0
     return json.loads((out / "tiny.json").read_text())
 
@@ -1183,7 +1183,7 @@ def test_every_baseline_has_its_row(judged):
     assert rows["quant4"]["fvu_key"] < rows["quant3"]["fvu_key"] < rows["quant2"]["fvu_key"]
     assert rows["omp"]["fvu_val"] < rows["dual"]["fvu_val"] < rows["lower"]["fvu_val"]
     cloze = rows["dual"]["tasks"]["cloze"]
-    assert cloze["n"] == 20 and cloze["delta_acc"] == pytest.approx(
+    assert cloze["n"] == 8 and cloze["delta_acc"] == pytest.approx(
         cloze["acc"] - rows["dense"]["tasks"]["cloze"]["acc"])
     assert rows["dense"]["ratio_ci95"] == [1, 1] and rows["dual"]["ratio_ci95"][0] > 1
 
@@ -1297,6 +1297,8 @@ def test_hierarchy_finds_what_was_put_in():
     assert means["sense"] == pytest.approx([2 / 3, 1 / 3, 2 / 3], abs=0.03)
     assert means["two"] == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.03)
     assert max(means["other"]) < 0.02
+    few = evaluate.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
+    assert few["words"] == [] and set(few["verdicts"]["key"]["gaps"]) == {"lexical", "ngram"}
     turned = evaluate.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
     for name in ("lexical", "ngram", "sense"):
         assert found["verdicts"]["key"][name] and not turned["verdicts"]["key"][name]
