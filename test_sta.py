@@ -749,8 +749,10 @@ def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, cap
 
 def train_in_float64(n_processes, *argv, patch="pass"):
     """train_sae.py in processes of its own, where a sum in another order leaves the same digits."""
-    code = ("import torch, train_sae, sta; torch.set_default_dtype(torch.float64); "
-            f"torch.Tensor.float = torch.Tensor.double; {patch}; sta.run(train_sae.main)")
+    code = ("import sys, torch, train_sae, sta; torch.set_default_dtype(torch.float64); "
+            "torch.Tensor.float = lambda x, f=torch.Tensor.float: x.double() if sys._getframe(1)"
+            ".f_globals['__name__'] in ('sta', 'train_sae') else f(x); "
+            f"{patch}; sta.run(train_sae.main)")
     command = ["-m", "torch.distributed.run", "--nproc_per_node=2", "--no-python", sys.executable]
     return subprocess.run([sys.executable, *(command if n_processes == 2 else []), "-c", code,
                            *map(str, argv)], cwd=sta.HERE, capture_output=True, text=True)
