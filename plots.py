@@ -84,7 +84,8 @@ def draw_bytes(panel, result):
     dense = result["rows"][0]["perplexity"]
     off = [row for row in result["rows"] if row["perplexity"] > 2 * dense]
     for row in (row for row in result["rows"] if row not in off):
-        colour, marker = VARIANTS.get(row["name"], ("#009E73", "x"))  # dual at other budgets
+        written = "$" + row["name"].removeprefix("dual") + "$"  # dual at other budgets: /2, *2
+        colour, marker = VARIANTS.get(row["name"], ("#009E73", written))
         # one standard error of the paired difference to dense, carried over to perplexity
         error = row["perplexity"] * (row["delta_ce_stderr"] or 0)
         budget = "" if row["k_key"] is row["k_val"] is None else " ({}, {})".format(
@@ -92,7 +93,8 @@ def draw_bytes(panel, result):
         panel.errorbar(100 * row["bytes_share"], row["perplexity"], yerr=error, color=colour,
                        marker=marker, ms=9, capsize=3, ls="", label=row["name"] + budget)
     panel.axhline(dense, color="grey", lw=1, ls=":")
-    panel.set_xlim(0, 105)
+    least = min(100 * row["bytes_share"] for row in result["rows"])
+    panel.set_xlim(*((0, 105) if least < 60 else (least - 1, 101)))  # the latter: few layers coded
     panel.set_xlabel("bytes of the KV cache, % of bf16" + ("" if not off else (
         "\n(off the scale: " + ", ".join(f"{r['name']} {r['perplexity']:.0f}" for r in off) + ")")))
     panel.set_ylabel(f"perplexity ({result['tokens']:,} tokens)")
