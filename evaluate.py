@@ -24,7 +24,7 @@ formats and scores are those of lm-evaluation-harness 0.4.13. Writes results/<mo
     claims  [{claim, statement, figure, stderr, text, verdict, rule, rows}]; with them rows dual and
             l1 have attention {layer: {qk_error, attention_kl}}, and the file attention_map
     training [the run-*.json of train_sae.py]
---atoms writes results/<model>-atoms.json for plots.py, and <model>-hierarchy.json: check, hierarchy.
+--atoms writes results/<model>-atoms.json for plots.py, and -hierarchy.json: check, hierarchy.
 Variants: dense, keys, values, dual; uniform and reverse (k_key > k_val) of the same total;
 allocated: by layer as train_sae.py --budget saved it (k_key, k_val are means); with --cache one
 more, allocated's budgets if there are any, else dual's, chunk by chunk through sta.compress; with
@@ -99,13 +99,13 @@ def parse_args(argv=None):
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--seed", type=int, default=0, help="of the bootstrap (default 0)")
-    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: cuda "
-                         "if there is one)")
+    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: "
+                         "cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the model (default float32 on cpu, bfloat16 on cuda)")
     add("--compile", action=argparse.BooleanOptionalAction, default=None,
-        help="compiled encode and decode (default: on cuda; on cpu in blocks; --no-compile: as they "
-             "are defined)")
+        help="compiled encode and decode (default: on cuda; on cpu in blocks; --no-compile: as "
+             "they are defined)")
     add("--log-samples", action="store_true", help="write each choice's log-likelihood, too")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
@@ -577,8 +577,8 @@ def print_tasks(rows):
 
 @torch.no_grad()
 def attention_change(model, tokenizer, codecs, windows, sink):
-    """What replaced keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
-    the map of the head that changes most: layer, head, tokens, dense, coded).
+    """What replaced keys do to attention, one layer at a time -> ({layer: {qk_error,
+    attention_kl}}, the map of the head that changes most: layer, head, tokens, dense, coded).
 
     qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
     nats from the dense weights of a query. Means over the queries of windows (B, T)."""
@@ -593,7 +593,8 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     for layer, kind in sorted(key for key in codecs if key[1] == "key"):
         with sta.reconstruct(model, {(layer, kind): codecs[layer, kind]}, sink):
             maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T) each
-        logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]  # q.k but for a number a query
+        # of a query, q.k but for a number
+        logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]
         kl = (maps[0] * (logs[0] - logs[1])).sum(-1).mean((0, 2))  # (query heads,)
         columns[layer] = {"attention_kl": kl.mean().item(), "qk_error": (
             variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}
@@ -735,8 +736,9 @@ def hierarchy(codes, windows, words, seed):
             third = max(1, len(layers) // 3)
             for where, part in (("shallow", common[:third]), ("deep", common[-third:])):
                 thirds[kind, name, where] = mean_stderr(part.mean(0))
-    gap = lambda kind, a, b, where: (thirds[kind, a, where][0] - thirds[kind, b, where][0], math.hypot(
-        *(thirds[kind, name, where][1] or 0 for name in (a, b))))
+    gap = lambda kind, a, b, where: (
+        thirds[kind, a, where][0] - thirds[kind, b, where][0],
+        math.hypot(*(thirds[kind, name, where][1] or 0 for name in (a, b))))
     verdicts = {}
     for kind in sta.KINDS:
         gaps = {name: [gap(kind, *of, where) for where in ("shallow", "deep")] for name, of in (
@@ -753,8 +755,8 @@ def tell_inside(check, deep):
     """Print what `look_inside` and `hierarchy` found."""
     for name, row in check.items():
         print(f"atoms {name}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "
-              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; {100 * row['random']:.0f} % of "
-              "random directions")
+              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; "
+              f"{100 * row['random']:.0f} % of random directions")
     if deep:
         print(f"{len(deep['words'])} words with two senses by rule: {' '.join(deep['words'])}"
               + ("" if deep["words"] else "none; a longer text may have some (--max-tokens)"))
@@ -763,8 +765,8 @@ def tell_inside(check, deep):
                 f"{'as claimed' if verdict[name] else 'not as claimed'}"
                 for name, (a, b) in verdict["gaps"].items()]
         held = sum(verdict[name] for name in verdict["gaps"])
-        print(f"P8 {'holds' if held == 3 else 'holds in part' if held else 'does not hold here'} for "
-              f"{kind}s: " + "; ".join(said))
+        verdict = "holds" if held == 3 else "holds in part" if held else "does not hold here"
+        print(f"P8 {verdict} for {kind}s: " + "; ".join(said))
 
 
 # ------------------------------------------------------------------ the paper's claims
@@ -814,7 +816,8 @@ def judge(rows, losses, curves):
     say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
         f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
         f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
-        f"{qk[0]:.3f} and {qk[1]:.3f} of its spread; L1 is {spell(l1)} nats worse", clear(longer) and clear(l1), clear(longer) or clear(l1),
+        f"{qk[0]:.3f} and {qk[1]:.3f} of its spread; L1 is {spell(l1)} nats worse",
+        clear(longer) and clear(l1), clear(longer) or clear(l1),
         "Top-K's keys are clearly longer (over layers) and L1's loss clearly higher; in part: one "
         "of the two", ["dual", "l1"])
     cos = at("key", 8, "cos")

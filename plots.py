@@ -31,8 +31,8 @@ VARIANTS = {"dense": ("black", "*"), "keys": ("#0072B2", "o"), "values": ("#D55E
 # ------------------------------------------------------------------ one panel each
 
 def draw_budget(panel, result, metric, label):
-    """A metric against k: shallow, middle and deep thirds of the layers, light to dark; the elbow of
-    the median layer on the mean over layers."""
+    """A metric against k: shallow, middle and deep thirds of the layers, light to dark; the elbow
+    of the median layer on the mean over layers."""
     layers = list(result["curves"].values())
     third = max(1, len(layers) // 3)
     bands = {"shallow": layers[:third], "middle": layers[third:-third], "deep": layers[-third:]}
@@ -117,7 +117,7 @@ def budget(result):
 def asymmetry(result):
     figure, panel = plt.subplots(figsize=(6.4, 4), layout="constrained")
     draw_asymmetry(panel, result)
-    panel.set_title(f"{result['model']}: values lose more than keys at the same budget", fontsize=11)
+    panel.set_title(f"{result['model']}: values lose more than keys at one budget", fontsize=11)
     return figure
 
 
@@ -135,8 +135,9 @@ def overview(result):
     panels[0].legend(fontsize=7, loc="lower right")
     draw_asymmetry(panels[1], result)
     draw_bytes(panels[2], result)
-    for panel, title in zip(panels, ("a few atoms keep a vector's direction", "keys need fewer than values",
-                                     "what the model loses for the bytes")):
+    titles = ("a few atoms keep a vector's direction", "keys need fewer than values",
+              "what the model loses for the bytes")
+    for panel, title in zip(panels, titles):
         panel.set_title(title, fontsize=11)
     figure.suptitle(f"{result['model']}: K and V as a few semantic atoms")
     return figure
@@ -251,7 +252,8 @@ PAGE = """<!doctype html><html lang="en"><head><meta charset="utf-8">
 body { font: 15px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70em; padding: 1em;
        color: #222; background: #fff }
 h1 { font-size: 1.3em } h2 { font-size: 1em; margin: 0 } p { margin: .4em 0 }
-label { margin-right: 1em; white-space: nowrap } select, input, button { font: inherit; max-width: 100% }
+label { margin-right: 1em; white-space: nowrap }
+select, input, button { font: inherit; max-width: 100% }
 .atom { border-top: 1px solid #ccc; padding: .6em 0 }
 .line { overflow-wrap: anywhere; font-family: ui-monospace, monospace; font-size: .85em }
 mark { background: #f0c040; color: #000 } small { color: #555 }
@@ -261,7 +263,8 @@ mark { background: #f0c040; color: #000 } small { color: #555 }
 .code { border: 1px solid #0072B2; background: #fff; color: #0072B2; margin: 2px; cursor: pointer }
 </style></head><body><h1></h1>
 <p>Each atom is one row of a dictionary, shared by the layer's heads. Below it are the tokens of the
-text for which it is strongest, with what stands around them. Atoms have no names: judge yourself.</p>
+text for which it is strongest, with what stands around them. Atoms have no names: judge for
+yourself.</p>
 <p><label>layer and kind <select id="site"></select></label>
 <label>text in a context <input id="find" type="search" size="18"></label>
 <label>order <select id="order"><option value="fired">most often first</option>
@@ -269,29 +272,32 @@ text for which it is strongest, with what stands around them. Atoms have no name
 <h2>A sentence: click a token to see its code</h2><p id="sentence"></p><div id="code"></div>
 <h2 id="count"></h2><div id="atoms"></div><button id="more">more atoms</button>
 <script type="application/json" id="data">DATA</script><script>
-const data = JSON.parse(document.getElementById("data").textContent), $ = id => document.getElementById(id);
+const $ = id => document.getElementById(id), data = JSON.parse($("data").textContent);
 const make = (tag, text, ...inner) => { const e = document.createElement(tag);
   if (text) e.textContent = text; e.append(...inner); return e };
 const words = data.words, shown = w => w.replace(/\\n/g, "\\u23ce");
 document.querySelector("h1").textContent = "Semantic atoms of " + data.model + ": " +
-  data.k_key + " a key, " + data.k_val + " a value, " + data.tokens.toLocaleString("en") + " tokens of text";
+  data.k_key + " a key, " + data.k_val + " a value, " + data.tokens.toLocaleString("en") +
+  " tokens of text";
 let list = [], upTo = 0, chosen = null;
 const site = () => data.sites[$("site").value];
+const around = (from, to) => words.slice(Math.max(0, from), to).map(shown).join("");
 function context([i, z]) {
   const line = make("div"); line.className = "line";
-  line.append(make("small", z.toFixed(2) + "  "), words.slice(Math.max(0, i - 10), i).map(shown).join(""),
-              make("mark", shown(words[i])), words.slice(i + 1, i + 7).map(shown).join(""));
+  line.append(make("small", z.toFixed(2) + "  "), around(i - 10, i), make("mark", shown(words[i])),
+              around(i + 1, i + 7));
   return line }
 function atom(m) {
   const e = make("div", "", make("h2", "atom " + m), make("small", "fires for " +
     (100 * site().fired[m]).toFixed(2) + " % of tokens"), ...site().contexts[m].map(context));
   e.className = "atom"; return e }
 function more() {
-  $("atoms").append(...list.slice(upTo, upTo += 30).map(atom)); $("more").hidden = upTo >= list.length }
+  $("atoms").append(...list.slice(upTo, upTo += 30).map(atom));
+  $("more").hidden = upTo >= list.length }
 function search() {
   const s = site(), text = $("find").value.toLowerCase();
   list = s.contexts.map((_, m) => m).filter(m => s.contexts[m].length && (!text ||
-    s.contexts[m].some(([i]) => words.slice(Math.max(0, i - 10), i + 7).join("").toLowerCase().includes(text))));
+    s.contexts[m].some(([i]) => around(i - 10, i + 7).toLowerCase().includes(text))));
   if ($("order").value == "fired") list.sort((a, b) => s.fired[b] - s.fired[a]);
   $("count").textContent = list.length + " atoms"; $("atoms").replaceChildren(); upTo = 0; more() }
 function code() {
@@ -307,7 +313,8 @@ function code() {
 for (const name of Object.keys(data.sites)) $("site").append(make("option", name));
 site().sentence.forEach((_, i) => { const b = make("button", shown(words[i + 1]) || "\\u2423");
   b.onclick = () => { chosen = i; code() }; $("sentence").append(b) });
-$("site").onchange = () => { search(); code() }; $("find").oninput = search; $("order").onchange = search;
+$("site").onchange = () => { search(); code() };
+$("find").oninput = search; $("order").onchange = search;
 $("more").onclick = more; search(); code();
 </script></body></html>
 """
@@ -324,7 +331,8 @@ def main():
     parser.add_argument("--results", type=pathlib.Path, default=pathlib.Path("results"))
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("figures"))
     args = parser.parse_args()
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(args.results.glob("*.json"))}
+    paths = sorted(args.results.glob("*.json"))
+    found = {path.stem: json.loads(path.read_text()) for path in paths}
     results = {stem: content for stem, content in found.items() if "curves" in content}
     pages = {stem: content for stem, content in found.items() if "sites" in content}
     if not results and not pages and "benchmark" not in found:

@@ -741,7 +741,7 @@ def compress(model, saes, budget, sink=4, recent=128, coef_bits=16):
 
 @torch.no_grad()
 def top_k(x, W, b, k):
-    """The k largest of x W + b and their columns, largest first: x (N, D), W (D, M) -> (N, k) twice.
+    """The k largest of x W + b and their columns, by falling size: x (N, D), W (D, M) -> (N, k).
 
     On a CPU by blocks of rows, which stay in its cache, and in two rounds: the k largest of a row
     lie in those k of its M/8 groups whose maxima are largest. No gradient."""

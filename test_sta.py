@@ -771,7 +771,7 @@ def test_two_processes_train_the_weights_of_one_also_after_a_kill(tmp_path):
     """The last buffer has one window, of which one process has no share."""
     argv = [*SHORT, "--tokens", 8 * 1024 + 300, "--out"]
     assert train_in_float64(1, *argv, tmp_path / "one").returncode == 0
-    patch = ("import os, signal; train_sae.CHECKPOINT_SECONDS = 0; old = train_sae.harvest; n = []; "
+    patch = ("import os, signal; train_sae.CHECKPOINT_SECONDS = 0; n = []; old = train_sae.harvest;"
              "train_sae.harvest = lambda *a: os.kill(os.getpid(), signal.SIGKILL) "
              "if n.append(a) or len(n) == 4 and os.environ['RANK'] == '1' else old(*a)")
     run = train_in_float64(2, *argv, tmp_path / "two", patch=patch)
@@ -1275,10 +1275,11 @@ def test_describable_atoms(pairs, expected):
 
 
 def test_hierarchy_finds_what_was_put_in():
-    """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun from
-    a verb; text of made-up words in forty windows."""
+    """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun
+    from a verb; text of made-up words in forty windows."""
     generator = torch.Generator().manual_seed(0)
-    vocabulary = [" the", " a", " will", " to", " walk", " run", " work", *(f" w{i}q" for i in range(55))]
+    vocabulary = [" the", " a", " will", " to", " walk", " run", " work",
+                  *(f" w{i}q" for i in range(55))]
     ids = torch.randint(7, len(vocabulary), (40, 200), generator=generator)
     ids[:, ::4] = torch.randint(0, 4, (40, 50), generator=generator)
     ids[:, 1::40] = torch.randint(4, 7, (40, 5), generator=generator)  # rarer than the others
@@ -1308,7 +1309,7 @@ def test_hierarchy_finds_what_was_put_in():
 
 
 def test_atoms_and_their_page(trained, tmp_path, monkeypatch, capsys):
-    """The file's strongest contexts against codes computed here; corpus text cannot end the data."""
+    """Its strongest contexts against codes computed here; corpus text cannot end the data."""
     assert script(evaluate, monkeypatch, "--saes", trained, "--atoms", "--max-tokens", 2048,
                   "--out", tmp_path) == 0
     page = json.loads((tmp_path / "tiny-atoms.json").read_text())

@@ -86,8 +86,8 @@ def parse_args(argv=None):
         help="Adam's peak rate (default 0.004; pursuit: 0.01; kl: 0.001)")
     add("--seed", type=int, default=0)
     # where
-    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: cuda "
-                         "if there is one)")
+    add("--device", help="cpu, cuda, or auto: the model over all GPUs, by accelerate (default: "
+                         "cuda if there is one)")
     add("--dtype", choices=["float32", "bfloat16", "float16"],
         help="of the model (default float32 on cpu, bfloat16 on cuda)")
     add("--out", type=pathlib.Path, help="(default saes; --benchmark: results)")
@@ -506,7 +506,7 @@ def timed(actions, device, n=20):
 
 
 def peak_bytes(action, device):
-    """Memory that an action takes at most, beyond what is held before it; None if not measurable."""
+    """Memory that an action takes at most, beyond what is held before it; None if not known."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -545,7 +545,8 @@ def time_steps(shape, device, compiled=True):
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         steps = {"eager": lambda: step(definition(sae, x)),
                  "sparse": lambda: step(sae.loss(x, k, k, 10**9)[0])}
-        codes = {"eager": lambda: sae(x, k), "fast": lambda: sae.decode(*sta.fast_encode(sae, x, k))}
+        codes = {"eager": lambda: sae(x, k),
+                 "fast": lambda: sae.decode(*sta.fast_encode(sae, x, k))}
         if compiled:
             whole = torch.compile(definition, fullgraph=True)
             code = torch.compile(sta.TopKSAE.forward, fullgraph=True)
@@ -612,7 +613,8 @@ def benchmark(device, args):
               "{dense_bytes:11,} bytes; codes {codes_ms:6.1f} ms, {codes_bytes:11,} bytes".format(
                   **row))
     path = args.out / "benchmark.json"
-    sta.write_atomic(path, json.dumps({**about, "shapes": table, "growth": growth}, indent=1) + "\n")
+    content = {**about, "shapes": table, "growth": growth}
+    sta.write_atomic(path, json.dumps(content, indent=1) + "\n")
     print(f"wrote {path}")
 
 
