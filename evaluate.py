@@ -525,17 +525,22 @@ def cached_bytes(cache, model, saes, variant, windows):
     config = model.get_decoder().config
     slots = cache.layers[min(saes)[0]].kept["all positions"].numel()
     dense = 4 * math.prod(sta.kv_shape(config)) * config.num_hidden_layers
-    stored, coded = cache.nbytes() / slots, variant.layer_bytes * config.num_hidden_layers
+    n_coded = len({layer for layer, _ in saes})
+    kept = dense * model.dtype.itemsize / 2 / config.num_hidden_layers  # a layer that stays dense
+    coded = n_coded * variant.layer_bytes + (config.num_hidden_layers - n_coded) * kept
+    stored = cache.nbytes() / slots
     dictionaries = sum(getattr(sae, name).nbytes for sae in saes.values() for name in (
         "W_dec", "b_dec", *(["metric"] if sae.pursuit else ["W_enc", "b_enc"])))
     once = (stored - coded) * windows.shape[1] + dictionaries  # does not grow with the context
+    even = once / (dense - coded) if coded < dense else None
     print(f"cache: {cache.nbytes():,} bytes for {slots:,} tokens in windows of {windows.shape[1]}; "
-          f"dictionaries {dictionaries:,}; smaller than bf16 from {once / (dense - coded):,.0f} "
-          "tokens on")
+          f"dictionaries {dictionaries:,}; "
+          + (f"smaller than bf16 from {even:,.0f} tokens on" if even else "never smaller than bf16, "
+             f"as {config.num_hidden_layers - n_coded} layers stay in {str(model.dtype)[6:]}"))
     return {"bytes_per_token": round(stored), "bytes_share": stored / dense,
             "bytes_share_with_sink": stored / dense,
             "cache": {"bytes": cache.nbytes(), "tokens": slots, "dictionary_bytes": dictionaries,
-                      "break_even_tokens": once / (dense - coded)}}
+                      "break_even_tokens": even}}
 
 
 def compare(losses, dense, seed):
@@ -868,6 +873,8 @@ def write_inside(model, tokenizer, saes, windows, name, device, args):
     page, check, codes = look_inside(model, tokenizer, saes, windows, args)
     layers = sorted({layer for layer, _ in saes})
     deep = hierarchy(codes, windows, page["words"], args.seed) if len(layers) > 2 else None
+    if deep is None:
+        print("P8 is not tested: that takes three layers or more")
     tell_inside(check, deep)
     about = {"model": name, "tokens": windows.numel(), "k_key": args.k_key, "k_val": args.k_val,
              **provenance(device)}
@@ -935,6 +942,8 @@ def write_on(model, tokenizer, saes, budget, args):
         print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
               f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache {stored:,} "
               f"bytes\n  {args.generate[-200:]}{tokenizer.decode(ids, skip_special_tokens=True)}")
+    if inputs.input_ids.shape[1] + len(ids) <= args.recent:
+        print(f"nothing was coded: no token is {args.recent} old; see --recent")
 
 
 def provenance(device):

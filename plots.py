@@ -64,6 +64,8 @@ def draw_by_layer(panel, lines, label):
         panel.plot([int(layer) for layer in values], list(values.values()), color=colour,
                    marker=marker, ls=dash, label=name)
     panel.xaxis.get_major_locator().set_params(integer=True)
+    if len(values) < 10:
+        panel.set_xticks([int(layer) for layer in values])
     panel.set_xlabel("layer")
     panel.set_ylabel(label)
     panel.grid(alpha=0.25)
@@ -94,7 +96,8 @@ def draw_bytes(panel, result):
                        marker=marker, ms=9, capsize=3, ls="", label=row["name"] + budget)
     panel.axhline(dense, color="grey", lw=1, ls=":")
     least = min(100 * row["bytes_share"] for row in result["rows"])
-    panel.set_xlim(*((0, 105) if least < 60 else (least - 1, 101)))  # the latter: few layers coded
+    most = max(100 * row["bytes_share"] for row in result["rows"])
+    panel.set_xlim(0 if least < 60 else least - 1, 1.01 * most + 1)  # the latter: few layers coded
     panel.set_xlabel("bytes of the KV cache, % of bf16" + ("" if not off else (
         "\n(off the scale: " + ", ".join(f"{r['name']} {r['perplexity']:.0f}" for r in off) + ")")))
     panel.set_ylabel(f"perplexity ({result['tokens']:,} tokens)")

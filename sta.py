@@ -947,7 +947,8 @@ def load_model(name, device, dtype, layers="all", last_only=False, spread=False)
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()  # else a table of the layers left out on purpose
     logging.disable_progress_bar()
-    if name not in MODELS and "/" not in name and not os.path.isdir(name):
+    hub_id = re.fullmatch(r"[\w-][^/]*/[^/]+", name)
+    if name not in MODELS and not os.path.isdir(name) and not hub_id:
         raise UsageError(f"--model {name}: want a folder, a hub id (owner/name) or one of "
                          f"{', '.join(MODELS)}")
     source = MODELS.get(name, name)
@@ -1081,6 +1082,8 @@ def load_saes(folder, model, layers=None):
     found = {int(path.parent.name[5:].split(".")[0]) for path in folder.glob("layer*.*/cfg.json")}
     saes, about, devices = {}, {}, site_devices(model)
     for layer in sorted(found) if layers is None else layers:
+        if layer not in found:
+            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {sorted(found)}")
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
             if metadata.get("fingerprint") != mark:

@@ -676,7 +676,7 @@ def test_saes_of_another_model_or_shape(tmp_path):
     sta.save_sae(tmp_path / "layer0.key", small_sae(24), {**METADATA, "fingerprint": "f"})
     with pytest.raises(sta.UsageError, match="not of this model"):
         sta.load_saes(tmp_path, model)
-    with pytest.raises(sta.UsageError, match="layer7.key: missing"):
+    with pytest.raises(sta.UsageError, match="no SAEs of layer 7, but of"):
         sta.load_saes(tmp_path, model, [7])
 
 
@@ -985,7 +985,13 @@ def test_evaluation_through_the_cache(trained, tmp_path, monkeypatch, capsys):
     assert cache["cache"]["bytes"] == 512 * a_token + 2 * 2 * 2 * 2 * 128 * 4  # sinks of two rows
     dictionaries = 4 * (2 * 64 * 128 + 64 + 128) * 4  # of four SAEs, float32
     assert cache["cache"]["dictionary_bytes"] == dictionaries
+    assert "never smaller than bf16, as 4 layers stay in float32" in capsys.readouterr().out
+    assert script(evaluate, monkeypatch, *argv, "--dtype", "bfloat16") == 0
+    row = json.loads((tmp_path / "tiny.json").read_text())["rows"][-1]
     assert f"dictionaries {dictionaries:,}; smaller than bf16 from" in capsys.readouterr().out
+    once = 256 * 4 + 2 * 2 * 2 * 128 * 2 + dictionaries  # positions and sinks of a window
+    saved = 2 * (2 * 2 * 128 * 2 - 2 * 96)  # a token, in two layers
+    assert row["cache"]["break_even_tokens"] == pytest.approx(once / saved)
 
 
 def test_writing_on(trained, tiny, monkeypatch, capsys):
@@ -999,6 +1005,9 @@ def test_writing_on(trained, tiny, monkeypatch, capsys):
     dense, codes = re.findall(r": . tokens in .* ms a token; cache ([0-9,]+) bytes", printed)
     assert text in printed
     assert int(codes.replace(",", "")) < int(dense.replace(",", ""))
+    assert "nothing was coded" not in printed
+    assert script(evaluate, monkeypatch, *argv) == 0
+    assert "nothing was coded: no token is 128 old" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- zero-shot, baselines, verdicts
@@ -1377,7 +1386,7 @@ def test_bad_training_input(argv, message, tmp_path, monkeypatch, capsys):
     (["--saes", "{tmp}", "--model", "yi-6b"], "first run: python train_sae.py --model yi-6b"),
     (["--k-val", "65"], "--k-val 65: larger than the SAEs' n_latents = 64"),
     (["--k-key", "0"], "--k-key 0: must be at least 1"),
-    (["--layer", "5"], "layer5.key: missing"),
+    (["--layer", "5"], "no SAEs of layer 5, but of"),
     (["--seq-len", "1"], "--seq-len 1: want 2 to the model's limit of 256"),
     (["--layer", "7"], "--layer 7: .* layers 0 to 5"),
     (["--text", "{tmp}/short.txt"], "too short for one window of 256"),

@@ -482,7 +482,8 @@ def save_trained(folder, model, saes, held_rows, budgets, settings, args):
                 "k_trained": sorted(set(budget_cycle(k, args))), "held_out": point,
                 "sparsity": args.sparsity, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
-    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py")
+    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py"
+          + (f" --model {args.model} --text ANOTHER" if args.text else ""))
 
 
 # ------------------------------------------------------------------ --benchmark
