@@ -535,8 +535,8 @@ def cached_bytes(cache, model, saes, variant, windows):
     even = once / (dense - coded) if coded < dense else None
     print(f"cache: {cache.nbytes():,} bytes for {slots:,} tokens in windows of {windows.shape[1]}; "
           f"dictionaries {dictionaries:,}; "
-          + (f"smaller than bf16 from {even:,.0f} tokens on" if even else "never smaller than bf16, "
-             f"as {config.num_hidden_layers - n_coded} layers stay in {str(model.dtype)[6:]}"))
+          + (f"smaller than bf16 from {even:,.0f} tokens on" if even else
+             f"never smaller than bf16, as {config.num_hidden_layers - n_coded} layers stay in {str(model.dtype)[6:]}"))
     return {"bytes_per_token": round(stored), "bytes_share": stored / dense,
             "bytes_share_with_sink": stored / dense,
             "cache": {"bytes": cache.nbytes(), "tokens": slots, "dictionary_bytes": dictionaries,
