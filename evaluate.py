@@ -536,7 +536,8 @@ def cached_bytes(cache, model, saes, variant, windows):
     print(f"cache: {cache.nbytes():,} bytes for {slots:,} tokens in windows of {windows.shape[1]}; "
           f"dictionaries {dictionaries:,}; "
           + (f"smaller than bf16 from {even:,.0f} tokens on" if even else
-             f"never smaller than bf16, as {config.num_hidden_layers - n_coded} layers stay in {str(model.dtype)[6:]}"))
+             f"never smaller than bf16, as {config.num_hidden_layers - n_coded} layers stay in "
+             f"{str(model.dtype)[6:]}"))
     return {"bytes_per_token": round(stored), "bytes_share": stored / dense,
             "bytes_share_with_sink": stored / dense,
             "cache": {"bytes": cache.nbytes(), "tokens": slots, "dictionary_bytes": dictionaries,
