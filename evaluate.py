@@ -670,12 +670,13 @@ def look_inside(model, tokenizer, saes, windows, args):
                     page[f"{key[0]}.{key[1]}"] = {"sentence": [
                         [[[m, round(v, 3)] for m, v in zip(*head)] for head in zip(*token)]
                         for token in zip(idx[1:49].tolist(), z[1:49].tolist())]}
-    words = [tokenizer.decode(i) for i in windows.flatten()]
-    check = {}
+    words, check = [tokenizer.decode(i) for i in windows.flatten()], {}
+
+    def share(of, some):
+        return sum(describable([(words[i - 1], words[i]) for i in of.token[m].tolist()])
+                   for m in some) / max(1, len(some))
+
     for key, (atoms, random) in found.items():
-        def share(of, some):
-            return sum(describable([(words[i - 1], words[i]) for i in of.token[m].tolist()])
-                       for m in some) / max(1, len(some))
         live = (atoms.z[:, -1] > 0).nonzero().squeeze(1)
         some = live[torch.randperm(len(live), generator=generator)[:20]]
         name = f"{key[0]}.{key[1]}"
@@ -771,8 +772,7 @@ def tell_inside(check, deep):
                 f"{'as claimed' if verdict[name] else 'not as claimed'}"
                 for name, (a, b) in verdict["gaps"].items()]
         held = sum(verdict[name] for name in verdict["gaps"])
-        verdict = "holds" if held == 3 else "holds in part" if held else "does not hold here"
-        print(f"P8 {verdict} for {kind}s: " + "; ".join(said))
+        print(f"P8 {spell_verdict(held == 3, held)} for {kind}s: " + "; ".join(said))
 
 
 # ------------------------------------------------------------------ the paper's claims
@@ -796,6 +796,10 @@ def load_l1(folder, name, model, layers):
     return saes, {key: metadata["held_out"]["l0"] for key, metadata in about.items()}
 
 
+def spell_verdict(holds, partly):
+    return "holds" if holds else "holds in part" if partly else "does not hold here"
+
+
 def judge(rows, losses, curves):
     """Verdicts on P1 to P6 -> [{claim, statement, figure, stderr, text, verdict, rule, rows}].
 
@@ -811,9 +815,9 @@ def judge(rows, losses, curves):
     budget = lambda name: f"({row[name]['k_key']}, {row[name]['k_val']})"
 
     def say(statement, pair, text, holds, partly, rule, names):
-        verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
         claims.append({"claim": f"P{len(claims) + 1}", "statement": statement, "figure": pair[0],
-                       "stderr": pair[1], "text": text, "verdict": verdict, "rule": rule,
+                       "stderr": pair[1], "text": text, "rule": rule,
+                       "verdict": spell_verdict(holds, partly),
                        "rows": names})
 
     l1 = worse("l1", "dual")
@@ -938,11 +942,10 @@ def write_on(model, tokenizer, saes, budget, args):
                                                    args.coef_bits)) as cache:
             ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens,
                                  do_sample=False, streamer=clock)[0, inputs.input_ids.shape[1]:]
-        stored = cache.nbytes() if name == "codes" else sum(
-            layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
         print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
-              f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache {stored:,} "
-              f"bytes\n  {args.generate[-200:]}{tokenizer.decode(ids, skip_special_tokens=True)}")
+              f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache "
+              f"{sta.cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
+              f"{tokenizer.decode(ids, skip_special_tokens=True)}")
     if inputs.input_ids.shape[1] + len(ids) <= args.recent:
         print(f"nothing was coded: no token is {args.recent} old; see --recent")
 

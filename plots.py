@@ -241,8 +241,8 @@ def growth(bench):
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=8)
-        panel.set_xticks(ticks := [line for line in panel.lines[0].get_xdata()],
-                         [f"{t:g}" for t in ticks])
+        ticks = panel.lines[0].get_xdata()
+        panel.set_xticks(ticks, [f"{t:g}" for t in ticks])
     figure.suptitle(f"the shape of growth, on {bench['device']}")
     return figure
 

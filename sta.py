@@ -141,7 +141,7 @@ class TopKSAE(nn.Module):
         Of several processes, x are the rows at `places` (N,) in a batch of `rows`, and their losses
         add up to that of the batch. A latent fires where it is chosen among the k_own strongest
         and above zero; those idle for more than dead_window rows are dead and learn by AuxK."""
-        rows = len(x) if rows is None else rows
+        rows = rows or len(x)
         places = torch.arange(len(x), device=x.device) if places is None else places.to(x.device)
         target = x / self.scale
         z, idx, x_hat = sparse_forward(self, target, k)
@@ -161,7 +161,7 @@ class TopKSAE(nn.Module):
     def pursuit_loss(self, x, k, rows=None):
         """Rows x (N, D) -> (loss, error in the metric) of codes by pursuit. At the least-squares z
         the error's gradient to the atoms is the one that holds z fixed, so z is."""
-        rows = len(x) if rows is None else rows
+        rows = rows or len(x)
         with torch.no_grad():
             z, idx = self.pursue(x, k)
         self.fire(idx, rows)
@@ -182,7 +182,7 @@ class TopKSAE(nn.Module):
     def l1_loss(self, x, k, rows=None, gain=0.03):
         """P1's rival, a ReLU autoencoder: rows x (N, D) -> (loss, error) with an L1 penalty whose
         weight follows the mean number of positive latents until that is k. Exact autograd."""
-        rows = len(x) if rows is None else rows
+        rows = rows or len(x)
         z = F.relu(self.preactivations(x))  # (N, M)
         error = (x / self.scale - z @ self.W_dec - self.b_dec).square().sum() / rows
         with torch.no_grad():
@@ -661,6 +661,13 @@ class CodedLayer(DynamicLayer):
             x[:, :, :end] = torch.where(sink, kept.gather(2, at), x[:, :, :end])
 
 
+def cache_bytes(cache):
+    """Bytes of every tensor that a cache of transformers stores, codes or dense."""
+    tensors = [x for layer in cache.layers for x in (
+        layer.kept.values() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+
+
 class STACache(Cache):
     """A cache of transformers that stores codes, made by `compress`."""
 
@@ -669,10 +676,7 @@ class STACache(Cache):
         self.sink, self.recent, self.now = sink, recent, None
 
     def nbytes(self):
-        """Bytes of every tensor that is stored."""
-        tensors = [x for layer in self.layers for x in (
-            layer.kept.values() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
-        return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+        return cache_bytes(self)
 
     def reset(self):
         super().reset()

@@ -263,6 +263,23 @@ def learning_rate(peak, step, n_steps):
     return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
 
 
+@torch.no_grad()
+def update(saes, optimizer):
+    """What follows backward: gradients summed over all processes, the part along each atom taken
+    out, the optimiser's step, and only then unit atoms again."""
+    if dist.is_initialized():
+        gradients = [p.grad for sae in saes.values() for p in sae.parameters()
+                     if p.grad is not None]
+        for gradient, total in zip(gradients, sta.add_up(*gradients)):
+            gradient.copy_(total)
+    for sae in saes.values():
+        sae.project_gradient()
+    optimizer.step()
+    optimizer.zero_grad()
+    for sae in saes.values():
+        sae.renormalise()
+
+
 def train(model, windows, layers, settings, args, folder, rank, n_ranks):
     """-> ({(layer, kind): TopKSAE}, held-out rows by the same keys, log of the curves).
 
@@ -322,14 +339,8 @@ def train(model, windows, layers, settings, args, folder, rank, n_ranks):
                 loss.backward()
                 if step % 2 == 0:  # then k is the SAE's own
                     errors[sta.KINDS.index(kind)] += error.to(errors.device) / len(layers)
-            add_up_gradients(saes)
-            for sae in saes.values():
-                sae.project_gradient()
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
-            optimizer.step()
-            optimizer.zero_grad()
-            for sae in saes.values():
-                sae.renormalise()
+            update(saes, optimizer)
             counted, step = counted + (step % 2 == 0), step + 1
             bar.update()
             if counted and (step % LOG_STEPS == 0 or step == sum(steps)):
@@ -353,16 +364,6 @@ def train(model, windows, layers, settings, args, folder, rank, n_ranks):
             saved = time.time()
     bar.close()
     return saes, held_rows, progress["log"]
-
-
-@torch.no_grad()
-def add_up_gradients(saes):
-    """Each gradient becomes its sum over all processes."""
-    if dist.is_initialized():
-        gradients = [p.grad for sae in saes.values() for p in sae.parameters()
-                     if p.grad is not None]
-        for gradient, total in zip(gradients, sta.add_up(*gradients)):
-            gradient.copy_(total)
 
 
 def divergence(model, codecs, windows, part_tokens, ranks=(0, 1), train=False):
@@ -444,13 +445,7 @@ def train_kl(model, windows, saes, budgets, settings, args, folder, rank, n_rank
         optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, len(batches))
         divergence(model, codecs[step % len(codecs)], windows[batches[step]], args.part_tokens,
                    (rank, n_ranks), train=True)
-        add_up_gradients(saes)
-        for sae in saes.values():
-            sae.project_gradient()
-        optimizer.step()
-        optimizer.zero_grad()
-        for sae in saes.values():
-            sae.renormalise()
+        update(saes, optimizer)
         bar.update()
         if rank == 0 and time.time() - saved > CHECKPOINT_SECONDS:
             save_state(state, saes, optimizer, {**progress, "step": step + 1})
@@ -538,10 +533,7 @@ def time_steps(shape, device, compiled=True):
 
     def step(loss):
         loss.backward()
-        sae.project_gradient()
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.renormalise()
+        update({0: sae}, optimizer)
 
     with torch.autocast("cuda", torch.bfloat16, enabled=device.type == "cuda"):
         steps = {"eager": lambda: step(definition(sae, x)),
@@ -582,8 +574,7 @@ def time_cache(n_layers, context, device):
               contextlib.nullcontext(transformers.DynamicCache(config=config))) as cache:
             for part in ids.split(512, 1):
                 model(part, past_key_values=cache, logits_to_keep=1)
-            row[f"{name}_bytes"] = cache.nbytes() if name == "codes" else sum(
-                x.nbytes for layer in cache.layers for x in (layer.keys, layer.values))
+            row[f"{name}_bytes"] = sta.cache_bytes(cache)
             row[f"{name}_ms"] = timed({"": lambda: model(ids[:, :1], past_key_values=cache)},
                                       device, 10)[""]
     return row
