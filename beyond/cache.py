@@ -1,0 +1,267 @@
+"""A cache for transformers that really stores codes: any codec of sta.py's interface.
+
+    python -m beyond.cache --generate "The President of" --recent 16   # what it writes, and its cost
+    python evaluate.py --rows cache                                     # a row through the cache
+
+    with compress(model, codecs, sink=1, recent=128) as cache:
+        model.generate(ids, past_key_values=cache)
+        print(cache.nbytes())
+
+Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
+once it is `recent` old. Keys are coded as they were before RoPE and turned again when they are
+read. A chunk of several tokens is first stored, then attended to, so its older tokens are seen as
+codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, left
+padding, crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs
+time: each step decodes all old tokens. The row: windows chunk by chunk, bytes as measured, with
+the exact tokens in the model's own dtype. Source of the sinks: arXiv 2309.17453; of a recent
+window: KIVI, arXiv 2402.02750. Non-goal: speed.
+"""
+import argparse
+import contextlib
+import functools
+import pathlib
+import time
+import types
+
+import torch
+import transformers
+from transformers.cache_utils import Cache, DynamicLayer
+
+import evaluate
+import sta
+
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+RECENT, CHUNK = 128, 128  # of the row
+
+def rotate(x, cos, sin):
+    """RoPE as these families have it: x (B, T, H, D); cos, sin (B, T, D) -> (B, T, H, D)."""
+    a, b = x.chunk(2, -1)
+    return x * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]
+
+class CodedLayer(DynamicLayer):
+    """One layer of CodedCache. Every tensor that it keeps has batch and tokens (B, T, ...) first:
+    codes, what the codec stored of the oldest tokens; exact, keys after RoPE and values of the
+    newest; sinks, the same of the sequence's first tokens. slots: the positions (B, T) of all
+    tokens so far, kept by the first layer for all."""
+
+    def __init__(self, cache, codec):
+        super().__init__()
+        self.cache, self.codec = cache, codec
+        self.reset()
+
+    def reset(self):
+        self.is_initialized, self.codes, self.exact, self.sinks, self.slots = False, [], [], [], []
+
+    def tensors(self):
+        return [*self.codes, *self.exact, *self.sinks, *self.slots]
+
+    def n_codes(self):
+        return self.codes[0].shape[1] if self.codes else 0
+
+    def get_seq_length(self):
+        return self.n_codes() + (self.exact[0].shape[1] if self.exact else 0)
+
+    def change(self, how):
+        """Each tensor becomes how(tensor)."""
+        for name in ("codes", "exact", "sinks", "slots"):
+            setattr(self, name, [how(x) for x in getattr(self, name)])
+
+    def reorder_cache(self, beam_idx):
+        self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+
+    batch_select_indices = reorder_cache
+
+    def batch_repeat_interleave(self, repeats):
+        self.change(lambda x: x.repeat_interleave(repeats, 0))
+
+    def crop(self, tokens_to_remove):
+        """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
+        if self.is_initialized:
+            left = max(0, self.get_seq_length() + tokens_to_remove)
+            n_codes = min(left, self.n_codes())
+            self.exact = [x[:, :left - n_codes].clone() for x in self.exact]
+            self.codes = [x[:, :n_codes].clone() for x in self.codes]
+            self.slots = [x[:, :left].clone() for x in self.slots]
+
+    def update(self, keys, values, *args, **kwargs):
+        """New keys (after RoPE) and values (B, H, T, D) -> all of them, as attention sees them."""
+        if self.cache.now is None:
+            raise sta.UsageError("this cache works only inside `with compress`")
+        cos, sin, first = (x.to(keys.device) for x in self.cache.now)  # (B, slots, D) twice, (B,)
+        new = [x.transpose(1, 2) for x in (keys, values)]  # (B, T, H, D)
+        if not self.is_initialized:
+            self.exact = [x[:, :0] for x in new]
+            self.sinks = [x.new_zeros(len(x), self.cache.sink, *x.shape[2:]) for x in new]
+            self.is_initialized = True
+        exact = [torch.cat([old, x], 1) for old, x in zip(self.exact, new)]
+        start, n_old = self.n_codes(), max(0, exact[0].shape[1] - self.cache.recent)
+        self.exact = [x[:, n_old:].clone() for x in exact]
+        sink_slots = first[:, None] + torch.arange(self.cache.sink, device=keys.device)  # (B, S)
+        if n_old:
+            leaving = [x[:, :n_old] for x in exact]
+            row, i = ((sink_slots >= start) & (sink_slots < start + n_old)).nonzero(as_tuple=True)
+            for kept, x in zip(self.sinks, leaving):
+                kept[row, i] = x[row, sink_slots[row, i] - start]
+            c, s = (x[:, start:start + n_old].float() for x in (cos, sin))
+            k = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
+            codes = self.codec.encode(k, leaving[1].float())
+            self.codes = [torch.cat(parts, 1) for parts in zip(self.codes or codes, codes)
+                          ] if self.codes else list(codes)
+        if not self.codes:
+            return [x.transpose(1, 2) for x in self.exact]
+        k, v = self.codec.decode(self.codes)  # (B, n_codes, H, D)
+        k = rotate(k, cos[:, :k.shape[1]].float(), sin[:, :k.shape[1]].float())
+        row, i = (sink_slots < k.shape[1]).nonzero(as_tuple=True)
+        found = []
+        for x, kept, recent in zip((k, v), self.sinks, self.exact):
+            x = x.to(recent.dtype)
+            x[row, sink_slots[row, i]] = kept[row, i]
+            found.append(torch.cat([x, recent], 1).transpose(1, 2))  # (B, H, T, D)
+        return found
+
+def cache_bytes(cache):
+    """Bytes of every tensor that a cache of transformers stores, codes or dense."""
+    tensors = [x for layer in cache.layers for x in (
+        layer.tensors() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
+    return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
+
+class CodedCache(Cache):
+    """A cache of transformers that stores codes, made by `compress`."""
+
+    def __init__(self, sink, recent):
+        super().__init__(layers=[])
+        self.sink, self.recent, self.now = sink, recent, None
+
+    def nbytes(self):
+        return cache_bytes(self)
+
+    def reset(self):
+        for layer in self.layers:
+            layer.reset()
+        self.layers[:] = [layer if isinstance(layer, CodedLayer) else DynamicLayer()
+                          for layer in self.layers]  # transformers 5.17 only fills those with zeros
+
+@contextlib.contextmanager
+def compress(model, codecs, sink=1, recent=RECENT):
+    """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
+
+    Raises UsageError for families whose RoPE it cannot undo, and for use without the cache."""
+    decoder = model.get_decoder()
+    config, rope = decoder.config, getattr(decoder.config, "rope_parameters", None) or {}
+    kind_of_rope = rope.get("rope_type", "default")
+    if config.model_type not in ROTARY or kind_of_rope not in ("default", "linear", "llama3"):
+        raise sta.UsageError(f"the cache of codes takes {', '.join(ROTARY)} with plain RoPE; this "
+                             f"is {config.model_type} with {kind_of_rope}")
+    if not codecs:
+        raise sta.UsageError("no codecs to compress with")
+    cache, begun = CodedCache(sink, recent), {}
+    cache.layers += [CodedLayer(cache, codecs[layer]) if layer in codecs else DynamicLayer()
+                     for layer in range(config.num_hidden_layers)]
+    holder = cache.layers[min(codecs)]  # of the positions
+
+    def begin(decoder, args, kwargs):
+        if kwargs.get("past_key_values") is not cache:
+            raise sta.UsageError("inside compress, give the model past_key_values=the cache")
+        begun["mask"] = kwargs.get("attention_mask")  # (B, slots), 0 at padding
+        if isinstance(begun["mask"], torch.Tensor) and begun["mask"].dim() != 2:
+            raise sta.UsageError("the cache of codes takes a mask (batch, tokens)")
+
+    def turn(module, args, kwargs, output):  # of RoPE: the angles of all slots, (B, slots, D)
+        new = kwargs.get("position_ids", args[-1]).int().expand(len(args[0]), -1)  # (B, T)
+        holder.slots = [torch.cat([*(x.to(new.device) for x in holder.slots), new], 1)]
+        first = torch.zeros(len(new), dtype=torch.long, device=new.device)
+        if isinstance(begun["mask"], torch.Tensor):
+            first = begun["mask"].long().argmax(1).to(new.device)  # the first real token's slot
+        cache.now = *module.forward(args[0], holder.slots[0]), first
+
+    def end(decoder, args, output):
+        cache.now = None
+
+    hooks = [decoder.register_forward_pre_hook(begin, with_kwargs=True),
+             decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
+             decoder.register_forward_hook(end)]
+    try:
+        yield cache
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+# ------------------------------------------------------------------ the row, and --generate
+
+def dual_codecs(saes, k_key, k_val):
+    return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"],
+                                  sta.Budget(k_key, k_val)) for layer, kind in saes if kind == "key"}
+
+@contextlib.contextmanager
+def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
+    """In place of evaluate.through_hooks: a function ids (B, T) -> logits, chunk by chunk; sets
+    row.bytes_per_token from the longest ids that it saw."""
+    with compress(model, row.codecs, sink, recent) as cache:
+        longest = 0
+
+        def forward(ids):
+            nonlocal longest
+            cache.reset()
+            logits = torch.cat([model(input_ids=part, past_key_values=cache).logits
+                                for part in ids.split(chunk, 1)], 1)
+            if ids.shape[1] >= longest:
+                longest, row.bytes_per_token = ids.shape[1], cache.nbytes() / ids.numel()
+            return logits
+        yield forward
+
+def rows(model, tokenizer, saes, args):
+    """For evaluate.py: the dual budget through the cache."""
+    if not saes:
+        raise sta.UsageError("--rows cache: needs SAEs; first run python train_sae.py")
+    once = sum(p.nbytes for sae in saes.values() for p in sae.parameters())
+    row = evaluate.Row("cache", dual_codecs(saes, args.k_key, args.k_val),
+                       (args.k_key, args.k_val), once_bytes=once)
+    row.enter = functools.partial(through_cache, row=row, sink=args.sink)
+    return [row]
+
+@torch.no_grad()
+def write_on(model, tokenizer, codecs, args):
+    """The prompt continued greedily, dense and through the cache, with its cost."""
+    inputs = tokenizer(args.generate, return_tensors="pt").to(model.device)
+    for name in ("dense", "codes"):
+        at = []  # times: at the start, then at each new token
+        clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
+        dense = contextlib.nullcontext(transformers.DynamicCache(config=model.config))
+        with dense if name == "dense" else compress(model, codecs, args.sink, args.recent) as cache:
+            ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens,
+                                 do_sample=False, streamer=clock)[0, inputs.input_ids.shape[1]:]
+        print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
+              f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache "
+              f"{cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
+              f"{tokenizer.decode(ids, skip_special_tokens=True)}")
+    if inputs.input_ids.shape[1] + len(ids) <= args.recent:
+        print(f"nothing was coded: no token is {args.recent} old; see --recent")
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
+    add("--saes", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
+    add("--generate", default="The President of the United States", help="the prompt")
+    add("--new-tokens", type=int, default=100, help="(default 100)")
+    add("--recent", type=int, default=RECENT, help=f"newest tokens kept exact (default {RECENT})")
+    add("--sink", type=int, default=1, help="first tokens kept exact (default 1)")
+    add("--k-key", type=int, default=8, help="atoms a key (default 8)")
+    add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--device", help="cpu, cuda or auto (default: cuda if any)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
+    args = parser.parse_args(argv)
+    for name, least in (("new_tokens", 1), ("recent", 0), ("sink", 0)):
+        if getattr(args, name) < least:
+            raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
+                                 "or more")
+    folder, name = evaluate.find_saes(args.saes, args.model)
+    if folder is None:
+        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
+    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
+    saes, _ = sta.load_saes(folder, model)
+    write_on(model, tokenizer, dual_codecs(saes, args.k_key, args.k_val), args)
+
+if __name__ == "__main__":
+    sta.run(main)

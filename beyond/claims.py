@@ -1,0 +1,212 @@
+"""Verdicts on the paper's claims P1 to P6 (our numbering: ../README.md), each by a stated rule.
+
+    python -m beyond.claims                       # options are those of evaluate.py
+
+Runs evaluate.py with more rows (--rows claims): the dual budget at an eighth to four times its
+atoms, for P5, and for P1 its rival: ReLU autoencoders with an L1 penalty, steered until as many
+latents are active on average as the Top-K SAE has atoms. Those are trained first if they are not
+there, with the settings of the Top-K SAEs, to saes/l1/. Then measures what coded keys do to
+attention, prints the verdicts, and writes <model>-claims.json, -shrinkage.png and -attention.png
+beside evaluate.py's <model>.json. `clear` is two standard errors; those over layers say how layers
+vary, not how runs would. Non-goals: P7 (bytes are a column of the table), P8 (beyond/atoms.py).
+"""
+import json
+import pathlib
+import sys
+
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import plots
+import sta
+import train_sae
+from evaluate import mean_stderr
+
+# ------------------------------------------------------------------ the rival of P1
+
+class L1SAE(sta.TopKSAE):
+    """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
+
+    def __init__(self, head_dim, n_latents, k, generator=None):
+        super().__init__(head_dim, n_latents, k, generator)
+        self.register_buffer("l1_weight", torch.tensor(0.05))
+
+    def loss(self, x, k):
+        """As TopKSAE.loss; k is not used, but the SAE's own."""
+        target = x / self.scale
+        z = F.relu((target - self.b_dec) @ self.W_enc + self.b_enc)  # (N, M)
+        error = (target - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
+        with torch.no_grad():
+            active = (z > 0).sum(-1).float().mean()
+            self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.03
+            self.fired[(z > 0).any(0)] = 1
+        return error + self.l1_weight * z.sum(-1).mean()
+
+class ReluCode:
+    """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
+
+    def __init__(self, key_sae, value_sae):
+        self.saes = key_sae, value_sae
+
+    def encode(self, k, v):
+        """-> for keys, then values: coefficients fp16 (n,), indices int16 (n,), how many of them
+        each vector has, int16 (..., H)."""
+        stored = []
+        for x, sae in zip((k, v), self.saes):
+            z = (x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc  # (..., H, M)
+            stored += [z[z > 0].half(), (z > 0).nonzero()[:, -1].short(), (z > 0).sum(-1).short()]
+        return tuple(stored)
+
+    def decode(self, stored):
+        both = []
+        for (z, idx, counts), sae in zip((stored[:3], stored[3:]), self.saes):
+            ends = counts.flatten().long().cumsum(0)
+            x = F.embedding_bag(idx.long(), sae.W_dec, ends - counts.flatten(), mode="sum",
+                                per_sample_weights=z.float())
+            both.append((sae.scale * (x + sae.b_dec)).view(*counts.shape, -1))
+        return tuple(both)
+
+def train_l1(folder, model_name):
+    """The folder of the L1 SAEs beside that of the Top-K SAEs; trained if they are not there."""
+    settings = sta.load_sae(next(folder.glob("layer*.key")))[1]["settings"]
+    root = folder.parent / "l1"
+    if not any((root / sta.slug(model_name)).glob("layer*.key")):
+        print("training L1 SAEs for P1")
+        argv = ["--model", model_name, "--out", str(root),
+                "--layer", ",".join(map(str, settings["layers"]))]
+        for option in ("tokens", "seq_len", "batch_rows", "n_latents", "k_key", "k_val", "lr",
+                       "seed", "dtype", "text"):
+            if settings[option] != "default":
+                argv += ["--" + option.replace("_", "-"), str(settings[option])]
+        train_sae.main(argv, L1SAE)
+    return root / sta.slug(model_name)
+
+def rows(model, tokenizer, saes, args):
+    """For evaluate.py: [Row]."""
+    layers, found = sorted({layer for layer, _ in saes}), []
+    for scale in (1 / 8, 1 / 4, 1 / 2, 2, 4):
+        budget = sta.Budget(int(scale * args.k_key), int(scale * args.k_val))
+        if min(budget) >= 1 and max(budget) <= min(sae.n_latents for sae in saes.values()):
+            codecs = {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"], budget)
+                      for layer in layers}
+            found.append(evaluate.Row(f"dual {budget.k_key},{budget.k_val}", codecs, tuple(budget),
+                                      method="dual", with_tasks=False))
+    folder, name = evaluate.find_saes(args.saes, args.model)
+    l1, _ = sta.load_saes(train_l1(folder, name), model, layers)
+    codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
+    return [*found, evaluate.Row("l1", codecs)]
+
+# ------------------------------------------------------------------ attention
+
+@torch.no_grad()
+def attention_change(model, tokenizer, codecs, windows, sink):
+    """What coded keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
+    the map of the head that changes most: layer, head, tokens, dense, coded).
+
+    qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
+    nats from the dense weights of a query. Means over the queries of windows (B, T)."""
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns its weights
+    ids, columns, most = windows.to(model.device), {}, -1.0
+    seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
+
+    def look():
+        return model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+
+    def variance(x):  # (B, query heads, T, T), of each query over the keys that it sees, summed
+        mean = (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
+        return ((x - mean).square() * seen / seen.sum(-1, keepdim=True)).sum()
+
+    dense = look()
+    for layer, codec in codecs.items():
+        with sta.reconstruct(model, {layer: evaluate.only("key", codec)}, sink):
+            maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T)
+        # the logarithm of a weight is q.k, up to a number that all keys of a query share
+        logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]
+        kl = (maps[0] * (logs[0] - logs[1])).sum(-1).mean((0, 2))  # (query heads,)
+        columns[layer] = {"attention_kl": kl.mean().item(), "qk_error": (
+            variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}
+        if kl.max() > most:
+            most, head = kl.max().item(), kl.argmax().item()
+            pair = [x[0, head, :40, :40].tolist() for x in maps]
+            drawn = {"layer": layer, "head": head, "dense": pair[0], "coded": pair[1],
+                     "tokens": [tokenizer.decode(i) for i in windows[0, :40]]}
+    model.set_attn_implementation(before)
+    return columns, drawn
+
+# ------------------------------------------------------------------ verdicts
+
+def clear(pair):
+    return pair[0] > 2 * (pair[1] or 0)
+
+def spell(pair):
+    return f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
+
+def judge(result, attention):
+    """evaluate.py's JSON, {row: {layer: columns}} -> [{claim, statement, figure, stderr, text,
+    verdict, rule, rows}]."""
+    row, claims = {r["name"]: r for r in result["rows"]}, []
+
+    def worse(a, b):  # (nats a token by which row a is worse than b, its paired standard error)
+        return mean_stderr([x - y for x, y in zip(row[a]["window_ce"], row[b]["window_ce"])])
+
+    def at_8(kind, metric):
+        return torch.tensor([next(p[metric] for p in curves[kind] if p["k"] == 8)
+                             for curves in result["curves"].values()])
+
+    def say(statement, pair, text, holds, partly, rule, names):
+        verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
+        claims.append({"claim": f"P{len(claims) + 1}", "statement": statement, "figure": pair[0],
+                       "stderr": pair[1], "text": text, "verdict": verdict, "rule": rule,
+                       "rows": names})
+
+    longer = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
+        row["dual"]["by_layer"].values(), row["l1"]["by_layer"].values())])
+    qk = {name: mean_stderr([c["qk_error"] for c in attention[name].values()])[0]
+          for name in ("dual", "l1")}
+    say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
+        f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
+        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
+        f"{qk['dual']:.3f} and {qk['l1']:.3f} of its spread; L1 is {spell(worse('l1', 'dual'))} "
+        "nats worse", clear(longer) and clear(worse("l1", "dual")),
+        clear(longer) or clear(worse("l1", "dual")), "Top-K's keys are clearly longer (over layers) "
+        "and L1's loss clearly higher; in part: one of the two", ["dual", "l1"])
+    cos = at_8("key", "cos")
+    say("8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
+        f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", (cos >= 0.8).all(),
+        cos.mean() >= 0.8, "at least 0.8 in every layer; in part: in the mean over layers",
+        ["curves"])
+    key, value = at_8("key", "fvu"), at_8("value", "fvu")
+    say("values need more atoms than keys", mean_stderr(value - key),
+        f"FVU at 8 atoms: values {value.mean():.3f}, keys {key.mean():.3f}; values higher in "
+        f"{(value > key).sum()} of {len(key)} layers", (value > key).all(),
+        clear(mean_stderr(value - key)), "higher for values in every layer; in part: clearly in "
+        "the mean", ["curves"])
+    uniform, reverse = worse("uniform", "dual"), worse("reverse", "dual")
+    say("fewer atoms for keys than for values is the better split", uniform,
+        f"against dual, uniform is {spell(uniform)} nats worse and reverse {spell(reverse)}",
+        clear(uniform) and clear(reverse), clear(uniform) or clear(reverse),
+        "both others are clearly worse; in part: one of them", ["dual", "uniform", "reverse"])
+    scale = sorted((name for name in row if row[name]["method"] == "dual"),
+                   key=lambda name: row[name]["k_key"])
+    best = min(scale, key=lambda name: row[name]["ce"])
+    helps = any(clear(worse(b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
+    say("dropping lower-ranked atoms removes noise and improves perplexity", worse("dense", best),
+        "perplexity " + ", ".join(f"{row[n]['perplexity']:.2f} at ({row[n]['k_key']}, "
+                                  f"{row[n]['k_val']})" for n in scale)
+        + f"; dense {row['dense']['perplexity']:.2f}", clear(worse("dense", best)), helps,
+        "some budget is clearly better than dense; in part: than a larger budget of the same SAEs",
+        [*scale, "dense"])
+    low, high = row["dual"]["ratio_ci95"]
+    tasks = row["dual"]["tasks"]
+    lost = any(clear((-x["delta_acc"], x["delta_acc_stderr"])) for x in tasks.values())
+    change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
+              for name, x in tasks.items()] or ["not measured (--tasks)"]
+    say("perplexity and zero-shot accuracy are comparable to dense",
+        (row["dual"]["ratio"], (high - low) / 3.92), f"perplexity x {row['dual']['ratio']:.3f} "
+        f"(95 %: {low:.3f} to {high:.3f}); accuracy, points: {', '.join(change)}",
+        high <= 1.02 and tasks and not lost, high <= 1.1 and not lost, "at most 2 % more "
+        "perplexity (upper bound), tasks measured, none clearly lower; in part: at most 10 %, none "
+        "clearly lower", ["dense", "dual"])
+    return claims
