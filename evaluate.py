@@ -7,20 +7,18 @@
 Perplexity is the GPTQ convention: one tokenizer call on the whole text, disjoint windows of
 --seq-len tokens, the tail dropped, mean loss over each window's seq_len - 1 targets. Zero-shot
 formats and scores are those of lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys
-and values, first 4,096 tokens. Writes results/<model>.json: what was run (model, saes, layers,
-tokens, windows, config, command, commit, device, versions, training: the run-*.json of train_sae.py),
-    rows    name, method, k_key, k_val; perplexity, ce, window_ce; against dense over the same
-            windows delta_ce, its paired delta_ce_stderr (nats a token), ratio of perplexities and
-            its bootstrap ratio_ci95; bytes_per_token of the whole model's cache, bytes_share of
-            bf16, once_bytes (dictionaries), break_even_tokens; fvu_key, ..., means over by_layer;
-            tasks {name: {acc, acc_norm, delta_acc (from dense), their _stderr, n, truncated, ppl}}
+and values, first 4,096 tokens. Writes results/<model>.json: what was run, and
+    rows    name, method, k_key, k_val, perplexity, ce, window_ce; from dense over the same windows
+            delta_ce and its paired delta_ce_stderr (nats a token), ratio of perplexities and its
+            bootstrap ratio_ci95; bytes_per_token of the model's cache, bytes_share of bf16,
+            once_bytes (dictionaries), break_even_tokens; fvu_key, ..., means over by_layer;
+            tasks {name: {acc, acc_norm, delta_acc (from dense), their _stderr, n, ppl}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} by sta.budget_curve
 Non-goals: lm-eval's word perplexity, few-shot prompts.
 """
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import functools
 import importlib
 import json
@@ -30,7 +28,8 @@ import platform
 import re
 import subprocess
 import sys
-from typing import Callable, NamedTuple
+import time
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +46,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     # what
     add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
-    add("--saes", type=pathlib.Path, default=pathlib.Path("saes"),
-        help="folder of train_sae.py --out, or of one model's SAEs (default saes)")
+    add("--saes", type=pathlib.Path, default="saes", help="of train_sae.py --out (default saes)")
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
@@ -63,11 +61,10 @@ def parse_args(argv=None):
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
-    add("--device", help="cpu, cuda (with compiled codecs), or auto: over all GPUs, by accelerate "
-                         "(default: cuda if any)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="of the model (default float32 on cpu, bfloat16 on cuda)")
-    add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
+    add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
+    add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
+        choices=["float32", "bfloat16", "float16"])
+    add("--out", type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
     for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -96,10 +93,8 @@ class Row:
     once_bytes: int = 0  # kept once, whatever the number of tokens: dictionaries
     method: str | None = None  # a curve of the pictures; default: the name
     with_tasks: bool = True
-    # in place of the hooks, (model) -> context manager that gives a function ids (B, T) -> logits
-    # and at its end sets bytes_per_token, of the whole model
-    enter: Callable | None = None
-    bytes_per_token: float | None = None
+    enter: Callable | None = None  # in place of through_hooks; sets bytes_per_token at its end
+    bytes_per_token: float | None = None  # of the whole model
 
 def only(kind, codec):
     """A function for sta.reconstruct that codes one kind and leaves the other as it is."""
@@ -117,7 +112,7 @@ def paper_rows(saes, shape, k, v):
     size = {kind: sum(p.nbytes for layer in layers for p in saes[layer, kind].parameters())
             for kind in sta.KINDS}  # of the dictionaries
 
-    def dual(*budget):
+    def dual(*budget):  # the codecs
         return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"],
                                       sta.Budget(*budget)) for layer in layers}
 
@@ -137,7 +132,7 @@ def paper_rows(saes, shape, k, v):
 
 @contextlib.contextmanager
 def through_hooks(model, codecs, sink):
-    """Gives a function ids (B, T) -> logits of the model with replaced keys and values."""
+    """`with through_hooks(...) as forward`: ids (B, T) -> logits (B, T, V) with coded layers."""
     if model.device.type == "cuda":
         codecs = sta.fuse(codecs)
     with sta.reconstruct(model, codecs, sink):
@@ -204,13 +199,13 @@ TASKS = {
     "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", lambda row: (
         row["text"].rsplit(" ", 1)[0], row["text"].rsplit(" ", 1)[1:], 0))}
 
-class Task(NamedTuple):
+@dataclasses.dataclass(eq=False)
+class Task:
     """One task, tokenised. A request is (context ids, continuation ids), one a choice."""
     name: str
     requests: list
     lengths: list  # a row: characters of each choice
     labels: list
-    truncated: int  # requests whose context lost tokens on the left
 
 def task_rows(spec, task_dir, limit):
     """Yields (where, row) of a .jsonl file, of task_dir/<task>.jsonl, or of the hub's data set."""
@@ -246,7 +241,7 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
         raise sta.UsageError(f"--tasks {spec}: want path.jsonl or one of {', '.join(TASKS)}")
     read = TASKS[spec][3] if spec in TASKS else lambda row: (
         row["context"], row["choices"], row["label"])
-    task, truncated = Task(pathlib.Path(spec).stem, [], [], [], 0), 0
+    task, truncated = Task(pathlib.Path(spec).stem, [], [], []), 0
     for where, row in task_rows(spec, task_dir, limit):
         with sta.explain(f"{where}: not a row of {task.name}"):
             contexts, choices, label = read(row)
@@ -268,7 +263,7 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
     if truncated:
         print(f"{task.name}: {truncated} of {len(task.requests)} contexts are longer than the "
               f"model's {max_length} tokens; their left end is left out")
-    return task._replace(truncated=truncated)
+    return task
 
 @torch.no_grad()
 def loglikelihoods(forward, task, model, name):
@@ -287,36 +282,34 @@ def loglikelihoods(forward, task, model, name):
                 found[i] = total, bool((log_p.argmax(-1) == rest).all())
     return found
 
-def score_task(task, found):
-    """-> {acc: [bool a row], acc_norm: [...] or None}. One choice: right if it is the greedy one;
-    else acc takes the largest log-likelihood and acc_norm the largest per character."""
-    acc, norm, start = [], [], 0
+def score_task(task, found, dense):
+    """A row's tasks entry, with its paired difference to dense's (None: this is dense). One choice
+    is right if it is the greedy one; else acc takes the largest log-likelihood and acc_norm the
+    largest per character. `right`: acc, row by row."""
+    right, norm, start = [], [], 0
     for lengths, label in zip(task.lengths, task.labels):
         part, start = found[start:start + len(lengths)], start + len(lengths)
         totals = torch.tensor([total for total, _ in part], dtype=torch.float64)
-        acc.append(totals.argmax().item() == label if len(part) > 1 else part[0][1])
+        right.append(totals.argmax().item() == label if len(part) > 1 else part[0][1])
         norm.append((totals / torch.tensor(lengths)).argmax().item() == label)
-    return {"acc": acc, "acc_norm": norm if max(map(len, task.lengths)) > 1 else None}
-
-def task_columns(task, found, dense):
-    """A row's tasks entry: scores, and their paired difference to dense's."""
-    columns = {"n": len(task.labels), "truncated": task.truncated}
-    right, base = score_task(task, found), score_task(task, dense)
-    for metric, hits in right.items():
-        columns[metric], columns[f"{metric}_stderr"] = mean_stderr(hits) if hits else (None, None)
-    columns["delta_acc"], columns["delta_acc_stderr"] = mean_stderr(
-        [float(a) - b for a, b in zip(right["acc"], base["acc"])])
-    if right["acc_norm"] is None:
-        columns["ppl"] = math.exp(-sum(total for total, _ in found) / len(found))
+    base = right if dense is None else dense["right"]
+    columns = {"n": len(right), "right": right}
+    for metric, values in (("acc", right), ("acc_norm", norm),
+                           ("delta_acc", [int(a) - int(b) for a, b in zip(right, base)])):
+        columns[metric], columns[f"{metric}_stderr"] = mean_stderr(values)
+    if max(map(len, task.lengths)) == 1:  # LAMBADA
+        columns |= {"acc_norm": None, "acc_norm_stderr": None,
+                    "ppl": math.exp(-sum(total for total, _ in found) / len(found))}
     return columns
 
 # ------------------------------------------------------------------ fidelity and bytes
 
 @torch.no_grad()
-def fidelity(row, kept, n_windows):
-    """({column: mean over layers, by_layer: {layer: columns}}, bytes a token of the coded layers)
-    of a row, on kept {(layer, kind): (tokens, H, D)}; columns fvu_key, cos_val and so on."""
-    by_layer, nbytes = {}, 0
+def fidelity_and_bytes(row, kept, n_windows, config):
+    """Columns fvu_*, cos_*, rel_norm_* (means over by_layer) and those of the bytes, of a row, on
+    kept {(layer, kind): (tokens, H, D)}. Layers that are not coded stay in bf16."""
+    by_layer, dense = {}, 4 * math.prod(sta.kv_shape(config))  # bytes of a layer
+    total = (config.num_hidden_layers - len(row.codecs)) * dense
     for layer, codec in row.codecs.items():
         k, v = (kept[layer, kind].float().unflatten(0, (n_windows, -1)) for kind in sta.KINDS)
         if callable(codec):  # k, v (B, T, H, D)
@@ -326,24 +319,17 @@ def fidelity(row, kept, n_windows):
             stored = codec.encode(k, v)
             k_hat, v_hat = codec.decode(stored)
             size = sum(part.nbytes for part in stored) / k.shape[:2].numel()
-        nbytes += size
-        key, value = sta.fidelity(k, k_hat), sta.fidelity(v, v_hat)
-        by_layer[layer] = {f"{name}_{kind}": point[name] for kind, point in
-                           (("key", key), ("val", value)) for name in key}
+        total += size
+        by_layer[layer] = {f"{name}_{kind}": value for kind, x, x_hat in (
+            ("key", k, k_hat), ("val", v, v_hat)) for name, value in sta.fidelity(x, x_hat).items()}
     exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}
     means = {column: sum(found[column] for found in by_layer.values()) / len(by_layer)
              for column in next(iter(by_layer.values()))} if by_layer else exact
-    return {**means, "by_layer": by_layer}, nbytes
-
-def memory(row, coded_bytes, config):
-    """Columns of the bytes: the cache of the whole model, where layers not coded stay in bf16."""
-    dense = 4 * math.prod(sta.kv_shape(config))  # of a layer
-    total = coded_bytes + (config.num_hidden_layers - len(row.codecs)) * dense
     total = total if row.bytes_per_token is None else row.bytes_per_token
     saved = config.num_hidden_layers * dense - total
     return {"bytes_per_token": total, "bytes_share": total / (total + saved),
-            "once_bytes": row.once_bytes,
-            "break_even_tokens": round(row.once_bytes / saved) if saved > 0 else None}
+            "once_bytes": row.once_bytes, "break_even_tokens":
+            round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
 
 def find_curves(saes, kept):
     """{layer: {key: curve, value: curve, elbow_key, elbow_val}}, printed as counts of elbows."""
@@ -368,42 +354,39 @@ def print_row(row, width):
           f"{row['cos_key']:6.3f} {row['cos_val']:6.3f}", flush=True)
 
 def print_tasks(rows, width):
-    def spell(x, error, sign=""):
-        return f"{'-':^14}" if x is None else f"{100 * x:{sign}6.2f} ± {100 * (error or 0):5.2f}"
-
     for task, dense in rows[0]["tasks"].items():
         print(f"{task}, {dense['n']} rows: per cent right ± standard error, and change from dense "
               "± its paired standard error")
         for row in (row for row in rows if row["tasks"]):
-            t = row["tasks"][task]
-            print(f"  {row['name']:{width}} acc {spell(t['acc'], t['acc_stderr'])}   acc_norm "
-                  f"{spell(t['acc_norm'], t['acc_norm_stderr'])}   change "
-                  f"{spell(t['delta_acc'], t['delta_acc_stderr'], '+')}"
-                  + (f"   ppl {t['ppl']:.2f}" if "ppl" in t else ""))
+            columns = row["tasks"][task]
+            cells = [f"{name} {100 * columns[name]:{sign}6.2f} ±"
+                     f"{100 * (columns[f'{name}_stderr'] or 0):5.2f}" for name, sign in (
+                         ("acc", ""), ("acc_norm", ""), ("delta_acc", "+"))
+                     if columns[name] is not None]
+            print(f"  {row['name']:{width}} {'   '.join(cells)}"
+                  + (f"   ppl {columns['ppl']:.2f}" if "ppl" in columns else ""))
 
 def score(model, rows, windows, tasks, kept, n_kept, sink):
     """Print the tables -> the rows of the JSON. kept: dense keys and values of n_kept windows."""
-    done, width = [], max(8, *(len(row.name) for row in rows))
-    print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  fvu_V"
-          "  cos_K  cos_V")
+    done, dense, width = [], None, max(8, *(len(row.name) for row in rows))
+    print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
+          "fvu_V  cos_K  cos_V")
     for row in rows:
-        columns, coded_bytes = fidelity(row, kept, n_kept)
         enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
         with enter(model) as forward:
             losses = window_losses(forward, windows, model, row.name)
-            found = {task.name: loglikelihoods(forward, task, model, row.name)
+            found = {task: loglikelihoods(forward, task, model, row.name)
                      for task in tasks if row.with_tasks}
-        if row is rows[0]:
-            dense, dense_found = losses, found
-            if not dense.isfinite().all():
-                raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
-                                     "bfloat16")
+        dense = losses if dense is None else dense  # the first row
+        if not dense.isfinite().all():
+            raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
+                                 "bfloat16")
         done.append({"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
                      "k_val": row.budget[1], **compare(losses, dense),
-                     **memory(row, coded_bytes, model.get_decoder().config), **columns,
-                     "tasks": {task.name: task_columns(task, found[task.name],
-                                                       dense_found[task.name])
-                               for task in tasks if row.with_tasks}})
+                     **fidelity_and_bytes(row, kept, n_kept, model.get_decoder().config),
+                     "tasks": {task.name: score_task(
+                         task, pairs, done[0]["tasks"][task.name] if done else None)
+                         for task, pairs in found.items()}})
         print_row(done[-1], width)
     print_tasks(done, width)
     return done
@@ -412,13 +395,10 @@ def provenance(model):
     """What a reader needs to run it again."""
     commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
                             capture_output=True).stdout.strip()
-    name = (torch.cuda.get_device_name() if model.device.type == "cuda" else
-            f"{platform.machine()}, {torch.get_num_threads()} threads")
-    return {"command": "python " + " ".join(sys.argv), "commit": commit or None,
-            "date": datetime.datetime.now().isoformat(timespec="seconds"),
-            "device": f"{model.device} ({name})", "versions": {
-                "torch": torch.__version__, "transformers": transformers.__version__,
-                "python": platform.python_version()}}
+    name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+    return {"command": "python " + " ".join(sys.argv), "commit": commit, "date": time.ctime(),
+            "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
+            "torch": torch.__version__, "transformers": transformers.__version__}
 
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
@@ -429,16 +409,16 @@ def main(argv=None):
                              f"python train_sae.py{f' --model {name}' if name else ''}"
                              + (f" --out {args.saes}" if str(args.saes) != "saes" else ""))
     device, dtype = sta.pick_device(args.device, args.dtype)
-    text = sta.read_text(args.text, "valid", name)
     model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
     config, saes = model.get_decoder().config, {}
     if folder:
         saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
         layers = sorted({layer for layer, _ in saes})
-    for flag, k in (("--k-key", args.k_key), ("--k-val", args.k_val)):
-        most = min((sae.n_latents for sae in saes.values()), default=k)
-        if k > most:
-            raise sta.UsageError(f"{flag} {k}: larger than the SAEs' n_latents = {most}")
+    most = min((sae.n_latents for sae in saes.values()), default=max(args.k_key, args.k_val))
+    if max(args.k_key, args.k_val) > most:
+        raise sta.UsageError(f"--k-key {args.k_key}, --k-val {args.k_val}: want at most the SAEs' "
+                             f"n_latents = {most}")
+    text = sta.read_text(args.text, "valid", name)
     windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
     tasks = [load_task(spec, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)

@@ -53,10 +53,10 @@ def draw_budget(panel, result, metric, label):
     panel.set_xlabel("budget k (atoms a vector)")
     panel.set_ylabel(label)
     panel.grid(alpha=0.25)
-    panel.legend(fontsize=7)
+    panel.legend(fontsize=7, loc="lower right" if metric == "cos" else "upper right")
     if metric == "cos":
         panel.axhline(0.8, color="grey", lw=1, ls=":")
-        panel.annotate("paper: keys pass 0.8 at k = 8", (ks[0], 0.8), xytext=(0, 4),
+        panel.annotate("paper: keys pass 0.8 at k = 8", (ks[-1], 0.8), xytext=(0, -12), ha="right",
                        textcoords="offset points", color="dimgrey", fontsize=8)
 
 def draw_by_layer(panel, lines, label):
@@ -94,8 +94,9 @@ def draw_bytes(panel, result):
         panel.errorbar([100 * row["bytes_share"] for row in rows], rise, yerr=(low, high),
                        color=colour, marker=marker, ls=dash, ms=7, capsize=3, label=method)
     panel.set_yscale("log")
-    panel.set_ylim(top=100 if max(row["ratio"] for row in result["rows"]) > 2 else None)
     panel.yaxis.set_major_formatter("{x:g} %")
+    panel.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
+    panel.set_xlim(left=0)
     panel.set_xlabel("bytes of the KV cache, % of bf16")
     panel.set_ylabel(f"rise in perplexity ({result['tokens']:,} tokens)")
     panel.grid(alpha=0.25, which="both")

@@ -431,7 +431,8 @@ def read_text(spec, split, model_name, max_chars=1 << 30):
     name, config, part = (spec.split(":") + [None, "train"])[:3]
     text = ""
     with explain(f"--text {spec}: no UTF-8 file, and not to be had as a data set owner/name"):
-        if os.path.isfile(spec) or not re.fullmatch(r"[\w-]+/[\w.-]+(?<!\.txt)", name):
+        like_a_file = re.search(r"\.[a-z]\w*$", name) or not re.fullmatch(r"[\w-]+/[\w.-]+", name)
+        if os.path.isfile(spec) or like_a_file:
             text = open(spec, encoding="utf-8").read(max_chars)
         else:
             from datasets import load_dataset  # optional: pip install datasets

@@ -220,11 +220,7 @@ def load_state(path, saes, optimizer, settings):
         with safetensors.safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-        for name, value in settings.items():
-            if progress["settings"].get(name) != value:
-                raise sta.UsageError(f"{path} was begun with {name} = "
-                                     f"{progress['settings'].get(name)}, not {value}; resume with "
-                                     "that, or choose another --out")
+        expect_same(path, progress["settings"], settings)
         for (layer, kind), sae in saes.items():
             sae.load_state_dict({name: tensors[f"sae.{layer}.{kind}.{name}"]
                                  for name in sae.state_dict()})
@@ -235,6 +231,13 @@ def load_state(path, saes, optimizer, settings):
                 "step", "exp_avg", "exp_avg_sq")} for i in range(n_params)}})
     return progress
 
+def expect_same(path, then, now):
+    """Raises UsageError if the settings of what is there differ from those of this run."""
+    for name, value in now.items():
+        if then.get(name) != value:
+            raise sta.UsageError(f"{path} was trained with {name} = {then.get(name)}, not {value}; "
+                                 "choose that, or another --out, or delete it")
+
 def check_folder(folder, layers, settings, resume):
     """True if this very run is finished there. Raises UsageError rather than overwrite."""
     if (folder / "unfinished.safetensors").exists() and not resume:
@@ -243,11 +246,7 @@ def check_folder(folder, layers, settings, resume):
     done = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS
             if (folder / f"layer{layer}.{kind}" / "cfg.json").exists()]
     for path in done:
-        then = sta.load_sae(path)[1]["settings"]
-        for name, value in settings.items():
-            if then.get(name) != value:
-                raise sta.UsageError(f"{path} is there, trained with {name} = {then.get(name)}, "
-                                     f"not {value}; choose another --out, or delete it")
+        expect_same(path, sta.load_sae(path)[1]["settings"], settings)
     return len(done) == 2 * len(layers)
 
 def save_trained(folder, model, saes, held_rows, settings, args):
@@ -276,9 +275,9 @@ def main(argv=None, make_sae=sta.TopKSAE):
         raise sta.UsageError("--device auto: with torchrun, each process has one GPU; leave it out")
     if device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32
-    text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
                                               no_deeper=True)
+    text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
     windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
     folder = args.out / sta.slug(args.model)
     settings = {name: getattr(args, name) for name in (

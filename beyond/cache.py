@@ -1,11 +1,11 @@
 """A cache for transformers that really stores codes: any codec of sta.py's interface.
 
-    python -m beyond.cache --generate "The President of" --recent 16   # what it writes, and its cost
-    python evaluate.py --rows cache                                     # a row through the cache
+    python -m beyond.cache --generate "The President" --recent 16   # what it writes, and its cost
+    python evaluate.py --rows cache                                  # a row through the cache
 
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)
-        print(cache.nbytes())
+        print(cache_bytes(cache))
 
 Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
 once it is `recent` old. Keys are coded as they were before RoPE and turned again when they are
@@ -51,9 +51,6 @@ class CodedLayer(DynamicLayer):
 
     def reset(self):
         self.is_initialized, self.codes, self.exact, self.sinks, self.slots = False, [], [], [], []
-
-    def tensors(self):
-        return [*self.codes, *self.exact, *self.sinks, *self.slots]
 
     def n_codes(self):
         return self.codes[0].shape[1] if self.codes else 0
@@ -105,8 +102,8 @@ class CodedLayer(DynamicLayer):
             c, s = (x[:, start:start + n_old].float() for x in (cos, sin))
             k = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
             codes = self.codec.encode(k, leaving[1].float())
-            self.codes = [torch.cat(parts, 1) for parts in zip(self.codes or codes, codes)
-                          ] if self.codes else list(codes)
+            old = self.codes or [x[:, :0] for x in codes]
+            self.codes = [torch.cat(parts, 1) for parts in zip(old, codes)]
         if not self.codes:
             return [x.transpose(1, 2) for x in self.exact]
         k, v = self.codec.decode(self.codes)  # (B, n_codes, H, D)
@@ -122,7 +119,8 @@ class CodedLayer(DynamicLayer):
 def cache_bytes(cache):
     """Bytes of every tensor that a cache of transformers stores, codes or dense."""
     tensors = [x for layer in cache.layers for x in (
-        layer.tensors() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
+        layer.codes + layer.exact + layer.sinks + layer.slots if isinstance(layer, CodedLayer)
+        else (layer.keys, layer.values))]
     return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
 class CodedCache(Cache):
@@ -132,14 +130,10 @@ class CodedCache(Cache):
         super().__init__(layers=[])
         self.sink, self.recent, self.now = sink, recent, None
 
-    def nbytes(self):
-        return cache_bytes(self)
-
     def reset(self):
-        for layer in self.layers:
-            layer.reset()
+        super().reset()
         self.layers[:] = [layer if isinstance(layer, CodedLayer) else DynamicLayer()
-                          for layer in self.layers]  # transformers 5.17 only fills those with zeros
+                          for layer in self.layers]  # transformers 5.17 fills those with zeros
 
 @contextlib.contextmanager
 def compress(model, codecs, sink=1, recent=RECENT):
@@ -152,8 +146,6 @@ def compress(model, codecs, sink=1, recent=RECENT):
     if config.model_type not in ROTARY or kind_of_rope not in ("default", "linear", "llama3"):
         raise sta.UsageError(f"the cache of codes takes {', '.join(ROTARY)} with plain RoPE; this "
                              f"is {config.model_type} with {kind_of_rope}")
-    if not codecs:
-        raise sta.UsageError("no codecs to compress with")
     cache, begun = CodedCache(sink, recent), {}
     cache.layers += [CodedLayer(cache, codecs[layer]) if layer in codecs else DynamicLayer()
                      for layer in range(config.num_hidden_layers)]
@@ -188,10 +180,6 @@ def compress(model, codecs, sink=1, recent=RECENT):
 
 # ------------------------------------------------------------------ the row, and --generate
 
-def dual_codecs(saes, k_key, k_val):
-    return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"],
-                                  sta.Budget(k_key, k_val)) for layer, kind in saes if kind == "key"}
-
 @contextlib.contextmanager
 def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
     """In place of evaluate.through_hooks: a function ids (B, T) -> logits, chunk by chunk; sets
@@ -205,17 +193,20 @@ def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
             logits = torch.cat([model(input_ids=part, past_key_values=cache).logits
                                 for part in ids.split(chunk, 1)], 1)
             if ids.shape[1] >= longest:
-                longest, row.bytes_per_token = ids.shape[1], cache.nbytes() / ids.numel()
+                longest, row.bytes_per_token = ids.shape[1], cache_bytes(cache) / ids.numel()
             return logits
         yield forward
+
+def dual_row(model, saes, k_key, k_val):
+    rows = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), k_key, k_val)
+    return next(row for row in rows if row.name == "dual")
 
 def rows(model, tokenizer, saes, args):
     """For evaluate.py: the dual budget through the cache."""
     if not saes:
         raise sta.UsageError("--rows cache: needs SAEs; first run python train_sae.py")
-    once = sum(p.nbytes for sae in saes.values() for p in sae.parameters())
-    row = evaluate.Row("cache", dual_codecs(saes, args.k_key, args.k_val),
-                       (args.k_key, args.k_val), once_bytes=once)
+    row = dual_row(model, saes, args.k_key, args.k_val)
+    row.name = "cache"
     row.enter = functools.partial(through_cache, row=row, sink=args.sink)
     return [row]
 
@@ -247,21 +238,17 @@ def main(argv=None):
     add("--new-tokens", type=int, default=100, help="(default 100)")
     add("--recent", type=int, default=RECENT, help=f"newest tokens kept exact (default {RECENT})")
     add("--sink", type=int, default=1, help="first tokens kept exact (default 1)")
-    add("--k-key", type=int, default=8, help="atoms a key (default 8)")
-    add("--k-val", type=int, default=16, help="atoms a value (default 16)")
     add("--device", help="cpu, cuda or auto (default: cuda if any)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     args = parser.parse_args(argv)
-    for name, least in (("new_tokens", 1), ("recent", 0), ("sink", 0)):
-        if getattr(args, name) < least:
-            raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
-                                 "or more")
+    if args.new_tokens < 1 or args.recent < 0 or args.sink < 0:
+        raise sta.UsageError(f"--new-tokens {args.new_tokens}, --recent {args.recent}, --sink "
+                             f"{args.sink}: want 1, 0, 0 or more")
     folder, name = evaluate.find_saes(args.saes, args.model)
     if folder is None:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
+    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device))
     saes, _ = sta.load_saes(folder, model)
-    write_on(model, tokenizer, dual_codecs(saes, args.k_key, args.k_val), args)
+    write_on(model, tokenizer, dual_row(model, saes, 8, 16).codecs, args)
 
 if __name__ == "__main__":
     sta.run(main)

@@ -3,15 +3,13 @@
     python -m beyond.claims                       # options are those of evaluate.py
 
 Runs evaluate.py with more rows (--rows claims): the dual budget at an eighth to four times its
-atoms, for P5, and for P1 its rival: ReLU autoencoders with an L1 penalty, steered until as many
-latents are active on average as the Top-K SAE has atoms. Those are trained first if they are not
-there, with the settings of the Top-K SAEs, to saes/l1/. Then measures what coded keys do to
-attention, prints the verdicts, and writes <model>-claims.json, -shrinkage.png and -attention.png
-beside evaluate.py's <model>.json. `clear` is two standard errors; those over layers say how layers
-vary, not how runs would. Non-goals: P7 (bytes are a column of the table), P8 (beyond/atoms.py).
+atoms, for P5, and P1's rival: ReLU autoencoders with an L1 penalty, steered until as many latents
+are active on average as the SAE has atoms; trained first, to saes/l1/, if they are not there. Then
+measures what coded keys do to attention, prints the verdicts, writes <model>-claims.json,
+-shrinkage.png and -attention.png beside evaluate.py's <model>.json. clear: two standard errors;
+those over layers say how layers vary, not how runs would. Non-goals: P7 (the table), P8 (atoms.py).
 """
 import json
-import pathlib
 import sys
 
 import torch
@@ -102,10 +100,8 @@ def rows(model, tokenizer, saes, args):
 @torch.no_grad()
 def attention_change(model, tokenizer, codecs, windows, sink):
     """What coded keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
-    the map of the head that changes most: layer, head, tokens, dense, coded).
-
-    qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
-    nats from the dense weights of a query. Means over the queries of windows (B, T)."""
+    the map of the head that changes most). qk_error: standard deviation over keys of the error of
+    q.k, in units of q.k's own; attention_kl: nats from the dense weights; means over queries."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
     ids, columns, most = windows.to(model.device), {}, -1.0
@@ -137,76 +133,139 @@ def attention_change(model, tokenizer, codecs, windows, sink):
 
 # ------------------------------------------------------------------ verdicts
 
-def clear(pair):
-    return pair[0] > 2 * (pair[1] or 0)
+def clear(pair): return pair[0] > 2 * (pair[1] or 0)
+def spell(pair): return f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
 
-def spell(pair):
-    return f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
+def worse(row, a, b):
+    """(nats a token by which row a is worse than row b, its paired standard error)."""
+    return mean_stderr([x - y for x, y in zip(row[a]["window_ce"], row[b]["window_ce"])])
 
-def judge(result, attention):
-    """evaluate.py's JSON, {row: {layer: columns}} -> [{claim, statement, figure, stderr, text,
-    verdict, rule, rows}]."""
-    row, claims = {r["name"]: r for r in result["rows"]}, []
+def say(number, statement, pair, text, holds, partly, rule, rows):
+    verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
+    print(f"P{number} {verdict}: {statement}: {text}\n   rule: {rule}")
+    return {"claim": f"P{number}", "statement": statement, "figure": pair[0], "stderr": pair[1],
+            "text": text, "verdict": verdict, "rule": rule, "rows": rows}
 
-    def worse(a, b):  # (nats a token by which row a is worse than b, its paired standard error)
-        return mean_stderr([x - y for x, y in zip(row[a]["window_ce"], row[b]["window_ce"])])
-
-    def at_8(kind, metric):
-        return torch.tensor([next(p[metric] for p in curves[kind] if p["k"] == 8)
-                             for curves in result["curves"].values()])
-
-    def say(statement, pair, text, holds, partly, rule, names):
-        verdict = "holds" if holds else "holds in part" if partly else "does not hold here"
-        claims.append({"claim": f"P{len(claims) + 1}", "statement": statement, "figure": pair[0],
-                       "stderr": pair[1], "text": text, "verdict": verdict, "rule": rule,
-                       "rows": names})
-
+def judge_codes(row, curves, attention):
+    """P1 to P3 from {name: row}, curves, {row: {layer: columns of attention_change}}."""
     longer = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
         row["dual"]["by_layer"].values(), row["l1"]["by_layer"].values())])
-    qk = {name: mean_stderr([c["qk_error"] for c in attention[name].values()])[0]
+    lost = worse(row, "l1", "dual")
+    qk = {name: mean_stderr([x["qk_error"] for x in attention[name].values()])[0]
           for name in ("dual", "l1")}
-    say("an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
-        f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
-        f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
-        f"{qk['dual']:.3f} and {qk['l1']:.3f} of its spread; L1 is {spell(worse('l1', 'dual'))} "
-        "nats worse", clear(longer) and clear(worse("l1", "dual")),
-        clear(longer) or clear(worse("l1", "dual")), "Top-K's keys are clearly longer (over layers) "
-        "and L1's loss clearly higher; in part: one of the two", ["dual", "l1"])
-    cos = at_8("key", "cos")
-    say("8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
-        f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", (cos >= 0.8).all(),
-        cos.mean() >= 0.8, "at least 0.8 in every layer; in part: in the mean over layers",
-        ["curves"])
-    key, value = at_8("key", "fvu"), at_8("value", "fvu")
-    say("values need more atoms than keys", mean_stderr(value - key),
-        f"FVU at 8 atoms: values {value.mean():.3f}, keys {key.mean():.3f}; values higher in "
-        f"{(value > key).sum()} of {len(key)} layers", (value > key).all(),
-        clear(mean_stderr(value - key)), "higher for values in every layer; in part: clearly in "
-        "the mean", ["curves"])
-    uniform, reverse = worse("uniform", "dual"), worse("reverse", "dual")
-    say("fewer atoms for keys than for values is the better split", uniform,
-        f"against dual, uniform is {spell(uniform)} nats worse and reverse {spell(reverse)}",
-        clear(uniform) and clear(reverse), clear(uniform) or clear(reverse),
-        "both others are clearly worse; in part: one of them", ["dual", "uniform", "reverse"])
+    key, value, cos = (torch.tensor([next(p[metric] for p in layer[kind] if p["k"] == 8)
+                                     for layer in curves.values()])
+                       for kind, metric in (("key", "fvu"), ("value", "fvu"), ("key", "cos")))
+    return [
+        say(1, "an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
+            f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
+            f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
+            f"{qk['dual']:.3f} and {qk['l1']:.3f} of its spread; L1 is {spell(lost)} nats worse",
+            clear(longer) and clear(lost), clear(longer) or clear(lost), "Top-K's keys are clearly "
+            "longer (over layers), L1's loss clearly higher; in part: one of them", ["dual", "l1"]),
+        say(2, "8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
+            f"cosine {cos.mean():.3f}, lowest layer {cos.min():.3f}", (cos >= 0.8).all(),
+            cos.mean() >= 0.8, "at least 0.8 in every layer; in part: in the mean", ["curves"]),
+        say(3, "values need more atoms than keys", mean_stderr(value - key),
+            f"FVU at 8 atoms: values {value.mean():.3f}, keys {key.mean():.3f}; values higher in "
+            f"{(value > key).sum()} of {len(key)} layers", (value > key).all(),
+            clear(mean_stderr(value - key)), "higher for values in every layer; in part: clearly "
+            "in the mean", ["curves"])]
+
+def judge_losses(row):
+    """P4 to P6 from {name: row}."""
+    uniform, reverse = worse(row, "uniform", "dual"), worse(row, "reverse", "dual")
     scale = sorted((name for name in row if row[name]["method"] == "dual"),
                    key=lambda name: row[name]["k_key"])
-    best = min(scale, key=lambda name: row[name]["ce"])
-    helps = any(clear(worse(b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
-    say("dropping lower-ranked atoms removes noise and improves perplexity", worse("dense", best),
-        "perplexity " + ", ".join(f"{row[n]['perplexity']:.2f} at ({row[n]['k_key']}, "
-                                  f"{row[n]['k_val']})" for n in scale)
-        + f"; dense {row['dense']['perplexity']:.2f}", clear(worse("dense", best)), helps,
-        "some budget is clearly better than dense; in part: than a larger budget of the same SAEs",
-        [*scale, "dense"])
-    low, high = row["dual"]["ratio_ci95"]
+    gain = worse(row, "dense", min(scale, key=lambda name: row[name]["ce"]))
+    helps = any(clear(worse(row, b, a)) for i, a in enumerate(scale) for b in scale[i + 1:])
+    (low, high), ratio = row["dual"]["ratio_ci95"], row["dual"]["ratio"]
     tasks = row["dual"]["tasks"]
     lost = any(clear((-x["delta_acc"], x["delta_acc_stderr"])) for x in tasks.values())
     change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
               for name, x in tasks.items()] or ["not measured (--tasks)"]
-    say("perplexity and zero-shot accuracy are comparable to dense",
-        (row["dual"]["ratio"], (high - low) / 3.92), f"perplexity x {row['dual']['ratio']:.3f} "
-        f"(95 %: {low:.3f} to {high:.3f}); accuracy, points: {', '.join(change)}",
-        high <= 1.02 and tasks and not lost, high <= 1.1 and not lost, "at most 2 % more "
-        "perplexity (upper bound), tasks measured, none clearly lower; in part: at most 10 %, none "
-        "clearly lower", ["dense", "dual"])
-    return claims
+    return [
+        say(4, "fewer atoms for keys than for values is the better split", uniform,
+            f"against dual, uniform is {spell(uniform)} nats worse and reverse {spell(reverse)}",
+            clear(uniform) and clear(reverse), clear(uniform) or clear(reverse),
+            "both are clearly worse; in part: one of them", ["dual", "uniform", "reverse"]),
+        say(5, "dropping lower-ranked atoms removes noise and improves perplexity", gain,
+            ", ".join(f"{name} {row[name]['perplexity']:.2f}" for name in ("dense", *scale)),
+            clear(gain), helps, "some budget is clearly better than dense; in part: than a larger "
+            "budget of the same SAEs", [*scale, "dense"]),
+        say(6, "perplexity and zero-shot accuracy are comparable to dense",
+            (ratio, (high - low) / 3.92), f"perplexity x {ratio:.3f} (95 %: {low:.3f} to "
+            f"{high:.3f}); accuracy, points: {', '.join(change)}",
+            high <= 1.02 and tasks and not lost, high <= 1.1 and not lost, "at most 2 % more "
+            "perplexity (upper bound), tasks measured, none clearly lower; in part: at most 10 %, "
+            "none clearly lower", ["dense", "dual"])]
+
+# ------------------------------------------------------------------ pictures, and the run
+
+def draw_shrinkage(result, attention):
+    figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4))
+    norms, errors = {}, {}
+    for row in (row for row in result["rows"] if row["name"] in attention):
+        look = {"dual": ("#009E73", "D", "-"), "l1": ("#56B4E9", "h", "--")}[row["name"]]
+        norms[row["name"]] = (*look, {layer: x["rel_norm_key"] for layer, x in
+                                      row["by_layer"].items()})
+        errors[row["name"]] = (*look, {layer: x["qk_error"] for layer, x in
+                                       attention[row["name"]].items()})
+    plots.draw_by_layer(panels[0], norms, "|x_hat| / |x| of keys")
+    plots.draw_by_layer(panels[1], errors, "error of q·k, in standard deviations of q·k")
+    figure.suptitle(f"{result['model']}: keys under a Top-K budget (dual) and an L1 penalty (l1)")
+    return figure
+
+def draw_attention(result, found):
+    figure, panels = plots.plt.subplots(1, 3, figsize=(15, 5))
+    gap = [[b - a for a, b in zip(*rows)] for rows in zip(found["dense"], found["coded"])]
+    most = max(abs(x) for row in gap for x in row)
+    words = [word.strip() or "␣" for word in found["tokens"]]
+    for panel, title, image, colours, low, high in (
+            (panels[0], "dense", found["dense"], "Greys", 0, 1),
+            (panels[1], "keys from their atoms", found["coded"], "Greys", 0, 1),
+            (panels[2], "difference", gap, "PuOr", -most, most)):
+        shown = panel.imshow(image, cmap=colours, vmin=low, vmax=high)
+        figure.colorbar(shown, ax=panel, shrink=0.75, label="attention weight")
+        panel.set_title(title, fontsize=11)
+        panel.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
+        panel.set_yticks(range(len(words)), words, fontsize=6)
+        panel.set_xlabel("key")
+    panels[0].set_ylabel("query")
+    figure.suptitle(f"{result['model']}: attention of the head that coded keys change most, layer "
+                    f"{found['layer']}, head {found['head']}")
+    return figure
+
+def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+    args = evaluate.parse_args(argv)
+    path = evaluate.main([*argv, "--rows", ",".join(filter(None, [args.rows, "claims"]))])
+    result = json.loads(path.read_text())
+    folder, name = evaluate.find_saes(args.saes, args.model)
+    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
+    windows = sta.token_windows(sta.read_text(args.text, "valid", name), tokenizer, model,
+                                args.seq_len, 2048, 512)[:, :512]
+    attention = {}
+    budget = sta.Budget(args.k_key, args.k_val)
+    for row, make, where in (
+            ("l1", ReluCode, train_l1(folder, name)),
+            ("dual", lambda *pair: sta.DualBudget(*pair, budget), folder)):
+        saes, _ = sta.load_saes(where, model, result["layers"])
+        codecs = {layer: make(saes[layer, "key"], saes[layer, "value"])
+                  for layer in result["layers"]}
+        attention[row], attention_map = attention_change(model, tokenizer, codecs, windows,
+                                                         args.sink)
+    by_name = {row["name"]: row for row in result["rows"]}
+    claims = judge_codes(by_name, result["curves"], attention) + judge_losses(by_name)
+    out = path.with_name(f"{path.stem}-claims.json")
+    sta.write_atomic(out, json.dumps(
+        {"model": name, "result": str(path), **evaluate.provenance(model), "claims": claims,
+         "attention": attention, "attention_map": attention_map}, indent=1) + "\n")
+    print(f"wrote {out}")
+    plots.save(draw_shrinkage(result, attention), path.with_name(f"{path.stem}-shrinkage.png"))
+    plots.save(draw_attention(result, attention_map), path.with_name(f"{path.stem}-attention.png"))
+
+if __name__ == "__main__":
+    sta.run(main)

@@ -13,6 +13,7 @@ pursuit   the SAE's own dictionary, but codes by orthogonal matching pursuit [ar
           same bytes and atoms it shows what the one-pass encoder loses; it takes k matmuls.
 Nothing is fitted on the text that is scored. Non-goal: packed storage of the quantiser.
 """
+import argparse
 import functools
 import math
 
@@ -25,7 +26,8 @@ import sta
 FIT_TOKENS = 32_768
 
 def quantise(x, live, kind, bits, group=32):
-    """x (B, T, H, D) as KIVI keeps it; live (B, T): tokens of no group (sinks, padding) are False."""
+    """x (B, T, H, D) as KIVI keeps it; live (B, T) is False for what no group may see: sinks and
+    padding."""
     rows = x.transpose(1, 3) if kind == "key" else x  # (B, D, H, T): groups along the last axis
     real = live[:, None, None] if kind == "key" else live[..., None, None]
     fill = -rows.shape[-1] % group
@@ -130,11 +132,10 @@ def rows(model, tokenizer, saes, args):
     return [*found, evaluate.Row("pca", axes, once_bytes=size),
             evaluate.Row("pursuit", pursuit, tuple(budget), once_bytes=atoms)]
 
-def main():
-    import argparse
+def main(argv=None):
     argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
-    raise sta.UsageError("this file adds rows; run: python evaluate.py --rows rivals")
+                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    raise sta.UsageError("this file adds rows to a table; run: python evaluate.py --rows rivals")
 
 if __name__ == "__main__":
     sta.run(main)
