@@ -82,7 +82,6 @@ def find_saes(root, model_name):
     return newest.parent, model_name or sta.load_sae(newest)[1]["model"]
 
 # ------------------------------------------------------------------ the rows of the table
-
 @dataclasses.dataclass
 class Row:
     """One way to keep the cache: its codecs for sta.reconstruct, and what they take."""
@@ -129,7 +128,6 @@ def paper_rows(saes, shape, k, v):
             Row("reverse", dual(v, k), (v, k), once_bytes=both)]
 
 # ------------------------------------------------------------------ perplexity
-
 @contextlib.contextmanager
 def through_hooks(model, codecs, sink):
     """`with through_hooks(...) as forward`: ids (B, T) -> logits (B, T, V) with coded layers."""
@@ -165,7 +163,6 @@ def compare(losses, dense):
             "window_ce": [round(x, 6) for x in losses.tolist()]}
 
 # ------------------------------------------------------------------ zero-shot, as lm-eval has it
-
 def hellaswag(row):
     def clean(text):
         return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
@@ -303,7 +300,6 @@ def score_task(task, found, dense):
     return columns
 
 # ------------------------------------------------------------------ fidelity and bytes
-
 @torch.no_grad()
 def fidelity_and_bytes(row, kept, n_windows, config):
     """Columns fvu_*, cos_*, rel_norm_* (means over by_layer) and those of the bytes, of a row, on
@@ -344,7 +340,6 @@ def find_curves(saes, kept):
     return curves
 
 # ------------------------------------------------------------------ the run
-
 def print_row(row, width):
     k = ["-" if row[name] is None else f"{row[name]:.3g}" for name in ("k_key", "k_val")]
     error = "" if row["delta_ce_stderr"] is None else f" ±{row['delta_ce_stderr']:.4f}"
@@ -388,6 +383,9 @@ def score(model, rows, windows, tasks, kept, n_kept, sink):
                          task, pairs, done[0]["tasks"][task.name] if done else None)
                          for task, pairs in found.items()}})
         print_row(done[-1], width)
+    for row in (row for row in done if row["break_even_tokens"]):
+        print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with them "
+              f"smaller than bf16 from {row['break_even_tokens']:,} tokens on")
     print_tasks(done, width)
     return done
 

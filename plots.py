@@ -3,8 +3,8 @@
     python plots.py                                        # results/*.json -> results/*.png
     python plots.py --results figures --out figures        # the README's own
 
-For each model: <model>-overview.png, -budget, -asymmetry, -bytes, -training. Colours are Okabe and
-Ito's, which colour-blind readers can tell apart; markers and dashes repeat the distinction in grey.
+For each model <model>-overview.png, -budget, -asymmetry, -bytes, -training. Colours are Okabe and
+Ito's, which colour-blind readers can tell apart; markers and dashes tell them apart in grey.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
@@ -27,7 +27,6 @@ OTHERS = [("#E69F00", "X", "--"), ("black", "P", "-."), ("#56B4E9", "h", ":"),
           ("#0072B2", "<", "--"), ("#D55E00", ">", "-."), ("#882255", "p", ":")]
 
 # ------------------------------------------------------------------ one panel each
-
 def draw_budget(panel, result, metric, label):
     """A metric against k: shallow, middle and deep thirds of the layers, light to dark; the elbow
     of the median layer on the mean over layers."""
@@ -115,31 +114,23 @@ def draw_training(panel, result):
     panel.legend(fontsize=8)
 
 # ------------------------------------------------------------------ one picture each
-
 def draw_all(result):
     """{name: figure} of one result."""
-    figures, panels, model = {}, {}, pathlib.Path(result["model"]).name
+    def cos(panel, result): draw_budget(panel, result, "cos", "cosine similarity of x and x_hat")
+    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance unexplained)")
+    wanted, figures = {"bytes": ("the price of bytes", [draw_bytes])}, {}
     if result["curves"]:
-        figures["budget"], panels["budget"] = plt.subplots(1, 2, figsize=(10, 4.4))
-        draw_budget(panels["budget"][0], result, "cos", "cosine similarity of x and x_hat")
-        draw_budget(panels["budget"][1], result, "fvu", "FVU (share of variance unexplained)")
-        figures["asymmetry"], panel = plt.subplots(figsize=(6.4, 4))
-        draw_asymmetry(panel, result)
-        figures["overview"], three = plt.subplots(1, 3, figsize=(15, 4.6))
-        draw_budget(three[0], result, "cos", "cosine similarity of x and x_hat")
-        draw_asymmetry(three[1], result)
-        draw_bytes(three[2], result)
-    figures["bytes"], panel = plt.subplots(figsize=(7.6, 4.6))
-    draw_bytes(panel, result)
+        wanted["budget"] = "what k atoms keep of a vector", [cos, fvu]
+        wanted["asymmetry"] = "keys against values", [draw_asymmetry]
+        wanted["overview"] = "keys and values in atoms", [cos, draw_asymmetry, draw_bytes]
     if result["training"]:
-        figures["training"], panel = plt.subplots(figsize=(6.4, 4))
-        draw_training(panel, result)
-    titles = {"budget": "what k atoms keep of a vector", "asymmetry": "keys against values",
-              "overview": "keys and values in semantic atoms", "training": "training",
-              "bytes": f"the price of bytes, {len(result['layers'])} of {result['n_layers']} "
-                       "layers coded"}
-    for name, figure in figures.items():
-        figure.suptitle(f"{model}: {titles[name]}", fontsize=12)
+        wanted["training"] = "training", [draw_training]
+    for name, (title, draws) in wanted.items():
+        size = (1.5 + 4.5 * len(draws), 4.5)
+        figures[name], panels = plt.subplots(1, len(draws), figsize=size, squeeze=False)
+        for panel, draw in zip(panels[0], draws):
+            draw(panel, result)
+        figures[name].suptitle(f"{pathlib.Path(result['model']).name}: {title}", fontsize=12)
     return figures
 
 def save(figure, path):

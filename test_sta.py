@@ -285,6 +285,18 @@ def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
 
 # ---------------------------------------------------------------- 5. the fast path
 
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_sparse_gradient_is_that_of_plain_autograd(k):
+    sae, x, weights = small_sae().double(), rows_of(30).double(), rows_of(30, k, seed=2).double()
+    found = []
+    for encode in (sta.TopKSAE.encode, sta.sparse_encode):
+        z, idx = encode(sae, x, k)
+        (z * weights).sum().backward()
+        found.append([z, idx, *(p.grad for p in (sae.W_enc, sae.b_enc, sae.b_dec))])
+        sae.zero_grad()
+    for plain, sparse in zip(*found):
+        torch.testing.assert_close(sparse, plain, atol=1e-10, rtol=0)
+
 def check_fuse(device):
     """Values, over layers, budgets and numbers of rows; few graphs serve them all."""
     torch._dynamo.reset()
@@ -681,5 +693,5 @@ def test_training_that_diverges(tmp_path, capsys):
 def test_activation_that_is_not_finite():
     model = small_model("llama")
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
-    with pytest.raises(sta.UsageError, match="layer 1: a value is not finite in float32"):
+    with pytest.raises(sta.UsageError, match="layer 1: a value is not finite; use --dtype"):
         sta.harvest(model, tokens_of(2, 8), [0, 1])

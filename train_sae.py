@@ -52,8 +52,8 @@ def parse_args(argv=None):
     add("--seed", type=int, default=0)
     # where
     add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"],
-        help="of the model (default float32 on cpu, bfloat16 on cuda)")
+    add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
+        choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--resume", action="store_true", help="take up the unfinished run in --out")
     args = parser.parse_args(argv)
@@ -85,7 +85,6 @@ def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
     return held_out, order[:n].split(in_buffer)
 
 # ------------------------------------------------------------------ the loop
-
 def learning_rate(peak, step, n_steps):
     """Linear warm-up over 5 % of the steps, linear decay over the last 30 %."""
     return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
@@ -136,9 +135,9 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
-            if n_ranks > 1:
-                for x in (x for sae in saes.values() for x in sae.state_dict().values()):
-                    dist.broadcast(x, 0)
+            for sae in saes.values() if n_ranks > 1 else ():
+                dist.broadcast(sae.b_dec.data, 0)
+                dist.broadcast(sae.scale, 0)
         shuffle = torch.Generator().manual_seed(1_000_003 * args.seed + 1009 * rank + b)
         shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle)
         for batch in shuffled.split(own_batch)[:steps[b]]:
@@ -154,12 +153,13 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
             step += 1
             bar.update()
             if rank == 0 and (step % LOG_STEPS == 0 or step == sum(steps)):
+                seconds = time.time() - began
                 entry = {"step": step, **held_out_error(saes, held_rows)}
                 progress["log"].append(entry)
-                ms = 1000 * (time.time() - began)
-                bar.write(f"step {step}/{sum(steps)} | fvu_K {entry['fvu_key']:.3f} | fvu_V "
-                          f"{entry['fvu_val']:.3f} | dead {100 * entry['dead']:.1f}% | lr "
-                          f"{optimizer.param_groups[0]['lr']:.1e} | {ms:.0f} ms")
+                bar.write("step {step}/{n} | fvu_K {fvu_key:.3f} | fvu_V {fvu_val:.3f} | dead "
+                          "{dead:.1%} | lr {lr:.1e} | {ms:.0f} ms | {rate:.2f}M rows/s".format(
+                              n=sum(steps), lr=optimizer.param_groups[0]["lr"], **entry,
+                              ms=1000 * seconds, rate=len(saes) * args.batch_rows / seconds / 1e6))
         if not all(p.isfinite().all() for sae in saes.values() for p in sae.parameters()):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
@@ -172,16 +172,14 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
 @torch.no_grad()
 def held_out_error(saes, held_rows):
     """{fvu_key, fvu_val, dead}: means over the SAEs, on 2,048 held-out rows of each."""
-    found = {"key": [], "value": []}
+    found = {"fvu_key": [], "fvu_val": [], "dead": []}
     for (layer, kind), sae in saes.items():
         x = held_rows[layer, kind][:2048].float()
-        found[kind].append(sta.fidelity(x, sae.decode(*sae.encode(x, sae.k)))["fvu"])
-    dead = [len(sae.dead()) / sae.n_latents for sae in saes.values()]
-    return {"fvu_key": sum(found["key"]) / len(found["key"]),
-            "fvu_val": sum(found["value"]) / len(found["value"]), "dead": sum(dead) / len(dead)}
+        found[f"fvu_{kind[:3]}"].append(sta.fidelity(x, sae.decode(*sae.encode(x, sae.k)))["fvu"])
+        found["dead"].append(len(sae.dead()) / sae.n_latents)
+    return {name: sum(values) / len(values) for name, values in found.items()}
 
 # ------------------------------------------------------------------ several processes
-
 def join_processes():
     """(number of this process, number of all) if torchrun started them, else (0, 1)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
@@ -201,7 +199,6 @@ def add_up(tensors):
         x.copy_(total.view_as(x))
 
 # ------------------------------------------------------------------ state on disk
-
 def save_state(path, saes, optimizer, progress):
     """All that resuming needs, in one file, so that it is replaced as one."""
     tensors = {f"sae.{layer}.{kind}.{name}": x for (layer, kind), sae in saes.items()

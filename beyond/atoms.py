@@ -35,7 +35,6 @@ NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
 N_RANDOM = 100  # directions to compare atoms with
 
 # ------------------------------------------------------------------ 1, 2: contexts, and the check
-
 class Strongest:
     """For each of M latents the ten tokens of a stream where it is strongest, and how often it
     fires."""
@@ -109,7 +108,6 @@ def look_inside(model, tokenizer, saes, windows, ks, seed=0):
     return {"words": words, "sites": page}, check, codes
 
 # ------------------------------------------------------------------ 3: P8
-
 def equal_pairs(labels, generator, n=20_000):
     """n pairs (i, j) of places with equal labels (int tensor), drawn at random; (2, n)."""
     ordered, order = labels.sort()
@@ -185,7 +183,6 @@ def hierarchy(codes, windows, words, seed=0):
             "pairs": {name: p.shape[1] for name, p in pairs.items()}}
 
 # ------------------------------------------------------------------ the run
-
 def tell(check, deep):
     """Print what `look_inside` and `hierarchy` found."""
     for name, row in check.items():

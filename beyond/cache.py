@@ -10,11 +10,10 @@
 Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
 once it is `recent` old. Keys are coded as they were before RoPE and turned again when they are
 read. A chunk of several tokens is first stored, then attended to, so its older tokens are seen as
-codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, left
-padding, crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs
-time: each step decodes all old tokens. The row: windows chunk by chunk, bytes as measured, with
-the exact tokens in the model's own dtype. Source of the sinks: arXiv 2309.17453; of a recent
-window: KIVI, arXiv 2402.02750. Non-goal: speed.
+codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, left padding,
+crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs time: each
+step decodes all old tokens. The row: windows chunk by chunk, bytes as measured, exact tokens in the
+model's own dtype. Sources: sinks, arXiv 2309.17453; a recent window, KIVI. Non-goal: speed.
 """
 import argparse
 import contextlib
@@ -125,7 +124,6 @@ def cache_bytes(cache):
 
 class CodedCache(Cache):
     """A cache of transformers that stores codes, made by `compress`."""
-
     def __init__(self, sink, recent):
         super().__init__(layers=[])
         self.sink, self.recent, self.now = sink, recent, None
@@ -179,7 +177,6 @@ def compress(model, codecs, sink=1, recent=RECENT):
             hook.remove()
 
 # ------------------------------------------------------------------ the row, and --generate
-
 @contextlib.contextmanager
 def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
     """In place of evaluate.through_hooks: a function ids (B, T) -> logits, chunk by chunk; sets

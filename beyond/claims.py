@@ -22,10 +22,8 @@ import train_sae
 from evaluate import mean_stderr
 
 # ------------------------------------------------------------------ the rival of P1
-
 class L1SAE(sta.TopKSAE):
     """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
-
     def __init__(self, head_dim, n_latents, k, generator=None):
         super().__init__(head_dim, n_latents, k, generator)
         self.register_buffer("l1_weight", torch.tensor(0.05))
@@ -43,7 +41,6 @@ class L1SAE(sta.TopKSAE):
 
 class ReluCode:
     """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
-
     def __init__(self, key_sae, value_sae):
         self.saes = key_sae, value_sae
 
@@ -96,7 +93,6 @@ def rows(model, tokenizer, saes, args):
     return [*found, evaluate.Row("l1", codecs)]
 
 # ------------------------------------------------------------------ attention
-
 @torch.no_grad()
 def attention_change(model, tokenizer, codecs, windows, sink):
     """What coded keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
@@ -132,7 +128,6 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     return columns, drawn
 
 # ------------------------------------------------------------------ verdicts
-
 def clear(pair): return pair[0] > 2 * (pair[1] or 0)
 def spell(pair): return f"{pair[0]:+.4f} ±{pair[1] or 0:.4f}"
 
@@ -201,7 +196,6 @@ def judge_losses(row):
             "none clearly lower", ["dense", "dual"])]
 
 # ------------------------------------------------------------------ pictures, and the run
-
 def draw_shrinkage(result, attention):
     figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4))
     norms, errors = {}, {}
