@@ -127,14 +127,14 @@ def draw_all(result):
         wanted["training"] = "training", [draw_training]
     for name, (title, draws) in wanted.items():
         size = (1.5 + 4.5 * len(draws), 4.5)
-        figures[name], panels = plt.subplots(1, len(draws), figsize=size, squeeze=False)
+        figures[name], panels = plt.subplots(1, len(draws), figsize=size, squeeze=False,
+                                            layout="constrained")
         for panel, draw in zip(panels[0], draws):
             draw(panel, result)
         figures[name].suptitle(f"{pathlib.Path(result['model']).name}: {title}", fontsize=12)
     return figures
 
 def save(figure, path):
-    figure.set_layout_engine("constrained")
     figure.savefig(path, dpi=110)
     plt.close(figure)
     print(f"wrote {path}")

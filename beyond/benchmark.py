@@ -115,7 +115,7 @@ def time_cache(cache_module, n_layers, context, device):
 
 def draw_growth(bench):
     """How a training step grows with the dictionary, and a decoded token with the context."""
-    figure, panels = plots.plt.subplots(1, 4, figsize=(16, 4))
+    figure, panels = plots.plt.subplots(1, 4, figsize=(16, 4), layout="constrained")
     key, value = plots.KIND_STYLE.values()
     for panel, name, label in ((panels[0], "M", "latents M (D 128, k 16)"),
                                (panels[1], "k", "budget k (D 128, M 1024)")):

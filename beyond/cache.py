@@ -10,10 +10,10 @@
 Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
 once it is `recent` old. Keys are coded as they were before RoPE and turned again when they are
 read. A chunk of several tokens is first stored, then attended to, so its older tokens are seen as
-codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, left padding,
-crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs time: each
-step decodes all old tokens. The row: windows chunk by chunk, bytes as measured, exact tokens in the
-model's own dtype. Sources: sinks, arXiv 2309.17453; a recent window, KIVI. Non-goal: speed.
+codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, padding on
+the left, crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs
+time: each step decodes all old tokens. The row: chunk by chunk, bytes as measured, exact tokens in
+the model's dtype. Sources: sinks, arXiv 2309.17453; a recent window, KIVI. Non-goal: speed.
 """
 import argparse
 import contextlib

@@ -197,7 +197,7 @@ def judge_losses(row):
 
 # ------------------------------------------------------------------ pictures, and the run
 def draw_shrinkage(result, attention):
-    figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4))
+    figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     norms, errors = {}, {}
     for row in (row for row in result["rows"] if row["name"] in attention):
         look = {"dual": ("#009E73", "D", "-"), "l1": ("#56B4E9", "h", "--")}[row["name"]]
@@ -211,7 +211,7 @@ def draw_shrinkage(result, attention):
     return figure
 
 def draw_attention(result, found):
-    figure, panels = plots.plt.subplots(1, 3, figsize=(15, 5))
+    figure, panels = plots.plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
     gap = [[b - a for a, b in zip(*rows)] for rows in zip(found["dense"], found["coded"])]
     most = max(abs(x) for row in gap for x in row)
     words = [word.strip() or "␣" for word in found["tokens"]]
