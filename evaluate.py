@@ -4,14 +4,14 @@
     python evaluate.py --rows rivals,cache                # with rows of beyond/rivals.py, cache.py
     python evaluate.py --model yi-6b --seq-len 2048 --tasks piqa,arc_easy
 
-Perplexity is the GPTQ convention: one tokenizer call on the whole text, disjoint windows of
---seq-len tokens, the tail dropped, mean loss over each window's seq_len - 1 targets. Zero-shot
-formats and scores are those of lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys
-and values, first 4,096 tokens. Writes results/<model>.json: what was run, and
+Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
+dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
+lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
+Writes results/<model>.json: what was run, and
     rows    name, method, k_key, k_val, perplexity, ce, window_ce; from dense over the same windows
-            delta_ce and its paired delta_ce_stderr (nats a token), ratio of perplexities and its
-            bootstrap ratio_ci95; bytes_per_token of the model's cache, bytes_share of bf16,
-            once_bytes (dictionaries), break_even_tokens; fvu_key, ..., means over by_layer;
+            delta_ce and its paired delta_ce_stderr (nats a token), ratio of perplexities and
+            ratio_ci95; bytes_per_token of the model's cache, bytes_share of bf16, once_bytes
+            (dictionaries), break_even_tokens; fvu_key, ..., means over by_layer;
             tasks {name: {acc, acc_norm, delta_acc (from dense), their _stderr, n, ppl}}
     curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} by sta.budget_curve
 Non-goals: lm-eval's word perplexity, few-shot prompts.
@@ -154,12 +154,10 @@ def mean_stderr(values):
 
 def compare(losses, dense):
     """Columns of a row that come from window losses, paired with dense's over windows."""
-    delta, generator = losses - dense, torch.Generator().manual_seed(0)
-    mean, stderr = mean_stderr(delta)
-    drawn = torch.randint(len(delta), (4000, len(delta)), generator=generator)  # bootstrap
-    bounds = delta[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=torch.float64)).exp()
+    mean, stderr = mean_stderr(losses - dense)
+    bounds = [math.exp(mean + sign * 1.96 * (stderr or 0)) for sign in (-1, 1)]
     return {"perplexity": math.exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
-            "delta_ce_stderr": stderr, "ratio": math.exp(mean), "ratio_ci95": bounds.tolist(),
+            "delta_ce_stderr": stderr, "ratio": math.exp(mean), "ratio_ci95": bounds,
             "window_ce": [round(x, 6) for x in losses.tolist()]}
 
 # ------------------------------------------------------------------ zero-shot, as lm-eval has it

@@ -11,15 +11,13 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
     dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16
 
 Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents (atoms), k budget
-Use:    codecs = {layer: DualBudget(key_sae, value_sae, Budget(8, 16)), ...}
-        with reconstruct(model, codecs): model.generate(...)
+Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and its elbow,
           4 the dual budget, 5 the fast path, 6 models, text, files. Read 1-4; 5 and 6 serve them.
-What the paper's readable text leaves open is marked `not in paper` where we chose. Importing this
-file does nothing. Non-goal: training the language model.
+What the paper's readable text leaves open is marked `not in paper` where we chose.
+Non-goal: training the language model.
 """
 import contextlib
-import functools
 import hashlib
 import json
 import os
@@ -135,36 +133,33 @@ def kv_sites(model):
     """{(layer, kind): (module, view)} of a Hugging Face decoder: view(the module's output) is that
     layer's keys or values (B, T, H, D), in the output's own memory. Yi is of type llama, too.
 
-    Keys are those before RoPE and after any k_norm. not in paper, which says "projections": RoPE
-    would turn one semantic key into one copy a position. Raises UsageError for other types."""
+    Keys are those before RoPE, after any k_norm. not in paper, which says "projections": RoPE would
+    turn one semantic key into one copy a position. Raises UsageError for other types."""
     config = model.get_decoder().config
     H, D = kv_shape(config)
     n_query = config.num_attention_heads * D
 
-    def split(y): return y.unflatten(-1, (H, D))  # of (B, T, H*D)
-    def as_it_is(y): return y  # (B, T, H, D)
+    def split(y): return y.view(*y.shape[:2], H, D)  # of (B, T, H*D)
     def heads_first(y): return y.transpose(1, 2)  # of (B, H, T, D)
     def neox_key(y): return y.unflatten(-1, (H, 3, D))[..., 1, :]  # each head's query, key, value
     def neox_value(y): return y.unflatten(-1, (H, 3, D))[..., 2, :]
     def phi_key(y): return split(y[..., n_query:n_query + H * D])  # all queries, keys, values
     def phi_value(y): return split(y[..., n_query + H * D:])
 
-    plain = {"key": ("k_proj", split), "value": ("v_proj", split)}
+    plain = ("k_proj", split), ("v_proj", split)
+    normed = ("k_norm", split), ("v_proj", split)
     families = {
-        "llama": plain, "mistral": plain, "qwen2": plain,
-        "qwen3": {**plain, "key": ("k_norm", as_it_is)},
-        "gemma3_text": {**plain, "key": ("k_norm", heads_first)},
-        "olmo2": {**plain, "key": ("k_norm", split)},
-        "gpt_neox": {"key": ("query_key_value", neox_key),
-                     "value": ("query_key_value", neox_value)},
-        "phi3": {"key": ("qkv_proj", phi_key), "value": ("qkv_proj", phi_value)}}
+        "llama": plain, "mistral": plain, "qwen2": plain, "qwen3": normed, "olmo2": normed,
+        "gemma3_text": (("k_norm", heads_first), ("v_proj", split)),
+        "gpt_neox": (("query_key_value", neox_key), ("query_key_value", neox_value)),
+        "phi3": (("qkv_proj", phi_key), ("qkv_proj", phi_value))}
     if config.model_type not in families:
         raise UsageError(f"model type {config.model_type!r} is not supported; supported types: "
                          f"{', '.join(families)} (add yours to kv_sites in sta.py)")
     attention = "attention" if config.model_type == "gpt_neox" else "self_attn"
     return {(i, kind): (getattr(getattr(layer, attention), name), view)
             for i, layer in enumerate(model.get_decoder().layers)
-            for kind, (name, view) in families[config.model_type].items()}
+            for kind, (name, view) in zip(KINDS, families[config.model_type])}
 
 @contextlib.contextmanager
 def watch(model, layers, see):
@@ -180,16 +175,15 @@ def watch(model, layers, see):
 
 @contextlib.contextmanager
 def capture(model, layers):
-    """`with capture(model, layers) as rows: model(ids)` puts keys and values (B, T, H, D) into
-    rows[layer, kind]."""
+    """`with capture(model, layers) as rows: model(ids)` sets rows[layer, kind] to (B, T, H, D)."""
     rows = {}
     with watch(model, layers, lambda layer, kind, x: rows.update({(layer, kind): x.detach()})):
         yield rows
 
 @torch.no_grad()
 def harvest(model, windows, layers, sink=1):
-    """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, without the first `sink`
-    tokens of each. Raises UsageError at a value that is not finite."""
+    """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
+    `sink` tokens. Raises UsageError at a value that is not finite."""
     parts = {}
     with capture(model, layers) as captured:
         for batch in windows.split(max(1, 4096 // windows.shape[1])):
@@ -370,12 +364,10 @@ def run(main):
     sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
     try:
         main()
-    except UsageError as error:
-        print("error:", " ".join(str(error).split())[:500], file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("\ninterrupted; the last checkpoint, if any, is kept", file=sys.stderr)
-        sys.exit(130)
+    except (UsageError, KeyboardInterrupt) as error:
+        stopped = "interrupted; the last checkpoint, if any, is kept"
+        print("error:", " ".join(str(error).split())[:500] or stopped, file=sys.stderr)
+        sys.exit(2 if isinstance(error, UsageError) else 130)
 
 @contextlib.contextmanager
 def explain(message):

@@ -6,8 +6,8 @@
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
-the same bits on a CPU. Sources: Top-K SAEs and AuxK, Gao et al. 2024 (arXiv 2406.04093); the
-order inside the loop, dictionary_learning. Non-goal: tuning the model itself.
+the same bits on a CPU. Sources: Gao et al. 2024 (arXiv 2406.04093); the order inside the loop,
+dictionary_learning. Non-goal: tuning the model itself.
 """
 import argparse
 import hashlib
@@ -20,6 +20,7 @@ import time
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from torch import nn
 from tqdm import tqdm
 
 import sta
@@ -36,8 +37,7 @@ def parse_args(argv=None):
     # what
     add("--model", default="tiny", help=f"{', '.join(sta.MODELS)}, a hub id or a folder")
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
-    add("--text", help="UTF-8 file, or hub data set as owner/name[:config[:split]] (default: "
-                       "tiny's own, else WikiText-103)")
+    add("--text", help="UTF-8 file, or hub data set (default: tiny's own, else WikiText-103)")
     # how much
     add("--tokens", type=int, help="to train on; a shorter text is read again (default 200,000 "
                                    "for tiny, else 10 million)")
@@ -77,8 +77,7 @@ def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
     drawn = torch.randperm(n_windows, generator=generator)
     n_held = min(1 + 8192 // seq_len, 1 + n_windows // 10)  # 8,192 tokens, or a tenth
     held_out, seen = drawn[:n_held], drawn[n_held:]
-    n = max(n_ranks, n_tokens // seq_len // n_ranks * n_ranks)
-    order = seen
+    n, order = max(n_ranks, n_tokens // seq_len // n_ranks * n_ranks), seen
     while len(order) < n:
         order = torch.cat([order, seen[torch.randperm(len(seen), generator=generator)]])
     in_buffer = max(n_ranks, BUFFER_TOKENS // seq_len // n_ranks * n_ranks)
@@ -112,11 +111,11 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
     generator = torch.Generator().manual_seed(args.seed)
     saes = {(layer, kind): make_sae(head_dim, args.n_latents, k, generator) for layer in layers
             for kind, k in zip(sta.KINDS, (args.k_key, args.k_val))}
-    for key, (module, _) in sta.kv_sites(model).items():
-        if key in saes:
-            saes[key].to(module.weight.device)
-    optimizer = torch.optim.Adam([p for sae in saes.values() for p in sae.parameters()],
-                                 lr=args.lr, betas=(0.9, 0.99), fused=True)
+    sites = sta.kv_sites(model)
+    for key, sae in saes.items():
+        sae.to(sites[key][0].weight.device)
+    parameters = list(nn.ModuleList(saes.values()).parameters())
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=True)
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
     seq_len, step, saved = windows.shape[1], progress["step"], time.time()
@@ -143,10 +142,9 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
         for batch in shuffled.split(own_batch)[:steps[b]]:
             began = time.time()
             scale = BUDGET_CYCLE[step % len(BUDGET_CYCLE)]
-            for (layer, kind), sae in saes.items():
+            for key, sae in saes.items():
                 k = min(max(1, round(scale * sae.k)), args.n_latents)
-                x = rows[layer, kind]
-                x = x[batch.to(x.device)].float()  # (own_batch, D)
+                x = rows[key][batch.to(rows[key].device)].float()  # (own_batch, D)
                 (sae.loss(x, k) / n_ranks).backward()
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
             update(saes, optimizer, own_batch * n_ranks)
@@ -156,11 +154,11 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
                 seconds = time.time() - began
                 entry = {"step": step, **held_out_error(saes, held_rows)}
                 progress["log"].append(entry)
-                bar.write("step {step}/{n} | fvu_K {fvu_key:.3f} | fvu_V {fvu_val:.3f} | dead "
-                          "{dead:.1%} | lr {lr:.1e} | {ms:.0f} ms | {rate:.2f}M rows/s".format(
-                              n=sum(steps), lr=optimizer.param_groups[0]["lr"], **entry,
-                              ms=1000 * seconds, rate=len(saes) * args.batch_rows / seconds / 1e6))
-        if not all(p.isfinite().all() for sae in saes.values() for p in sae.parameters()):
+                rate, lr = len(saes) * args.batch_rows / seconds, optimizer.param_groups[0]["lr"]
+                bar.write(f"step {step}/{sum(steps)} | fvu_K {entry['fvu_key']:.3f} | fvu_V "
+                          f"{entry['fvu_val']:.3f} | dead {entry['dead']:.1%} | lr {lr:.1e} | "
+                          f"{1000 * seconds:.0f} ms | {rate / 1e6:.2f}M rows/s")
+        if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
         if rank == 0 and (time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1):
@@ -201,8 +199,7 @@ def add_up(tensors):
 # ------------------------------------------------------------------ state on disk
 def save_state(path, saes, optimizer, progress):
     """All that resuming needs, in one file, so that it is replaced as one."""
-    tensors = {f"sae.{layer}.{kind}.{name}": x for (layer, kind), sae in saes.items()
-               for name, x in sae.state_dict().items()}
+    tensors = {f"sae.{name}": x for name, x in nn.ModuleList(saes.values()).state_dict().items()}
     for i, moments in optimizer.state_dict()["state"].items():
         tensors |= {f"adam.{i}.{name}": x for name, x in moments.items()}
     tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
@@ -218,14 +215,12 @@ def load_state(path, saes, optimizer, settings):
             progress = json.loads(file.metadata()["progress"])
             tensors = {name: file.get_tensor(name) for name in file.keys()}
         expect_same(path, progress["settings"], settings)
-        for (layer, kind), sae in saes.items():
-            sae.load_state_dict({name: tensors[f"sae.{layer}.{kind}.{name}"]
-                                 for name in sae.state_dict()})
-        n_params = sum(len(list(sae.parameters())) for sae in saes.values())
-        optimizer.load_state_dict({
-            "param_groups": optimizer.state_dict()["param_groups"],
-            "state": {i: {name: tensors[f"adam.{i}.{name}"] for name in (
-                "step", "exp_avg", "exp_avg_sq")} for i in range(n_params)}})
+        nn.ModuleList(saes.values()).load_state_dict(
+            {name[4:]: x for name, x in tensors.items() if name.startswith("sae.")})
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"param_groups": groups, "state": {
+            i: {name: tensors[f"adam.{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
+            for i in groups[0]["params"]}})
     return progress
 
 def expect_same(path, then, now):
@@ -240,11 +235,11 @@ def check_folder(folder, layers, settings, resume):
     if (folder / "unfinished.safetensors").exists() and not resume:
         raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
                              "--out, or delete unfinished.safetensors")
-    done = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS
-            if (folder / f"layer{layer}.{kind}" / "cfg.json").exists()]
+    paths = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS]
+    done = [path for path in paths if (path / "cfg.json").exists()]
     for path in done:
         expect_same(path, sta.load_sae(path)[1]["settings"], settings)
-    return len(done) == 2 * len(layers)
+    return len(done) == len(paths)
 
 def save_trained(folder, model, saes, held_rows, settings, args):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
