@@ -7,13 +7,8 @@
 Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
 lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
-Writes results/<model>.json: what was run, and
-    rows    name, method, k_key, k_val, perplexity, ce, window_ce; from dense over the same windows
-            delta_ce and its paired delta_ce_stderr (nats a token), ratio of perplexities and
-            ratio_ci95; bytes_per_token of the model's cache, bytes_share of bf16, once_bytes
-            (dictionaries), break_even_tokens; fvu_key, ..., means over by_layer;
-            tasks {name: {acc, acc_norm, delta_acc (from dense), their _stderr, n, ppl}}
-    curves  {layer: {key: [points], value: [points], elbow_key, elbow_val}} by sta.budget_curve
+Writes results/<model>.json: what was run; the rows, with the columns that `compare`,
+`fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs, layer by layer.
 Non-goals: lm-eval's word perplexity, few-shot prompts.
 """
 import argparse
@@ -21,6 +16,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import json
 import math
 import pathlib
@@ -29,7 +25,7 @@ import re
 import subprocess
 import sys
 import time
-from typing import Callable
+from typing import Callable, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +46,8 @@ def parse_args(argv=None):
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
-    add("--tasks", help=f"of {', '.join(TASKS)}, or paths of .jsonl files with context, choices, "
-                        "label (default for tiny tiny/cloze.jsonl, else none)")
+    add("--tasks", help=f"of {', '.join(TASKS)}, or .jsonl files with context, choices, label "
+                        "(default: tiny's own, else none)")
     add("--task-dir", type=pathlib.Path, help="<task>.jsonl with the hub's columns (else the hub)")
     # how much
     add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
@@ -66,19 +62,17 @@ def parse_args(argv=None):
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
-    for name, least in (("k_key", 1), ("k_val", 1), ("sink", 0), ("max_tokens", 2), ("limit", 1)):
-        if getattr(args, name) is not None and getattr(args, name) < least:
-            raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
-                                 "or more")
+    if args.sink < 0 or args.limit is not None and args.limit < 1:
+        raise sta.UsageError(f"--sink {args.sink}, --limit {args.limit}: want 0, 1 or more")
     return args
 
 def find_saes(root, model_name):
-    """The folder of one model's SAEs, the newest unless a model is named, or None; that name."""
-    folders = [root / sta.slug(model_name)] if model_name else root.glob("*")
-    found = [path for folder in (root, *folders) for path in folder.glob("layer*.key/cfg.json")]
+    """The folder of the newest SAEs, of that model if one is named, or None; the model's name."""
+    below = sta.slug(model_name) if model_name else "*"
+    found = [path for folder in (root, *root.glob(below)) for path in folder.glob("layer*.key")]
     if not found:
         return None, model_name
-    newest = max(found, key=lambda path: path.stat().st_mtime).parent
+    newest = max(found, key=lambda path: path.stat().st_mtime)
     return newest.parent, model_name or sta.load_sae(newest)[1]["model"]
 
 # ------------------------------------------------------------------ the rows of the table
@@ -194,30 +188,27 @@ TASKS = {
     "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", lambda row: (
         row["text"].rsplit(" ", 1)[0], row["text"].rsplit(" ", 1)[1:], 0))}
 
-@dataclasses.dataclass(eq=False)
-class Task:
-    """One task, tokenised. A request is (context ids, continuation ids), one a choice."""
-    name: str
-    requests: list
-    lengths: list  # a row: characters of each choice
-    labels: list
+class Question(NamedTuple):
+    """A task's row, tokenised."""
+    requests: list  # (context ids, continuation ids), one a choice
+    lengths: list  # characters of each choice
+    label: int
 
 def task_rows(spec, task_dir, limit):
-    """Yields (where, row) of a .jsonl file, of task_dir/<task>.jsonl, or of the hub's data set."""
-    if spec.endswith(".jsonl") or task_dir:
-        path = pathlib.Path(spec) if spec.endswith(".jsonl") else task_dir / f"{spec}.jsonl"
-        with sta.explain(f"--tasks {spec}: cannot read {path}"):
-            lines = path.read_text(encoding="utf-8").split("\n")
-        for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
-            with sta.explain(f"{path} line {number}: not JSON"):
-                row = json.loads(line)
-            yield f"{path} line {number}", row
-    else:
+    """Yields (where, row) of the hub's data set, of task_dir/<task>.jsonl or of a .jsonl file."""
+    if spec in TASKS and task_dir is None:
         with sta.explain(f"--tasks {spec}: the hub's rows cannot be had; give --task-dir"):
             from datasets import load_dataset  # optional: pip install datasets
-            rows = load_dataset(TASKS[spec][0], TASKS[spec][1], split=TASKS[spec][2])
-        for i in range(len(rows))[:limit]:
-            yield f"{spec} row {i}", rows[i]
+            rows = load_dataset(*TASKS[spec][:2], split=TASKS[spec][2])
+        yield from ((f"{spec} row {i}", rows[i]) for i in range(len(rows))[:limit])
+        return
+    path = task_dir / f"{spec}.jsonl" if spec in TASKS else pathlib.Path(spec)
+    with sta.explain(f"--tasks {spec}: cannot read {path}"):
+        lines = path.read_text(encoding="utf-8").strip().split("\n")
+    for number, line in enumerate(lines[:limit], 1):
+        with sta.explain(f"{path} line {number}: not JSON"):
+            row = json.loads(line)
+        yield f"{path} line {number}", row
 
 def encode_pair(tokenizer, context, continuation):
     """(context ids, continuation ids): trailing spaces go to the continuation, whose ids are what
@@ -231,82 +222,80 @@ def encode_pair(tokenizer, context, continuation):
     return ids, tokenizer(bare + continuation)["input_ids"][len(ids):]
 
 def load_task(spec, task_dir, limit, tokenizer, max_length):
-    """--tasks entry -> Task. Raises UsageError naming the file and line of a bad row."""
+    """--tasks entry -> [Question]. A context loses its left end where the whole is longer than
+    max_length. Raises UsageError naming the file and line of a bad row."""
     if not spec.endswith(".jsonl") and spec not in TASKS:
         raise sta.UsageError(f"--tasks {spec}: want path.jsonl or one of {', '.join(TASKS)}")
-    read = TASKS[spec][3] if spec in TASKS else lambda row: (
-        row["context"], row["choices"], row["label"])
-    task, truncated = Task(pathlib.Path(spec).stem, [], [], []), 0
+    questions, n_cut = [], 0
     for where, row in task_rows(spec, task_dir, limit):
-        with sta.explain(f"{where}: not a row of {task.name}"):
-            contexts, choices, label = read(row)
-            if not 0 <= int(label) < len(choices):
+        with sta.explain(f"{where}: not a row of {spec}"):
+            contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
+                row["context"], row["choices"], row["label"])
+            question = Question([], [len(choice) for choice in choices], int(label))
+            if not 0 <= question.label < len(choices):
                 raise ValueError(f"label {label}, but {len(choices)} choices, numbered from 0")
             for i, choice in enumerate(choices):
-                context, rest = encode_pair(
-                    tokenizer, contexts if isinstance(contexts, str) else contexts[i], " " + choice)
+                context = contexts if isinstance(contexts, str) else contexts[i]
+                ids, rest = encode_pair(tokenizer, context, " " + choice)
                 if not (choice.strip() and 0 < len(rest) <= max_length):
-                    raise ValueError(f"choice {i} has {len(rest)} tokens; want some, and at most "
-                                     f"the model's {max_length}")
+                    raise ValueError(f"choice {i} is blank, or over {max_length} tokens")
                 room = max_length + 1 - len(rest)  # the last token is not read, only predicted
-                truncated += len(context) > room
-                task.requests.append((context[-room:], rest))
-        task.lengths.append([len(choice) for choice in choices])
-        task.labels.append(int(label))
-    if not task.labels:
-        raise sta.UsageError(f"--tasks {spec}: no rows")
-    if truncated:
-        print(f"{task.name}: {truncated} of {len(task.requests)} contexts are longer than the "
-              f"model's {max_length} tokens; their left end is left out")
-    return task
+                n_cut += len(ids) > room
+                question.requests.append((ids[-room:], rest))
+        questions.append(question)
+    if n_cut:
+        print(f"{spec}: {n_cut} contexts cut on the left, to the model's {max_length} tokens")
+    return questions
 
 @torch.no_grad()
-def loglikelihoods(forward, task, model, name):
-    """[(sum of log p over the continuation, whether it is the greedy one)] of each request."""
-    by_length, found = {}, [None] * len(task.requests)
-    for i, (context, rest) in enumerate(task.requests):
+def loglikelihoods(forward, questions, model, name):
+    """[(sum of log p over the continuation, whether it is the greedy one)] of all requests."""
+    requests = [request for question in questions for request in question.requests]
+    by_length, found = {}, [None] * len(requests)
+    for i, (context, rest) in enumerate(requests):
         by_length.setdefault(len(context + rest), []).append(i)  # one length: no padding
     for length, group in tqdm(by_length.items(), desc=name, leave=False, disable=None):
         n = max(1, BATCH_TOKENS // length)
         for batch in (group[j:j + n] for j in range(0, len(group), n)):
-            ids = torch.tensor([sum(task.requests[i], []) for i in batch], device=model.device)
+            ids = torch.tensor([sum(requests[i], []) for i in batch], device=model.device)
             for i, row, logits in zip(batch, ids, forward(ids[:, :-1])):
-                rest = row[-len(task.requests[i][1]):].to(logits.device)
+                rest = row[-len(requests[i][1]):].to(logits.device)
                 log_p = logits[-len(rest):].float().log_softmax(-1)  # (len(rest), V)
                 total = log_p.gather(-1, rest[:, None]).double().sum().item()
                 found[i] = total, bool((log_p.argmax(-1) == rest).all())
     return found
 
-def score_task(task, found, dense):
-    """A row's tasks entry, with its paired difference to dense's (None: this is dense). One choice
-    is right if it is the greedy one; else acc takes the largest log-likelihood and acc_norm the
-    largest per character. `right`: acc, row by row."""
-    right, norm, start = [], [], 0
-    for lengths, label in zip(task.lengths, task.labels):
-        part, start = found[start:start + len(lengths)], start + len(lengths)
-        totals = torch.tensor([total for total, _ in part], dtype=torch.float64)
-        right.append(totals.argmax().item() == label if len(part) > 1 else part[0][1])
-        norm.append((totals / torch.tensor(lengths)).argmax().item() == label)
-    base = right if dense is None else dense["right"]
+def score_task(questions, found, dense):
+    """{n; acc, acc_norm, delta_acc (from dense, if this is not dense itself), each with _stderr;
+    right: acc by row; ppl if there is one choice}. acc: the choice of the largest log-likelihood,
+    and of one choice whether it is the greedy one; acc_norm: of the largest per character."""
+    right, norm, rest = [], [], iter(found)
+    for question in questions:
+        totals, greedy = zip(*itertools.islice(rest, len(question.lengths)))
+        per_character = [total / n for total, n in zip(totals, question.lengths)]
+        best = totals.index(max(totals))
+        right.append(best == question.label if len(totals) > 1 else greedy[0])
+        norm.append(per_character.index(max(per_character)) == question.label)
+    gain = [int(a) - int(b) for a, b in zip(right, dense["right"] if dense else right)]
     columns = {"n": len(right), "right": right}
-    for metric, values in (("acc", right), ("acc_norm", norm),
-                           ("delta_acc", [int(a) - int(b) for a, b in zip(right, base)])):
+    for metric, values in (("acc", right), ("acc_norm", norm), ("delta_acc", gain)):
         columns[metric], columns[f"{metric}_stderr"] = mean_stderr(values)
-    if max(map(len, task.lengths)) == 1:  # LAMBADA
+    if len(found) == len(questions):  # LAMBADA
         columns |= {"acc_norm": None, "acc_norm_stderr": None,
                     "ppl": math.exp(-sum(total for total, _ in found) / len(found))}
     return columns
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
-def fidelity_and_bytes(row, kept, n_windows, config):
-    """Columns fvu_*, cos_*, rel_norm_* (means over by_layer) and those of the bytes, of a row, on
-    kept {(layer, kind): (tokens, H, D)}. Layers that are not coded stay in bf16."""
-    by_layer, dense = {}, 4 * math.prod(sta.kv_shape(config))  # bytes of a layer
-    total = (config.num_hidden_layers - len(row.codecs)) * dense
+def fidelity_and_bytes(row, kept, config):
+    """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
+    tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer} of a row,
+    on kept {(layer, kind): (B, T, H, D)}. Layers that are not coded stay in bf16."""
+    dense = 4 * math.prod(sta.kv_shape(config))  # bytes of a layer
+    total, by_layer = (config.num_hidden_layers - len(row.codecs)) * dense, {}
     for layer, codec in row.codecs.items():
-        k, v = (kept[layer, kind].float().unflatten(0, (n_windows, -1)) for kind in sta.KINDS)
-        if callable(codec):  # k, v (B, T, H, D)
+        k, v = (kept[layer, kind].float() for kind in sta.KINDS)
+        if callable(codec):
             live = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
             (k_hat, v_hat), size = codec(k, v, live), row.layer_bytes
         else:
@@ -314,8 +303,8 @@ def fidelity_and_bytes(row, kept, n_windows, config):
             k_hat, v_hat = codec.decode(stored)
             size = sum(part.nbytes for part in stored) / k.shape[:2].numel()
         total += size
-        by_layer[layer] = {f"{name}_{kind}": value for kind, x, x_hat in (
-            ("key", k, k_hat), ("val", v, v_hat)) for name, value in sta.fidelity(x, x_hat).items()}
+        by_layer[layer] = {f"{name}_key": x for name, x in sta.fidelity(k, k_hat).items()}
+        by_layer[layer] |= {f"{name}_val": x for name, x in sta.fidelity(v, v_hat).items()}
     exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}
     means = {column: sum(found[column] for found in by_layer.values()) / len(by_layer)
              for column in next(iter(by_layer.values()))} if by_layer else exact
@@ -327,14 +316,15 @@ def fidelity_and_bytes(row, kept, n_windows, config):
 
 def find_curves(saes, kept):
     """{layer: {key: curve, value: curve, elbow_key, elbow_val}}, printed as counts of elbows."""
-    curves = {}
+    curves, elbows = {}, {kind: [] for kind in sta.KINDS}
     for (layer, kind), sae in saes.items():
-        curve = sta.budget_curve(sae, kept[layer, kind].flatten(0, 1).float())
-        curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind[:3]}": sta.elbow(curve)})
-    for kind in sta.KINDS if saes else ():
-        elbows = [found[f"elbow_{kind[:3]}"] for found in curves.values()]
-        print(f"elbow of the {kind} curves (k up to {curve[-1]['k']}), layers: "
-              + ", ".join(f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows))))
+        curve = sta.budget_curve(sae, kept[layer, kind].flatten(0, 2).float())
+        elbows[kind].append(sta.elbow(curve))
+        curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind[:3]}": elbows[kind][-1]})
+    for kind, ks in elbows.items():
+        if ks:
+            print(f"elbow of the {kind} curves (k up to {curve[-1]['k']}), layers: "
+                  + ", ".join(f"k = {k} in {ks.count(k)}" for k in sorted(set(ks))))
     return curves
 
 # ------------------------------------------------------------------ the run
@@ -347,20 +337,17 @@ def print_row(row, width):
           f"{row['cos_key']:6.3f} {row['cos_val']:6.3f}", flush=True)
 
 def print_tasks(rows, width):
-    for task, dense in rows[0]["tasks"].items():
-        print(f"{task}, {dense['n']} rows: per cent right ± standard error, and change from dense "
-              "± its paired standard error")
+    for task in rows[0]["tasks"]:
+        print(f"{task}, {rows[0]['tasks'][task]['n']} rows: per cent right ± standard error; "
+              "change from dense ± its paired standard error")
         for row in (row for row in rows if row["tasks"]):
-            columns = row["tasks"][task]
-            cells = [f"{name} {100 * columns[name]:{sign}6.2f} ±"
-                     f"{100 * (columns[f'{name}_stderr'] or 0):5.2f}" for name, sign in (
-                         ("acc", ""), ("acc_norm", ""), ("delta_acc", "+"))
-                     if columns[name] is not None]
-            print(f"  {row['name']:{width}} {'   '.join(cells)}"
-                  + (f"   ppl {columns['ppl']:.2f}" if "ppl" in columns else ""))
+            x = row["tasks"][task]
+            cells = [f"{name} {100 * x[name]:6.2f} ±{100 * (x[name + '_stderr'] or 0):5.2f}"
+                     for name in ("acc", "acc_norm", "delta_acc") if x[name] is not None]
+            print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score(model, rows, windows, tasks, kept, n_kept, sink):
-    """Print the tables -> the rows of the JSON. kept: dense keys and values of n_kept windows."""
+def score(model, rows, windows, tasks, kept, sink):
+    """Print the tables -> the rows of the JSON. kept: the dense model's keys and values."""
     done, dense, width = [], None, max(8, *(len(row.name) for row in rows))
     print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
           "fvu_V  cos_K  cos_V")
@@ -368,18 +355,14 @@ def score(model, rows, windows, tasks, kept, n_kept, sink):
         enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
         with enter(model) as forward:
             losses = window_losses(forward, windows, model, row.name)
-            found = {task: loglikelihoods(forward, task, model, row.name)
-                     for task in tasks if row.with_tasks}
+            found = {name: loglikelihoods(forward, questions, model, row.name)
+                     for name, questions in tasks.items() if row.with_tasks}
         dense = losses if dense is None else dense  # the first row
-        if not dense.isfinite().all():
-            raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
-                                 "bfloat16")
+        scores = {name: score_task(tasks[name], found[name], done[0]["tasks"][name] if done
+                                   else None) for name in found}
         done.append({"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-                     "k_val": row.budget[1], **compare(losses, dense),
-                     **fidelity_and_bytes(row, kept, n_kept, model.get_decoder().config),
-                     "tasks": {task.name: score_task(
-                         task, pairs, done[0]["tasks"][task.name] if done else None)
-                         for task, pairs in found.items()}})
+                     "k_val": row.budget[1], **compare(losses, dense), "tasks": scores,
+                     **fidelity_and_bytes(row, kept, model.get_decoder().config)})
         print_row(done[-1], width)
     for row in (row for row in done if row["break_even_tokens"]):
         print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with them "
@@ -401,24 +384,20 @@ def main(argv=None):
     args = parse_args(argv)
     folder, name = find_saes(args.saes, args.model)
     if folder is None and not (args.rows and name):
-        raise sta.UsageError(f"{args.saes}: no SAEs{f' of {name}' if name else ''}; first run: "
-                             f"python train_sae.py{f' --model {name}' if name else ''}"
-                             + (f" --out {args.saes}" if str(args.saes) != "saes" else ""))
+        raise sta.UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
+                             f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
     device, dtype = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
-    config, saes = model.get_decoder().config, {}
+    config, saes, trained = model.get_decoder().config, {}, {"settings": None}
     if folder:
         saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
         layers = sorted({layer for layer, _ in saes})
-    most = min((sae.n_latents for sae in saes.values()), default=max(args.k_key, args.k_val))
-    if max(args.k_key, args.k_val) > most:
-        raise sta.UsageError(f"--k-key {args.k_key}, --k-val {args.k_val}: want at most the SAEs' "
-                             f"n_latents = {most}")
     text = sta.read_text(args.text, "valid", name)
     windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
-    tasks = [load_task(spec, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
-             for spec in specs.split(",") if spec]
+    tasks = {pathlib.Path(spec).stem: load_task(
+        spec, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
+        for spec in specs.split(",") if spec}
     rows = paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val)
     for extra in filter(None, args.rows.split(",")):
         if not (sta.HERE / "beyond" / f"{extra}.py").exists():
@@ -427,19 +406,19 @@ def main(argv=None):
     print(f"{name}{f' with the SAEs of {folder}' if folder else ''}: {len(layers)} of "
           f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "
           f"of {windows.shape[1]}")
-    n_kept = min(len(windows), max(1, FIDELITY_TOKENS // windows.shape[1]))
-    kept = sta.harvest(model, windows[:n_kept], layers, args.sink)
-    found = score(model, rows, windows, tasks, kept, n_kept, args.sink)
+    few = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
+    kept = {key: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
+            for key, x in sta.harvest(model, few, layers, args.sink).items()}
+    found = score(model, rows, windows, tasks, kept, args.sink)
+    runs = sorted(folder.glob("run-*.json")) if folder else []
+    result = {
+        "model": name, "saes": str(folder), "layers": layers, "n_layers": config.num_hidden_layers,
+        "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
+        "config": vars(args), "sae_settings": trained["settings"], **provenance(model),
+        "rows": found, "curves": find_curves(saes, kept),
+        "training": [json.loads(run.read_text()) for run in runs]}
     path = args.out / f"{sta.slug(name)}.json"
-    sta.write_atomic(path, json.dumps(
-        {"model": name, "saes": str(folder), "layers": layers, "n_layers": config.num_hidden_layers,
-         "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
-         "config": {option: value if value is None else str(value)
-                    for option, value in vars(args).items()},
-         "sae_settings": trained["settings"] if folder else None, **provenance(model),
-         "rows": found, "curves": find_curves(saes, kept),
-         "training": [json.loads(run.read_text()) for run in sorted(folder.glob("run-*.json"))]
-         if folder else []}, indent=1) + "\n")
+    sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
     print(f"wrote {path}")
     return path
 

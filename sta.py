@@ -65,7 +65,6 @@ class TopKSAE(nn.Module):
 
     def encode(self, x, k):
         """x (..., D) -> its code: z (..., k) >= 0, strongest first, and idx (..., k).
-
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
@@ -82,7 +81,7 @@ class TopKSAE(nn.Module):
 
     def loss(self, x, k):
         """The loss of rows x (N, D) at budget k, mean over rows; notes which latents fired."""
-        z, idx = sparse_encode(self, x, k)  # encode, with a faster gradient: section 5
+        z, idx = self.encode(x, k)
         self.fired[idx[:, :self.k][z[:, :self.k] > 0]] = 1
         residual = (x - self.decode(z, idx)) / self.scale  # (N, D)
         return residual.square().sum(-1).mean() + self.auxk(x, residual.detach()) / 32
@@ -115,7 +114,6 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def revive_dead(self, n_rows):
         """After a step of n_rows rows: count who was idle, and lift the dead a little.
-
         not in paper: AuxK alone drives b_enc of dead latents so low that ReLU cuts their gradient
         for good; so there it is not learned but raised, until they fire again."""
         self.idle = torch.where(self.fired > 0, 0, self.idle + n_rows)
@@ -132,7 +130,6 @@ def kv_shape(config):
 def kv_sites(model):
     """{(layer, kind): (module, view)} of a Hugging Face decoder: view(the module's output) is that
     layer's keys or values (B, T, H, D), in the output's own memory. Yi is of type llama, too.
-
     Keys are those before RoPE, after any k_norm. not in paper, which says "projections": RoPE would
     turn one semantic key into one copy a position. Raises UsageError for other types."""
     config = model.get_decoder().config
@@ -197,8 +194,6 @@ def harvest(model, windows, layers, sink=1):
     return rows
 
 # ------------------------------------------------------------------ 3. the budget curve
-CURVE_KS = (1, 2, 4, 8, 16, 32, 64)
-
 @torch.no_grad()
 def fidelity(x, x_hat):
     """Rows x, x_hat (..., D) -> {fvu, cos, rel_norm}, in float64.
@@ -212,7 +207,7 @@ def fidelity(x, x_hat):
             "rel_norm": (x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).mean().item()}
 
 @torch.no_grad()
-def budget_curve(sae, x, ks=CURVE_KS):
+def budget_curve(sae, x, ks=(1, 2, 4, 8, 16, 32, 64)):
     """[{k, fvu, cos, rel_norm, dead}] of rows x (N, D) by rising k; one encode serves all of them.
     dead: the share of latents that no row fired."""
     ks = sorted(k for k in ks if k <= sae.n_latents)
@@ -226,12 +221,10 @@ def budget_curve(sae, x, ks=CURVE_KS):
 
 def elbow(curve):
     """The semantic elbow: the k whose cosine lies furthest above the chord of the curve.
-
     Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends on the largest k
     measured, so state that. not in paper: the readable text gives no rule for its elbow."""
     first, last = curve[0], curve[-1]
-    rise = max(last["cos"] - first["cos"], 1e-12)
-    run = max(last["k"] - first["k"], 1)
+    rise, run = max(last["cos"] - first["cos"], 1e-12), max(last["k"] - first["k"], 1)
     heights = [(p["cos"] - first["cos"]) / rise - (p["k"] - first["k"]) / run for p in curve]
     return curve[heights.index(max(heights))]["k"]
 
@@ -266,7 +259,6 @@ class DualBudget:
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with replaced keys and values: prefill, decode, generate alike.
-
     codecs: {layer: codec, or a function (k, v, live) -> (k_hat, v_hat)}, of float32 (B, T, H, D).
     The first `sink` tokens of a sequence stay exact (not in paper: their norms are extreme, arXiv
     2309.17453); live (B, T) is False there and at padding, which a function that looks across
@@ -276,7 +268,8 @@ def reconstruct(model, codecs, sink=1):
         raise UsageError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
 
     def note_call(decoder, args, kwargs):
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        mask = kwargs.get("attention_mask")
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name before 5.24
         call["mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         call["past"] = 0 if cache is None else cache.get_seq_length()
         waiting.clear()
@@ -309,34 +302,6 @@ def reconstruct(model, codecs, sink=1):
         handle.remove()
 
 # ------------------------------------------------------------------ 5. the fast path
-class TopKOfMatmul(torch.autograd.Function):
-    """The k largest of x W + b, for rows x (N, D), with a gradient to W that costs no matmul: of
-    each latent it is the sum of the rows that chose it, times their gradients."""
-    @staticmethod
-    def forward(ctx, x, W, b, k):
-        z, idx = torch.addmm(b, x, W).topk(k, dim=-1)  # (N, k)
-        ctx.save_for_backward(x, idx)
-        ctx.mark_non_differentiable(idx)
-        ctx.n_latents = len(b)
-        return z, idx
-
-    @staticmethod
-    def backward(ctx, dz, _):
-        x, idx = ctx.saved_tensors
-        order = idx.flatten().argsort(stable=True)  # the N*k picks, by latent
-        counts = idx.flatten().bincount(minlength=ctx.n_latents)  # (M,)
-        dz = dz.flatten()[order]
-        first = counts.cumsum(0) - counts  # of each latent's picks
-        dW = F.embedding_bag(order // idx.shape[1], x, first, mode="sum", per_sample_weights=dz)
-        db = dz.new_zeros(ctx.n_latents).index_add_(0, idx.flatten()[order], dz)
-        return None, dW.T, db, None
-
-def sparse_encode(sae, x, k):
-    """TopKSAE.encode of rows x (N, D), with the same gradients, faster."""
-    bias = sae.b_enc - sae.b_dec @ sae.W_enc
-    z, idx = TopKOfMatmul.apply(x / sae.scale, sae.W_enc, bias, k)
-    return F.relu(z), idx
-
 def fuse(codecs):
     """{layer: codec} -> {layer: function} for `reconstruct`: encode and decode in one compiled
     graph, shared by all layers, for CUDA. Warns, and returns the codecs, if nothing compiles."""
@@ -347,8 +312,9 @@ def fuse(codecs):
         return codecs
     roundtrip = torch.compile(lambda codec, k, v: codec.decode(codec.encode(k, v)),
                               fullgraph=True, dynamic=True)
-    return {layer: codec if callable(codec) else lambda k, v, live, codec=codec: roundtrip(
-        codec, k, v) for layer, codec in codecs.items()}
+
+    def fused(codec): return lambda k, v, live: roundtrip(codec, k, v)
+    return {layer: codec if callable(codec) else fused(codec) for layer, codec in codecs.items()}
 
 # ------------------------------------------------------------------ 6. models, text, files
 HERE = pathlib.Path(__file__).resolve().parent
@@ -385,11 +351,11 @@ def pick_device(device=None, dtype=None):
     best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
-    reason = "asked for" if device else "the best that was found"
-    device = best if device in (None, "cuda") else device
-    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
-    print(f"device {device} ({reason}); model in {dtype}, SAEs in float32")
-    return device, getattr(torch, dtype)
+    found = best if device in (None, "cuda") else device
+    dtype = dtype or ("float32" if found == "cpu" else "bfloat16")
+    print(f"device {found} ({'asked for' if device else 'the best that was found'}); model in "
+          f"{dtype}, SAEs in float32")
+    return found, getattr(torch, dtype)
 
 def parse_layers(spec, n_layers):
     """'all', '12', '0-7' or '3,9' -> sorted layer numbers, each below n_layers."""
@@ -407,17 +373,13 @@ def slug(name):
 
 def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=False):
     """--model, `pick_device`, --layer -> (model in eval mode, tokenizer, layer numbers).
-
     name: a key of MODELS, a hub id or a folder; no_deeper: load no layer above the last chosen."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
     logging.set_verbosity_error()  # else a table of the layers left out on purpose
     logging.disable_progress_bar()
-    if not (name in MODELS or os.path.isdir(name) or re.fullmatch(r"[\w-][^/]*/[^/]+", name)):
-        raise UsageError(f"--model {name}: want a folder, a hub id (owner/name) or one of "
-                         f"{', '.join(MODELS)}")
     source = MODELS.get(name, name)
-    with explain(f"--model {name}: cannot be loaded; check the name, and that the hub is reachable "
-                 "and the model not gated"):
+    with explain(f"--model {name}: want a folder, one of {', '.join(MODELS)}, or a hub id that is "
+                 "reachable and not gated"):
         config = AutoConfig.from_pretrained(source)
         text = config.get_text_config()
         layers = parse_layers(layers, text.num_hidden_layers)
@@ -460,9 +422,7 @@ def token_windows(text, tokenizer, model, seq_len, default, max_tokens, least=1)
     seq_len = min(default, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
         raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
-    ids = []
-    for i in range(0, len(text), 1 << 21):  # 2 MB at once, as some tokenizers are slow on more
-        ids += tokenizer(text[i:i + (1 << 21)], add_special_tokens=i == 0, verbose=False).input_ids
+    ids = tokenizer(text, verbose=False).input_ids
     n = min(len(ids), max(max_tokens, least * seq_len)) // seq_len
     if n < least:
         raise UsageError(f"text of {len(ids)} tokens: too short for {least} windows of {seq_len}; "
@@ -506,7 +466,6 @@ def load_sae(folder):
 
 def load_saes(folder, model, layers=None):
     """({(layer, kind): TopKSAE}, each where the model has its layer; the metadata of one of them).
-
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, mark, saes, sites = pathlib.Path(folder), fingerprint(model), {}, kv_sites(model)
     found = sorted(int(path.name[5:-4]) for path in folder.glob("layer*.key"))

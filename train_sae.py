@@ -69,7 +69,6 @@ def parse_args(argv=None):
 
 def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
     """Window numbers -> (those held out, [those of each buffer of rows]), in the order of training.
-
     Drawn once from the seed, so that a buffer mixes windows from all the text and a resumed run
     finds the same ones; a text shorter than n_tokens is read again, in another order. The number
     of windows in a buffer is a multiple of n_ranks, so that processes make equally many steps."""
@@ -103,7 +102,6 @@ def update(saes, optimizer, n_rows):
 
 def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
     """-> ({(layer, kind): SAE}, their held-out rows (N, D), log of the training curves).
-
     make_sae(head_dim, n_latents, k, generator) -> a module with the methods of TopKSAE that are
     called here and in `update`: centre, loss, project_gradient, renormalise, revive_dead, dead."""
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -126,7 +124,7 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
     steps = [max(1, len(buffer) // n_ranks * (seq_len - 1) * n_heads // own_batch)
              for buffer in buffers]
     bar = tqdm(total=sum(steps), initial=step, unit="step", disable=True if rank else None)
-    if args.resume:
+    if step:
         bar.write(f"resuming at step {step}/{sum(steps)}")
     for b in range(progress["buffers"], len(buffers)):
         rows = {key: x.flatten(0, 1) for key, x in
@@ -278,8 +276,7 @@ def main(argv=None, make_sae=sta.TopKSAE):
                  "processes": n_ranks, "text": args.text or "default",
                  "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
     if check_folder(folder, layers, settings, args.resume):
-        print(f"{folder}: trained already with these settings; nothing to do")
-        return
+        return print(f"{folder}: trained already with these settings; nothing to do")
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
     saes, held_rows, log = train(model, windows, layers, args, folder, settings, make_sae)

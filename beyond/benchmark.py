@@ -107,10 +107,10 @@ def time_cache(cache_module, n_layers, context, device):
         with (cache_module.compress(model, codecs) if name == "codes" else
               contextlib.nullcontext(transformers.DynamicCache(config=config))) as cache:
             for part in ids.split(512, 1):
-                model(part, past_key_values=cache, logits_to_keep=1)
+                model(part, **{cache_module.ARGUMENT: cache}, logits_to_keep=1)
             row[f"{name}_bytes"] = cache_module.cache_bytes(cache)
-            row[f"{name}_ms"] = timed({"": lambda: model(ids[:, :1], past_key_values=cache)},
-                                      device, 10)[""]
+            row[f"{name}_ms"] = timed({"": lambda: model(
+                ids[:, :1], **{cache_module.ARGUMENT: cache})}, device, 10)[""]
     return row
 
 def draw_growth(bench):

@@ -4,7 +4,7 @@
     python evaluate.py --rows cache                                  # a row through the cache
 
     with compress(model, codecs, sink=1, recent=128) as cache:
-        model.generate(ids, past_key_values=cache)
+        model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
         print(cache_bytes(cache))
 
 Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
@@ -18,6 +18,7 @@ the model's dtype. Sources: sinks, arXiv 2309.17453; a recent window, KIVI. Non-
 import argparse
 import contextlib
 import functools
+import inspect
 import pathlib
 import time
 import types
@@ -30,6 +31,8 @@ import evaluate
 import sta
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+ARGUMENT = ("cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
+            else "past_key_values")  # its name before transformers 5.24
 RECENT, CHUNK = 128, 128  # of the row
 
 def rotate(x, cos, sin):
@@ -136,7 +139,6 @@ class CodedCache(Cache):
 @contextlib.contextmanager
 def compress(model, codecs, sink=1, recent=RECENT):
     """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
-
     Raises UsageError for families whose RoPE it cannot undo, and for use without the cache."""
     decoder = model.get_decoder()
     config, rope = decoder.config, getattr(decoder.config, "rope_parameters", None) or {}
@@ -150,8 +152,8 @@ def compress(model, codecs, sink=1, recent=RECENT):
     holder = cache.layers[min(codecs)]  # of the positions
 
     def begin(decoder, args, kwargs):
-        if kwargs.get("past_key_values") is not cache:
-            raise sta.UsageError("inside compress, give the model past_key_values=the cache")
+        if kwargs.get("cache", kwargs.get("past_key_values")) is not cache:
+            raise sta.UsageError(f"inside compress, give the model {ARGUMENT}=the cache")
         begun["mask"] = kwargs.get("attention_mask")  # (B, slots), 0 at padding
         if isinstance(begun["mask"], torch.Tensor) and begun["mask"].dim() != 2:
             raise sta.UsageError("the cache of codes takes a mask (batch, tokens)")
@@ -187,7 +189,7 @@ def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
         def forward(ids):
             nonlocal longest
             cache.reset()
-            logits = torch.cat([model(input_ids=part, past_key_values=cache).logits
+            logits = torch.cat([model(input_ids=part, **{ARGUMENT: cache}).logits
                                 for part in ids.split(chunk, 1)], 1)
             if ids.shape[1] >= longest:
                 longest, row.bytes_per_token = ids.shape[1], cache_bytes(cache) / ids.numel()
@@ -216,7 +218,7 @@ def write_on(model, tokenizer, codecs, args):
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
         dense = contextlib.nullcontext(transformers.DynamicCache(config=model.config))
         with dense if name == "dense" else compress(model, codecs, args.sink, args.recent) as cache:
-            ids = model.generate(**inputs, past_key_values=cache, max_new_tokens=args.new_tokens,
+            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
                                  do_sample=False, streamer=clock)[0, inputs.input_ids.shape[1]:]
         print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
               f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache "

@@ -17,8 +17,8 @@ import transformers
 import evaluate
 import plots
 import sta
-from test_sta import (assert_one_line, dual, evaluated, rows_of, script, small_model, small_sae,
-                      small_saes, tokens_of, trained)
+from test_sta import (SHORT, assert_one_line, dual, evaluated, rows_of, script, small_model,
+                      small_sae, small_saes, tokens_of, trained)
 
 def load(name):
     """The module beyond.NAME, or an object whose use skips the test."""
@@ -30,8 +30,9 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-atoms, benchmark, cache, claims, rivals = map(
-    load, ("atoms", "benchmark", "cache", "claims", "rivals"))
+atoms, benchmark, cache, claims, rivals, sparse = map(
+    load, ("atoms", "benchmark", "cache", "claims", "rivals", "sparse"))
+pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
 
@@ -166,7 +167,7 @@ def test_cache_refuses_what_it_would_get_wrong():
             pass
     model = small_model("llama")
     with cache.compress(model, EXACT) as kept:
-        with pytest.raises(sta.UsageError, match="give the model past_key_values=the cache"):
+        with pytest.raises(sta.UsageError, match="give the model .*=the cache"):
             model(tokens_of(1, 3))
     with pytest.raises(sta.UsageError, match="only inside `with compress"):
         model(tokens_of(1, 3), past_key_values=kept)
@@ -471,9 +472,30 @@ def test_benchmark_rows():
     assert row["dense_bytes"] == 2 * 300 * token
     assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 4 * 300
 
+# ---------------------------------------------------------------- sparse.py
+
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_sparse_gradient_is_that_of_plain_autograd(k):
+    plain, x = small_sae().double(), rows_of(30).double()
+    twin = sparse.SparseSAE(16, 40, 8).double()
+    twin.load_state_dict(plain.state_dict())
+    for sae in (plain, twin):
+        sae.loss(x, k).backward()
+    assert torch.equal(twin.fired, plain.fired)
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(dict(twin.named_parameters())[name].grad, p.grad, atol=1e-10,
+                                   rtol=0, msg=name)
+
+def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(sparse.train_sae, "BUFFER_TOKENS", 2048)  # as in `trained`
+    assert script(sparse, *SHORT, "--out", tmp_path) == 0
+    log, dense_log = (json.loads((out / "tiny" / "run-1-2.json").read_text())["log"]
+                      for out in (tmp_path, trained))
+    assert log[-1]["fvu_val"] == pytest.approx(dense_log[-1]["fvu_val"], rel=0.05)
+
 # ---------------------------------------------------------------- all
 
-@pytest.mark.parametrize("name", ["atoms", "benchmark", "cache", "claims", "rivals"])
+@pytest.mark.parametrize("name", ["atoms", "benchmark", "cache", "claims", "rivals", "sparse"])
 def test_help_needs_nothing(name, capsys):
     module = load(name)
     assert script(module, "-h") == 0
