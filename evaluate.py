@@ -96,30 +96,31 @@ def only(kind, codec):
         return (k_hat, v) if kind == "key" else (k, v_hat)
     return replace
 
+def dictionary_bytes(saes, *kinds):
+    return sum(p.nbytes for (_, kind), sae in saes.items() if kind in kinds
+               for p in sae.parameters())
+
+def dual_codecs(saes, k_key, k_val):
+    """{(layer, kind): SAE} -> {layer: the paper's codec}."""
+    return {layer: sta.DualBudget(saes[layer, "key"], sae, sta.Budget(k_key, k_val))
+            for (layer, kind), sae in saes.items() if kind == "value"}
+
 def paper_rows(saes, shape, k, v):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms a key and a value -> [Row]: dense; keys,
     values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total."""
     if not saes:
         return [Row("dense", {})]
-    layers = sorted({layer for layer, _ in saes})
-    size = {kind: sum(p.nbytes for layer in layers for p in saes[layer, kind].parameters())
-            for kind in sta.KINDS}  # of the dictionaries
-
-    def dual(*budget):  # the codecs
-        return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"],
-                                      sta.Budget(*budget)) for layer in layers}
-
-    token = torch.zeros(1, *shape, device=saes[layers[0], "key"].W_dec.device)
-    parts = [x.nbytes for x in dual(k, v)[layers[0]].encode(token, token)]  # two of K, two of V
-    as_it_is, both, half = 2 * token.numel(), sum(size.values()), (k + v) // 2
-    return [Row("dense", {}),
-            Row("keys", {layer: only("key", codec) for layer, codec in dual(k, v).items()},
-                (k, None), sum(parts[:2]) + as_it_is, size["key"]),
-            Row("values", {layer: only("value", codec) for layer, codec in dual(k, v).items()},
-                (None, v), sum(parts[2:]) + as_it_is, size["value"]),
-            Row("dual", dual(k, v), (k, v), once_bytes=both),
-            Row("uniform", dual(half, k + v - half), (half, k + v - half), once_bytes=both),
-            Row("reverse", dual(v, k), (v, k), once_bytes=both)]
+    dual, rows = dual_codecs(saes, k, v), [Row("dense", {})]
+    token = torch.zeros(1, *shape, device=next(iter(saes.values())).W_dec.device)
+    parts = [x.nbytes for x in next(iter(dual.values())).encode(token, token)]  # 2 of K, 2 of V
+    for kind, budget, coded in (("key", (k, None), parts[:2]), ("value", (None, v), parts[2:])):
+        rows.append(Row(f"{kind}s", {layer: only(kind, codec) for layer, codec in dual.items()},
+                        budget, sum(coded) + 2 * token.numel(), dictionary_bytes(saes, kind)))
+    half = (k + v) // 2
+    for name, budget in (("dual", (k, v)), ("uniform", (half, k + v - half)), ("reverse", (v, k))):
+        rows.append(Row(name, dual_codecs(saes, *budget), budget,
+                        once_bytes=dictionary_bytes(saes, *sta.KINDS)))
+    return rows
 
 # ------------------------------------------------------------------ perplexity
 @contextlib.contextmanager
@@ -375,7 +376,7 @@ def provenance(model):
     commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
                             capture_output=True).stdout.strip()
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    return {"command": "python " + " ".join(sys.argv), "commit": commit, "date": time.ctime(),
+    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit, "date": time.ctime(),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": transformers.__version__}
 

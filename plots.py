@@ -51,7 +51,6 @@ def draw_budget(panel, result, metric, label):
     panel.set_xticks(ks, [str(k) for k in ks])
     panel.set_xlabel("budget k (atoms a vector)")
     panel.set_ylabel(label)
-    panel.grid(alpha=0.25)
     panel.legend(fontsize=7, loc="lower right" if metric == "cos" else "upper right")
     if metric == "cos":
         panel.axhline(0.8, color="grey", lw=1, ls=":")
@@ -67,7 +66,6 @@ def draw_by_layer(panel, lines, label):
     panel.set_xlabel("layer")
     panel.set_ylabel(label)
     panel.set_ylim(bottom=0)
-    panel.grid(alpha=0.25)
     panel.legend(fontsize=8)
 
 def draw_asymmetry(panel, result):
@@ -98,7 +96,6 @@ def draw_bytes(panel, result):
     panel.set_xlim(left=0)
     panel.set_xlabel("bytes of the KV cache, % of bf16")
     panel.set_ylabel(f"rise in perplexity ({result['tokens']:,} tokens)")
-    panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8)
 
 def draw_training(panel, result):
@@ -110,7 +107,6 @@ def draw_training(panel, result):
     panel.set_yscale("log")
     panel.set_xlabel("step")
     panel.set_ylabel("FVU of held-out rows, mean over layers")
-    panel.grid(alpha=0.25, which="both")
     panel.legend(fontsize=8)
 
 # ------------------------------------------------------------------ one picture each
@@ -131,6 +127,7 @@ def draw_all(result):
                                             layout="constrained")
         for panel, draw in zip(panels[0], draws):
             draw(panel, result)
+            panel.grid(alpha=0.25, which="both")
         figures[name].suptitle(f"{pathlib.Path(result['model']).name}: {title}", fontsize=12)
     return figures
 
@@ -142,9 +139,8 @@ def save(figure, path):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    results = pathlib.Path("results")
-    parser.add_argument("--results", type=pathlib.Path, default=results, help="(default results)")
-    parser.add_argument("--out", type=pathlib.Path, default=results, help="(default results)")
+    for option in ("--results", "--out"):
+        parser.add_argument(option, type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
     found = {}
     for path in sorted(args.results.glob("*.json")):

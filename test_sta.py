@@ -3,7 +3,6 @@
 Each check compares with something independent: a Python loop, float64, numpy, Hugging Face's own
 cache or loss, an uninterrupted run. Non-goals: speed (README has the commands), model quality.
 """
-import functools
 import json
 import math
 import os
@@ -93,11 +92,6 @@ def test_code_at_a_smaller_budget_is_a_prefix_and_shapes_are_free():
     again = through(sae, x.view(2, 3, 4, 16), 9)
     torch.testing.assert_close(again.view(24, 16), sae.decode(z, idx))
 
-def test_all_latents_is_the_dense_autoencoder():
-    sae, x = small_sae().double(), rows_of(20).double()
-    dense = torch.relu((x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc)  # (N, M)
-    torch.testing.assert_close(through(sae, x, 40), (dense @ sae.W_dec + sae.b_dec) * sae.scale)
-
 @pytest.mark.parametrize("k", [0, -1, 41])
 def test_budget_out_of_range(k):
     with pytest.raises(sta.UsageError, match=f"k = {k}: want 1 to n_latents = 40"):
@@ -147,19 +141,18 @@ def test_dead_latents_are_those_idle_at_the_saes_own_budget_and_are_lifted():
     torch.testing.assert_close(sae.b_enc - before, torch.where(fires, 0, 1e-3))
 
 def test_atoms_stay_unit_and_training_reduces_the_error():
-    sae, x, losses = small_sae(), rows_of(512), []
+    sae, x = small_sae(), rows_of(512)
+    before = sae.loss(x, 4).item()
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
     for _ in range(60):
-        loss = sae.loss(x, 4)
-        loss.backward()
+        sae.loss(x, 4).backward()
         sae.project_gradient()
         assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
         optimizer.step()
         optimizer.zero_grad()
         sae.renormalise()
-        losses.append(loss.item())
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6, rtol=0)
-    assert losses[-1] < 0.8 * losses[0]
+    assert sae.loss(x, 4).item() < 0.8 * before
 
 # ---------------------------------------------------------------- 2-4. hooks, elbow, budgets
 
@@ -222,7 +215,6 @@ def test_family(family, kv_heads):
 @pytest.mark.parametrize("context", [
     lambda model: sta.capture(model, [0]),
     lambda model: sta.reconstruct(model, {0: lambda k, v, live: (-k, -v)})])
-
 def test_hooks_are_gone_after_an_exception(context):
     model, ids = small_model("llama"), tokens_of(1, 5)
     before = model(ids).logits
@@ -357,25 +349,16 @@ def test_saes_of_another_model_or_shape(tmp_path):
     sta.save_sae(tmp_path / "layer0.key", small_sae(24), {**METADATA, "fingerprint": "f"})
     with pytest.raises(sta.UsageError, match="not of this model"):
         sta.load_saes(tmp_path, model)
-    with pytest.raises(sta.UsageError, match="no SAEs of layer 7, but of"):
-        sta.load_saes(tmp_path, model, [7])
 
-def test_full_disk_loses_nothing(tmp_path):
-    """A real write error, from a limit on the size of files, half-way through the new file."""
-    import resource
-    path = tmp_path / "file"
-    sta.write_atomic(path, "old")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        with pytest.raises(sta.UsageError, match="cannot write .*; nothing was replaced"):
-            sta.write_atomic(path, b"x" * 5000)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert path.read_text() == "old"
+def test_failed_write_loses_nothing(tmp_path):
+    sta.write_atomic(tmp_path / "file", "old")
+    (tmp_path / ".file.tmp").mkdir()  # in the way of the new file
+    with pytest.raises(sta.UsageError, match="cannot write .*; nothing was replaced"):
+        sta.write_atomic(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "old"
 
-def test_windows_are_the_text_cut_once(monkeypatch):
-    """One tokenizer call up to 2 MB; special tokens at the beginning only; the tail dropped."""
+def test_windows_are_the_text_cut_once():
+    """One tokenizer call, so special tokens stand at the beginning only; the tail is dropped."""
     model, tokenizer, _ = sta.load_model("tiny")
     text = sta.read_text(None, "valid", "tiny")
     windows = sta.token_windows(text, tokenizer, model, 100, 2048, 10_050)
@@ -474,13 +457,12 @@ def test_evaluation_table(evaluated):
     assert list(rows) == ["dense", "keys", "values", "dual", "uniform", "reverse"]
     assert result["layers"] == [1, 2] and result["n_layers"] == 6 and result["tokens"] == 2048
     dual, dense = rows["dual"], rows["dense"]
-    assert (dual["k_key"], dual["k_val"], dense["k_key"]) == (8, 16, None)
-    assert (rows["uniform"]["k_key"], rows["uniform"]["k_val"]) == (12, 12)
+    assert [(rows[name]["k_key"], rows[name]["k_val"]) for name in (
+        "dense", "dual", "uniform", "reverse")] == [(None, None), (8, 16), (12, 12), (16, 8)]
     assert dense["bytes_per_token"] == 6 * 2 * 2 * 128 * 2
     assert dual["bytes_share"] == pytest.approx((4 + 2 * 0.1875) / 6)
     assert len({round(row["perplexity"], 6) for row in rows.values()}) == 6
     assert dual["delta_ce"] == pytest.approx(math.log(dual["perplexity"] / dense["perplexity"]))
-    assert (rows["reverse"]["k_key"], rows["reverse"]["k_val"]) == (16, 8)
     assert dual["fvu_key"] == rows["keys"]["fvu_key"] == pytest.approx(
         np.mean([layer["fvu_key"] for layer in dual["by_layer"].values()]))
     assert rows["keys"]["fvu_val"] == 0 and rows["keys"]["cos_val"] == pytest.approx(1)
@@ -489,7 +471,6 @@ def test_evaluation_table(evaluated):
     assert dual["once_bytes"] == 4 * (2 * 64 * 128 + 64 + 128) * 4  # of four SAEs, float32
     saved = dense["bytes_per_token"] - dual["bytes_per_token"]
     assert dual["break_even_tokens"] == round(dual["once_bytes"] / saved)
-    assert np.mean(dual["window_ce"]) == pytest.approx(dual["ce"], abs=1e-6)
 
 def test_perplexity_is_that_of_hugging_face(evaluated):
     """The dense row against transformers' own labels= loss on windows cut here."""
@@ -513,17 +494,6 @@ def test_plots(evaluated, tmp_path, capsys):
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
 
-def test_tiny_fits_and_beats_a_trigram_model():
-    folder = sta.HERE / "tiny"
-    assert sum(p.stat().st_size for p in folder.glob("*.safetensors")) <= 12e6
-    assert sum(p.stat().st_size for p in folder.glob("*.txt")) <= 2e6
-    made = json.loads((folder / "make.json").read_text())
-    assert made["perplexity"] < 0.8 * made["perplexity_trigram"]
-    for line in (folder / "cloze.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        assert set(row) == {"context", "choices", "label"} and len(set(row["choices"])) == 4
-        assert 0 <= row["label"] < 4
-
 # ---------------------------------------------------------------- zero-shot
 
 ARC = {"question": "Why?", "choices": {"text": ["a", "bc"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -534,7 +504,6 @@ FORMATS = {  # a hub row and what lm-eval 0.4.13 makes of it: contexts, choices,
                    "endings": ["is [step] full.", " [title] Rest"], "label": "1"},
                   "Tea: He boils it. The cup", ["is full.", " Rest"], "1"),
     "arc_easy": (ARC, "Question: Why?\nAnswer:", ["a", "bc"], 1),
-    "arc_challenge": (ARC, "Question: Why?\nAnswer:", ["a", "bc"], 1),
     "winogrande": ({"sentence": "Ann thanked Bea as _ was kind.", "option1": "Ann",
                     "option2": "Bea", "answer": "2"},
                    ["Ann thanked Bea as Ann", "Ann thanked Bea as Bea"], ["was kind."] * 2, 1),
@@ -603,9 +572,8 @@ def test_paired_comparison():
     row = evaluate.compare(dense + 0.01 * noise, dense)
     stderr = 0.01 * noise.numpy().std(ddof=1) / np.sqrt(200)
     assert row["delta_ce_stderr"] == pytest.approx(stderr)
-    low, high = np.log(row["ratio_ci95"])
-    assert (low + high) / 2 == pytest.approx(row["delta_ce"], abs=0.2 * stderr)
-    assert (high - low) / 3.92 == pytest.approx(stderr, rel=0.1)  # a normal mean's interval
+    assert np.log(row["ratio_ci95"]) == pytest.approx(
+        [row["delta_ce"] - 1.96 * stderr, row["delta_ce"] + 1.96 * stderr])
 
 # ---------------------------------------------------------------- bad input
 
@@ -613,14 +581,11 @@ def test_paired_comparison():
     (["--model", "gpt5"], "--model gpt5: want a folder, one of tiny, yi-6b"),
     (["--model", "no-one/nothing"], "--model no-one/nothing: .* or a hub id that is reachable"),
     (["--layer", "6"], "--layer 6: .* layers 0 to 5"),
-    (["--layer", "4-9"], "--layer 4-9"),
     (["--layer", "two"], "--layer two: want all, 12, 0-7 or 3,9"),
     (["--k-key", "0"], "--k-key 0: want 1 to 512 = --n-latents"),
-    (["--k-val", "2000"], "--k-val 2000: want 1 to 512 = --n-latents"),
     (["--n-latents", "40000"], "--n-latents 40000: want 1 to 32,768"),
     (["--tokens", "0"], "--tokens 0: want 1 to"),
     (["--text", "absent.txt"], "--text absent.txt: no UTF-8 file"),
-    (["--text", "texts/absent.md"], "--text texts/absent.md: no UTF-8 file"),
     (["--text", "{tmp}/empty.txt"], "text of 2 tokens: too short for 2 windows"),
     (["--text", "{tmp}/latin1.txt"], "latin1.txt: no UTF-8 file"),
     (["--text", "{tmp}/short.txt"], "too short"),
@@ -643,8 +608,6 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--k-val", "65"], "k = 65: want 1 to n_latents = 64"),
     (["--k-key", "0"], "k = 0: want 1 to n_latents = 64"),
     (["--layer", "5"], "no SAEs of layer 5, but of"),
-    (["--seq-len", "1"], "--seq-len 1: want 2 to the model's limit of 256"),
-    (["--layer", "7"], "--layer 7: .* layers 0 to 5"),
     (["--text", "{tmp}/short.txt"], "too short for 1 windows of 256"),
     (["--tasks", "mmlu"], "--tasks mmlu: want path.jsonl or one of piqa, hellaswag"),
     (["--tasks", "piqa", "--task-dir", "{tmp}"], "cannot read .*piqa.jsonl"),

@@ -196,16 +196,13 @@ def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
             return logits
         yield forward
 
-def dual_row(model, saes, k_key, k_val):
-    rows = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), k_key, k_val)
-    return next(row for row in rows if row.name == "dual")
-
 def rows(model, tokenizer, saes, args):
     """For evaluate.py: the dual budget through the cache."""
     if not saes:
         raise sta.UsageError("--rows cache: needs SAEs; first run python train_sae.py")
-    row = dual_row(model, saes, args.k_key, args.k_val)
-    row.name = "cache"
+    budget = args.k_key, args.k_val
+    row = evaluate.Row("cache", evaluate.dual_codecs(saes, *budget), budget,
+                       once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS))
     row.enter = functools.partial(through_cache, row=row, sink=args.sink)
     return [row]
 
@@ -247,7 +244,7 @@ def main(argv=None):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
     model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device))
     saes, _ = sta.load_saes(folder, model)
-    write_on(model, tokenizer, dual_row(model, saes, 8, 16).codecs, args)
+    write_on(model, tokenizer, evaluate.dual_codecs(saes, 8, 16), args)
 
 if __name__ == "__main__":
     sta.run(main)

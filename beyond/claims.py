@@ -67,13 +67,11 @@ def train_l1(folder, model_name):
     settings = sta.load_sae(next(folder.glob("layer*.key")))[1]["settings"]
     root = folder.parent / "l1"
     if not any((root / sta.slug(model_name)).glob("layer*.key")):
-        print("training L1 SAEs for P1")
-        argv = ["--model", model_name, "--out", str(root),
-                "--layer", ",".join(map(str, settings["layers"]))]
-        for option in ("tokens", "seq_len", "batch_rows", "n_latents", "k_key", "k_val", "lr",
-                       "seed", "dtype", "text"):
-            if settings[option] != "default":
-                argv += ["--" + option.replace("_", "-"), str(settings[option])]
+        layers = ",".join(map(str, settings["layers"]))
+        argv = ["--model", model_name, "--out", str(root), "--layer", layers]
+        for option, value in settings.items():
+            if option not in ("layers", "processes", "text_sha256") and value != "default":
+                argv += ["--" + option.replace("_", "-"), str(value)]
         train_sae.main(argv, L1SAE)
     return root / sta.slug(model_name)
 
@@ -81,11 +79,9 @@ def rows(model, tokenizer, saes, args):
     """For evaluate.py: [Row]."""
     layers, found = sorted({layer for layer, _ in saes}), []
     for scale in (1 / 8, 1 / 4, 1 / 2, 2, 4):
-        budget = sta.Budget(int(scale * args.k_key), int(scale * args.k_val))
-        if min(budget) >= 1 and max(budget) <= min(sae.n_latents for sae in saes.values()):
-            codecs = {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"], budget)
-                      for layer in layers}
-            found.append(evaluate.Row(f"dual {budget.k_key},{budget.k_val}", codecs, tuple(budget),
+        k, v = int(scale * args.k_key), int(scale * args.k_val)
+        if min(k, v) >= 1 and max(k, v) <= min(sae.n_latents for sae in saes.values()):
+            found.append(evaluate.Row(f"dual {k},{v}", evaluate.dual_codecs(saes, k, v), (k, v),
                                       method="dual", with_tasks=False))
     folder, name = evaluate.find_saes(args.saes, args.model)
     l1, _ = sta.load_saes(train_l1(folder, name), model, layers)
@@ -98,7 +94,7 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     """What coded keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
     the map of the head that changes most). qk_error: standard deviation over keys of the error of
     q.k, in units of q.k's own; attention_kl: nats from the dense weights; means over queries."""
-    before = model.config._attn_implementation
+    usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
     ids, columns, most = windows.to(model.device), {}, -1.0
     seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
@@ -121,10 +117,10 @@ def attention_change(model, tokenizer, codecs, windows, sink):
             variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}
         if kl.max() > most:
             most, head = kl.max().item(), kl.argmax().item()
-            pair = [x[0, head, :40, :40].tolist() for x in maps]
-            drawn = {"layer": layer, "head": head, "dense": pair[0], "coded": pair[1],
-                     "tokens": [tokenizer.decode(i) for i in windows[0, :40]]}
-    model.set_attn_implementation(before)
+            before, after = (x[0, head, :40, :40] for x in maps)
+            drawn = {"layer": layer, "head": head, "dense": before.tolist(), "change": (
+                after - before).tolist(), "tokens": [tokenizer.decode(i) for i in windows[0, :40]]}
+    model.set_attn_implementation(usual)
     return columns, drawn
 
 # ------------------------------------------------------------------ verdicts
@@ -198,30 +194,23 @@ def judge_losses(row):
 # ------------------------------------------------------------------ pictures, and the run
 def draw_shrinkage(result, attention):
     figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    norms, errors = {}, {}
-    for row in (row for row in result["rows"] if row["name"] in attention):
-        look = {"dual": ("#009E73", "D", "-"), "l1": ("#56B4E9", "h", "--")}[row["name"]]
-        norms[row["name"]] = (*look, {layer: x["rel_norm_key"] for layer, x in
-                                      row["by_layer"].items()})
-        errors[row["name"]] = (*look, {layer: x["qk_error"] for layer, x in
-                                       attention[row["name"]].items()})
+    by_layer, norms, errors = {row["name"]: row["by_layer"] for row in result["rows"]}, {}, {}
+    for row, look in (("dual", ("#009E73", "D", "-")), ("l1", ("#56B4E9", "h", "--"))):
+        norms[row] = *look, {layer: x["rel_norm_key"] for layer, x in by_layer[row].items()}
+        errors[row] = *look, {layer: x["qk_error"] for layer, x in attention[row].items()}
     plots.draw_by_layer(panels[0], norms, "|x_hat| / |x| of keys")
     plots.draw_by_layer(panels[1], errors, "error of q·k, in standard deviations of q·k")
     figure.suptitle(f"{result['model']}: keys under a Top-K budget (dual) and an L1 penalty (l1)")
     return figure
 
 def draw_attention(result, found):
-    figure, panels = plots.plt.subplots(1, 3, figsize=(15, 5), layout="constrained")
-    gap = [[b - a for a, b in zip(*rows)] for rows in zip(found["dense"], found["coded"])]
-    most = max(abs(x) for row in gap for x in row)
+    figure, panels = plots.plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
+    most = max(abs(x) for row in found["change"] for x in row)
     words = [word.strip() or "␣" for word in found["tokens"]]
-    for panel, title, image, colours, low, high in (
-            (panels[0], "dense", found["dense"], "Greys", 0, 1),
-            (panels[1], "keys from their atoms", found["coded"], "Greys", 0, 1),
-            (panels[2], "difference", gap, "PuOr", -most, most)):
-        shown = panel.imshow(image, cmap=colours, vmin=low, vmax=high)
-        figure.colorbar(shown, ax=panel, shrink=0.75, label="attention weight")
-        panel.set_title(title, fontsize=11)
+    for panel, name, colours, low, high in ((panels[0], "dense", "Greys", 0, 1),
+                                            (panels[1], "change", "PuOr", -most, most)):
+        shown = panel.imshow(found[name], cmap=colours, vmin=low, vmax=high)
+        figure.colorbar(shown, ax=panel, shrink=0.75, label=f"attention weight, {name}")
         panel.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
         panel.set_yticks(range(len(words)), words, fontsize=6)
         panel.set_xlabel("key")
@@ -241,25 +230,22 @@ def main(argv=None):
     model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
     windows = sta.token_windows(sta.read_text(args.text, "valid", name), tokenizer, model,
                                 args.seq_len, 2048, 512)[:, :512]
-    attention = {}
-    budget = sta.Budget(args.k_key, args.k_val)
-    for row, make, where in (
-            ("l1", ReluCode, train_l1(folder, name)),
-            ("dual", lambda *pair: sta.DualBudget(*pair, budget), folder)):
-        saes, _ = sta.load_saes(where, model, result["layers"])
-        codecs = {layer: make(saes[layer, "key"], saes[layer, "value"])
-                  for layer in result["layers"]}
-        attention[row], attention_map = attention_change(model, tokenizer, codecs, windows,
-                                                         args.sink)
+    attention, layers = {}, result["layers"]
+    for row, where in (("l1", train_l1(folder, name)), ("dual", folder)):
+        saes, _ = sta.load_saes(where, model, layers)
+        codecs = evaluate.dual_codecs(saes, args.k_key, args.k_val)
+        if row == "l1":
+            codecs = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"]) for layer in layers}
+        attention[row], drawn = attention_change(model, tokenizer, codecs, windows, args.sink)
     by_name = {row["name"]: row for row in result["rows"]}
     claims = judge_codes(by_name, result["curves"], attention) + judge_losses(by_name)
     out = path.with_name(f"{path.stem}-claims.json")
     sta.write_atomic(out, json.dumps(
         {"model": name, "result": str(path), **evaluate.provenance(model), "claims": claims,
-         "attention": attention, "attention_map": attention_map}, indent=1) + "\n")
+         "attention": attention, "attention_map": drawn}, indent=1) + "\n")
     print(f"wrote {out}")
     plots.save(draw_shrinkage(result, attention), path.with_name(f"{path.stem}-shrinkage.png"))
-    plots.save(draw_attention(result, attention_map), path.with_name(f"{path.stem}-attention.png"))
+    plots.save(draw_attention(result, drawn), path.with_name(f"{path.stem}-attention.png"))
 
 if __name__ == "__main__":
     sta.run(main)

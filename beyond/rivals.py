@@ -117,7 +117,8 @@ def rows(model, tokenizer, saes, args):
     coded = layers or range(config.num_hidden_layers)
     found = [evaluate.Row(f"grouped {bits} bits",
                           dict.fromkeys(coded, functools.partial(grouped, bits=bits)),
-                          layer_bytes=grouped_bytes(*shape, bits), method="grouped")
+                          layer_bytes=grouped_bytes(*shape, bits), method="grouped",
+                          with_tasks=False)
              for bits in (2, 3, 4)]
     if not saes:
         return found
@@ -129,8 +130,9 @@ def rows(model, tokenizer, saes, args):
                for layer in layers}
     size = sum(x.nbytes for codec in axes.values() for x in (*codec.mean, *codec.axes))
     atoms = sum(sae.W_dec.nbytes + sae.b_dec.nbytes for sae in saes.values())
-    return [*found, evaluate.Row("pca", axes, once_bytes=size),
-            evaluate.Row("pursuit", pursuit, tuple(budget), once_bytes=atoms)]
+    return [*found, evaluate.Row("pca", axes, once_bytes=size, with_tasks=False),
+            evaluate.Row("pursuit", pursuit, tuple(budget), once_bytes=atoms,
+                                   with_tasks=False)]
 
 def main(argv=None):
     argparse.ArgumentParser(description=__doc__,

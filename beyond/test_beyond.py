@@ -369,7 +369,7 @@ def test_attention_change_is_that_of_hugging_face_attention():
     at = drawn["head"]
     torch.testing.assert_close(torch.tensor(drawn["dense"]), logits[0][0, at].masked_fill(
         ~seen, -math.inf).softmax(-1).float(), atol=1e-4, rtol=1e-3)
-    assert drawn["layer"] == 2 and len(drawn["tokens"]) == len(drawn["coded"]) == 24
+    assert drawn["layer"] == 2 and len(drawn["tokens"]) == len(drawn["change"]) == 24
     assert model.config._attn_implementation == "sdpa"
 
 # ---------------------------------------------------------------- atoms.py
@@ -426,7 +426,6 @@ def test_hierarchy_finds_what_was_put_in():
 
 def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     """Its strongest contexts against codes computed here; corpus text cannot end the data."""
-    decode = transformers.PreTrainedTokenizerFast.decode
     argv = ["--saes", trained, "--max-tokens", 2048, "--out", tmp_path]
     assert script(atoms, *argv) == 0
 
