@@ -376,9 +376,9 @@ def provenance(model):
     commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
                             capture_output=True).stdout.strip()
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit, "date": time.ctime(),
+    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit,
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
-            "torch": torch.__version__, "transformers": transformers.__version__}
+            "date": time.ctime(), "torch": torch.__version__, "transformers": transformers.__version__}
 
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
