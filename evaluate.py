@@ -45,6 +45,8 @@ def parse_args(argv=None):
     add("--saes", type=pathlib.Path, default="saes", help="of train_sae.py --out (default saes)")
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
+    add("--only", default="", help="leave out rows, but dense, without this regular expression")
+    add("--fit-text", help="text that such rows are fitted on (default: tiny's own, else WikiText)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
     add("--tasks", help=f"of {', '.join(TASKS)}, or .jsonl files with context, choices, label "
                         "(default: tiny's own, else none)")
@@ -378,7 +380,8 @@ def provenance(model):
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
     return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit,
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
-            "date": time.ctime(), "torch": torch.__version__, "transformers": transformers.__version__}
+            "torch": torch.__version__, "transformers": transformers.__version__,
+            "date": time.ctime()}
 
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
@@ -404,6 +407,7 @@ def main(argv=None):
         if not (sta.HERE / "beyond" / f"{extra}.py").exists():
             raise sta.UsageError(f"--rows {extra}: there is no beyond/{extra}.py")
         rows += importlib.import_module(f"beyond.{extra}").rows(model, tokenizer, saes, args)
+    rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
     print(f"{name}{f' with the SAEs of {folder}' if folder else ''}: {len(layers)} of "
           f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "
           f"of {windows.shape[1]}")

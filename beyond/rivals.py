@@ -1,31 +1,39 @@
-"""What else the same bytes could buy: rows for evaluate.py.
+"""What else the same bytes could buy: the quantisers that engineers would use, as rows.
 
-    python evaluate.py --rows rivals
+    python evaluate.py --rows rivals                                   # beside the SAEs
+    python evaluate.py --model DIR --text T --fit-text F --rows rivals # any model, without SAEs
 
-grouped   KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32: each group of 32 numbers to even
-          steps between its extremes, kept as fp16 minimum and step; keys in groups of 32 tokens of
-          one channel, values of 32 channels of one token. Its keys are those before RoPE, which is
-          kinder to it than KIVI's own [arXiv 2401.18079]. Simulated: rounded, then computed with.
-pca       the strongest principal axes of training rows, one basis a layer and kind, with as many
-          fp16 coefficients as the bytes of the dual budget allow.
-pursuit   the SAE's own dictionary, but codes by orthogonal matching pursuit [arXiv 2412.08890]: k
-          times the atom most in line with what is left, then least squares over all chosen. At the
-          same bytes and atoms it shows what the one-pass encoder loses; it takes k matmuls.
-Nothing is fitted on the text that is scored. Non-goal: packed storage of the quantiser.
+grouped    KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32, and 2 bits, group 128: each group
+           to even steps between its extremes, kept as fp16 minimum and step; keys in groups of
+           tokens of one channel, values of channels of one token. Its keys are those before RoPE,
+           kinder than KIVI's own [arXiv 2401.18079]. Simulated: rounded, then computed with.
+rotated    the idea of TurboQuant [arXiv 2504.19874], at 1, 2 and 3 bits: a head's key or value,
+           less its mean, turned by a fixed random rotation; an fp16 norm, and each number to the
+           best levels for a Gaussian [Lloyd-Max].
+transform  the idea of KVTC [arXiv 2511.01815]: numbers along principal axes, each axis in 0 to 8
+           bits by greed on what they save, Lloyd-Max levels. Of a head's key or value alone, or of
+           a layer, keys and values of all heads together; plain: by squared error, as many bits
+           everywhere; loss: by what an error costs the model, bits wherever they save most.
+           KVTC also codes entropy: that would save 4 % of the bits at 2 bits a number, 6 % at 3.
+All are fitted on one text (--fit-text), never on the text that is scored.
 """
 import argparse
 import functools
+import itertools
 import math
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
 import evaluate
 import sta
 
-FIT_TOKENS = 32_768
+FIT_TOKENS = 20_480
+SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
-def quantise(x, live, kind, bits, group=32):
+# ------------------------------------------------------------------ grouped
+def quantise(x, live, kind, bits, group):
     """x (B, T, H, D) as KIVI keeps it; live (B, T) is False for what no group may see: sinks and
     padding."""
     rows = x.transpose(1, 3) if kind == "key" else x  # (B, D, H, T): groups along the last axis
@@ -43,96 +51,204 @@ def quantise(x, live, kind, bits, group=32):
     rows = (levels * step + low).flatten(-2)[..., :rows.shape[-1]]
     return rows.transpose(1, 3) if kind == "key" else rows
 
-def grouped(k, v, live, bits):
+def grouped(k, v, live, bits, group):
     """A function for sta.reconstruct."""
-    return quantise(k, live, "key", bits), quantise(v, live, "value", bits)
+    return quantise(k, live, "key", bits, group), quantise(v, live, "value", bits, group)
 
-def grouped_bytes(n_kv_heads, head_dim, bits, group=32):
+def grouped_bytes(n_kv_heads, head_dim, bits, group):
     """Bytes a token of one layer: the levels, and an fp16 minimum and step a group."""
-    return 2 * n_kv_heads * (head_dim * bits / 8 + 4 * math.ceil(head_dim / group))
+    per_key = head_dim * (bits / 8 + 4 / group)
+    return n_kv_heads * (per_key + head_dim * bits / 8 + 4 * math.ceil(head_dim / group))
 
-class Axes:
-    """A codec of one layer: coefficients along the strongest principal axes, in fp16."""
+# ------------------------------------------------------------------ levels for a Gaussian
+@functools.cache
+def lloyd_max(bits):
+    """(the 2^bits levels (float64) that leave a unit Gaussian the least squared error, that)."""
+    middle = (torch.arange(2 ** bits).double() + 0.5) / 2 ** bits
+    levels = math.sqrt(3) * torch.special.ndtri(middle)  # a good start
+    for _ in range(2000):
+        edges = F.pad((levels[1:] + levels[:-1]) / 2, (1, 1)).contiguous()
+        edges[0], edges[-1] = -40, 40
+        mass = torch.special.ndtr(edges).diff()
+        levels = -torch.exp(-edges.square() / 2).diff() / math.sqrt(2 * math.pi) / mass
+    return levels, 1 - (mass * levels.square()).sum().item()
 
-    def __init__(self, rows, ranks):
-        """rows: keys, values (tokens, H, D) of a text; ranks: how many axes for each."""
-        self.mean, self.axes = [], []  # (D,), (D, rank) for keys and for values
-        for x, rank in zip(rows, ranks):
-            x = x.flatten(0, 1).double()  # (N, D)
-            square = (x - x.mean(0)).T @ (x - x.mean(0))
-            self.mean.append(x.mean(0).float())
-            self.axes.append(torch.linalg.eigh(square).eigenvectors.flip(-1)[:, :rank].float())
+class Levels:
+    """Numbers (..., n) of spread 1, the i-th in bits[i] (0 to 8) bits, as packed bytes (..., m)."""
+
+    def __init__(self, bits):
+        n, device = len(bits), bits.device
+        self.bits, self.powers = bits, torch.arange(8, dtype=torch.uint8, device=device)
+        self.number = torch.arange(n, device=device).repeat_interleave(bits)  # of each bit
+        first = bits.cumsum(0) - bits
+        self.place = torch.arange(len(self.number), device=device) - first[self.number]
+        self.groups = [((bits == b).nonzero()[:, 0], lloyd_max(b)[0].float().to(device))
+                       for b in bits.unique().tolist() if b]
+
+    def encode(self, y):
+        levels = torch.zeros_like(y, dtype=torch.uint8)
+        for some, table in self.groups:
+            edges = (table[1:] + table[:-1]) / 2
+            levels[..., some] = torch.bucketize(y[..., some], edges).to(torch.uint8)
+        ones = levels[..., self.number] >> self.place.to(torch.uint8) & 1
+        ones = F.pad(ones, (0, -len(self.number) % 8)).unflatten(-1, (-1, 8))  # (..., m, 8)
+        return (ones << self.powers).sum(-1, dtype=torch.uint8)
+
+    def decode(self, packed):
+        ones = (packed[..., None] >> self.powers & 1).flatten(-2)[..., :len(self.number)]
+        levels = torch.zeros(*packed.shape[:-1], len(self.bits), dtype=torch.int32,
+                             device=packed.device)
+        levels.index_add_(-1, self.number, ones.int() << self.place.int())
+        y = torch.zeros_like(levels, dtype=torch.float32)
+        for some, table in self.groups:
+            y[..., some] = table[levels[..., some]]
+        return y
+
+class Rotated:
+    """A codec of one layer: each vector's direction, turned at random, and its norm."""
+
+    def __init__(self, mean, shape, bits, seed=0):
+        """mean (P,) of keys and values of all heads; shape (n_kv_heads, head_dim)."""
+        self.mean, dim = mean.view(2, *shape), shape[1]  # (2, H, D): keys, values
+        turn = torch.linalg.qr(torch.randn(dim, dim, generator=torch.Generator().manual_seed(seed)))
+        self.turn, self.scale = turn.Q.to(mean.device), math.sqrt(dim)
+        self.levels = Levels(torch.full((dim,), bits, device=mean.device))
 
     def encode(self, k, v):
-        return tuple(((x - mean) @ axes).half().flatten(-2)  # (..., H*rank)
-                     for x, mean, axes in zip((k, v), self.mean, self.axes))
+        x = torch.stack([k, v], -3) - self.mean  # (..., 2, H, D)
+        norm = x.norm(dim=-1, keepdim=True).half()
+        y = x @ self.turn / norm.float().clamp_min(1e-6) * self.scale
+        return norm.flatten(-3), self.levels.encode(y).flatten(-3)
 
     def decode(self, stored):
-        return tuple(z.float().unflatten(-1, (-1, axes.shape[1])) @ axes.T + mean
-                     for z, mean, axes in zip(stored, self.mean, self.axes))
+        norm, packed = (x.unflatten(-1, (2, self.mean.shape[1], -1)) for x in stored)
+        y = self.levels.decode(packed) / self.scale * norm.float()
+        return (y @ self.turn.T + self.mean).unbind(-3)
 
-@torch.no_grad()
-def pursue(sae, x, k):
-    """TopKSAE.encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, and idx."""
-    target = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(2048)]  # stays in cache
-    z, idx = (torch.cat(parts).view(*x.shape[:-1], k) for parts in zip(*codes))
-    return z, idx
+# ------------------------------------------------------------------ transform
+def calibrate(model, windows, layers, sink, seed=0):
+    """{layer: (mean (P,), covariance (P, P), G (P, P))} of x, a token's keys and values of all
+    heads side by side, P = 2 H D. G = E[g g^T], g the gradient to x of the loss at targets drawn
+    from the model's own predictions: an error e costs about e^T G e / 2 nats."""
+    sites, generator, outputs = sta.kv_sites(model), torch.Generator().manual_seed(seed), {}
 
-def pick_atoms(target, atoms, k):
-    """target (N, D), unit atoms (M, D) -> coefficients (N, k) of the chosen atoms idx (N, k)."""
-    rest, picks = target, []
-    span = target.new_empty(len(target), k, target.shape[1])  # the chosen, made orthonormal
-    for j in range(k):
-        picks.append((rest @ atoms.T).abs_().max(-1).indices)
-        atom, known = atoms[picks[-1]], span[:, :j]  # (N, D), (N, j, D)
-        atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]
-        span[:, j] = F.normalize(atom, dim=-1)
-        rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
-    idx = torch.stack(picks, -1)
-    chosen = atoms[idx]  # (N, k, D)
-    gram = chosen @ chosen.mT + 1e-6 * torch.eye(k, device=target.device)
-    return torch.linalg.solve(gram, chosen @ target[..., None])[..., 0], idx
+    def keep(module, args, y): outputs[module] = y
+    hooks = [sites[key][0].register_forward_hook(keep) for key in sites if key[0] in layers]
+    total, n = {layer: [0, 0, 0] for layer in layers}, 0
+    for ids in tqdm(windows, desc="calibrating", disable=None):
+        with torch.enable_grad():
+            x = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
+            logits = model(inputs_embeds=x, use_cache=False).logits[0].float()  # (T, V)
+            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
+            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
+            grads = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
+        for layer in layers:
+            pair = [sites[layer, kind] for kind in sta.KINDS]
+            x, g = (torch.cat([view(found[module].detach())[0, sink:].flatten(1)
+                               for module, view in pair], 1).float() for found in (outputs, grads))
+            total[layer] = [total[layer][0] + x.sum(0), total[layer][1] + x.T @ x,
+                            total[layer][2] + g.T @ g]
+        n += len(x)
+    for hook in hooks:
+        hook.remove()
+    found = {}
+    for layer, (mean, square, G) in total.items():
+        mean = mean.double() / n
+        found[layer] = mean, square.double() / n - mean.outer(mean), G.double() / n
+    return found
 
-class Pursuit(sta.DualBudget):
-    """The dual budget with pursued codes; decoding is the same."""
+def loss_metric(G, n_values):
+    """A (P, P): an error e counts e^T A e. Half by G, and half plainly, as far as a G from few
+    gradients cannot be trusted; keys and values, whose units differ, each in its own mean cost."""
+    plain = torch.cat([part.mean().expand(n_values) for part in G.diagonal().split(n_values)])
+    return (G + plain.diag()) / 4
+
+def principal_axes(covariance, metric):
+    """(variances (P,), W (P, P), W^-1): y = x W has uncorrelated numbers of these variances, and
+    an error in y has the square length that the metric gives it in x. Strongest first."""
+    root = torch.linalg.cholesky(metric)
+    variances, axes = torch.linalg.eigh(root.T @ covariance @ root)
+    axes = axes.flip(1)
+    return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
+
+def allocate(variances, n_bits):
+    """Numbers of these variances (any shape) -> bits of each, 0 to 8: n_bits by greed, each where
+    it lowers the summed squared error most [reverse water-filling]."""
+    left = torch.tensor([1.0] + [lloyd_max(b)[1] for b in range(1, 9)], dtype=torch.float64)
+    gains = variances.cpu()[..., None] * -left.diff()  # falling with every further bit
+    chosen = torch.zeros(gains.numel(), dtype=torch.long)
+    chosen[gains.flatten().topk(n_bits).indices] = 1
+    return chosen.view(gains.shape).sum(-1)
+
+class Transform:
+    """A codec of one layer: a token's P numbers along axes, each in its number of bits."""
+
+    def __init__(self, shape, mean, variances, W, inverse, bits):
+        kept = bits.to(mean.device) > 0
+        spread = variances[kept].sqrt()
+        self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[kept])
+        self.W = (W[:, kept] / spread).float()  # (P, axes kept)
+        self.inverse = (spread[:, None] * inverse[kept]).float()
 
     def encode(self, k, v):
-        z_key, idx_key = pursue(self.key_sae, k, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = pursue(self.value_sae, v, self.budget.k_val)
-        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
-                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+        x = torch.cat([k.flatten(-2), v.flatten(-2)], -1)  # (..., P)
+        return (self.levels.encode((x - self.mean) @ self.W),)
 
-def training_windows(model, tokenizer, args):
-    """Windows of the text that the SAEs were trained on."""
-    folder, name = evaluate.find_saes(args.saes, args.model)
-    spec = sta.load_sae(next(folder.glob("layer*.key")))[1]["settings"]["text"]
-    text = sta.read_text(None if spec == "default" else spec, "train", name, 8 * FIT_TOKENS)
-    return sta.token_windows(text, tokenizer, model, args.seq_len, 2048, FIT_TOKENS)
+    def decode(self, stored):
+        x = self.levels.decode(stored[0]) @ self.inverse + self.mean  # (..., P)
+        return x.unflatten(-1, (2, *self.shape)).unbind(-3)
 
+def transforms(fitted, shape, unit, metric):
+    """A function share -> {layer: Transform}; unit "head" or "layer", metric "plain" or "loss"."""
+    P = 2 * math.prod(shape)
+    n_units, axes = 2 * shape[0] if unit == "head" else 1, {}
+    for layer, (mean, covariance, G) in fitted.items():
+        A = loss_metric(G, P // 2) if metric == "loss" else torch.eye(P).to(G)
+        parts = [principal_axes(covariance[i:i + P // n_units, i:i + P // n_units],
+                                A[i:i + P // n_units, i:i + P // n_units])
+                 for i in range(0, P, P // n_units)]
+        axes[layer] = (torch.cat([variances for variances, _, _ in parts]),
+                       torch.block_diag(*[W for _, W, _ in parts]),
+                       torch.block_diag(*[inverse for _, _, inverse in parts]))
+
+    def at(share):
+        variances = torch.stack([found[0] for found in axes.values()])  # (layers, P)
+        sites = variances.view(1, -1) if metric == "loss" else variances.view(-1, P // n_units)
+        n_bits = int(share * 16 * sites.shape[1])
+        bits = torch.stack([allocate(site, n_bits) for site in sites]).view(variances.shape)
+        return {layer: Transform(shape, fitted[layer][0], *found, some)
+                for (layer, found), some in zip(axes.items(), bits)}
+    return at
+
+# ------------------------------------------------------------------ the rows
 def rows(model, tokenizer, saes, args):
     """For evaluate.py: [Row]."""
     config = model.get_decoder().config
-    shape, layers = sta.kv_shape(config), sorted({layer for layer, _ in saes})
-    coded = layers or range(config.num_hidden_layers)
-    found = [evaluate.Row(f"grouped {bits} bits",
-                          dict.fromkeys(coded, functools.partial(grouped, bits=bits)),
-                          layer_bytes=grouped_bytes(*shape, bits), method="grouped",
-                          with_tasks=False)
-             for bits in (2, 3, 4)]
-    if not saes:
-        return found
-    budget = sta.Budget(args.k_key, args.k_val)
-    kept = sta.harvest(model, training_windows(model, tokenizer, args), layers, args.sink)
-    ranks = [min(shape[1], 2 * k) for k in budget]  # a coefficient takes half an atom's bytes
-    axes = {layer: Axes([kept[layer, kind] for kind in sta.KINDS], ranks) for layer in layers}
-    pursuit = {layer: Pursuit(saes[layer, "key"], saes[layer, "value"], budget)
-               for layer in layers}
-    size = sum(x.nbytes for codec in axes.values() for x in (*codec.mean, *codec.axes))
-    atoms = sum(sae.W_dec.nbytes + sae.b_dec.nbytes for sae in saes.values())
-    return [*found, evaluate.Row("pca", axes, once_bytes=size, with_tasks=False),
-            evaluate.Row("pursuit", pursuit, tuple(budget), once_bytes=atoms,
-                                   with_tasks=False)]
+    shape, name = sta.kv_shape(config), evaluate.find_saes(args.saes, args.model)[1]
+    layers = sorted({layer for layer, _ in saes}) or list(range(config.num_hidden_layers))
+    found = []
+    for bits, group in ((2, 32), (3, 32), (4, 32), (2, 128)):
+        codec = functools.partial(grouped, bits=bits, group=group)
+        found.append(evaluate.Row(f"grouped {bits} bits, {group}", dict.fromkeys(layers, codec),
+                                  layer_bytes=grouped_bytes(*shape, bits, group),
+                                  method=f"grouped {group}"))
+    text = sta.read_text(args.fit_text, "train", name, 8 * FIT_TOKENS)
+    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, FIT_TOKENS)
+    fitted = calibrate(model, windows, layers, args.sink)
+    for bits in (1, 2, 3):
+        found.append(evaluate.Row(f"rotated {bits} bits", {
+            layer: Rotated(fitted[layer][0].float(), shape, bits) for layer in layers},
+            once_bytes=len(layers) * 8 * math.prod(shape), method="rotated"))
+    for unit, metric in itertools.product(("head", "layer"), ("plain", "loss")):
+        at = transforms(fitted, shape, unit, metric)
+        for share in SHARES:
+            codecs = at(share)
+            size = sum(x.nbytes for codec in codecs.values()
+                       for x in (codec.mean, codec.W, codec.inverse))
+            found.append(evaluate.Row(
+                f"transform {unit} {metric} {100 * share:g}", codecs, once_bytes=size,
+                method=f"transform {unit} {metric}"))
+    return found
 
 def main(argv=None):
     argparse.ArgumentParser(description=__doc__,

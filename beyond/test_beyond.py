@@ -30,8 +30,8 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-atoms, benchmark, cache, claims, rivals, sparse = map(
-    load, ("atoms", "benchmark", "cache", "claims", "rivals", "sparse"))
+NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "pursuit", "rivals", "sparse")
+additive, atoms, benchmark, cache, claims, pursuit, rivals, sparse = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
@@ -216,7 +216,7 @@ def test_quantise_against_a_loop(bits):
     x = rows_of(2 * 70 * 3, 64).view(2, 70, 3, 64) * torch.logspace(-1, 1, 64)
     live = torch.ones(2, 70, dtype=torch.bool)
     live[:, 0] = live[1, 50:] = False  # a sink; padding
-    found = {kind: rivals.quantise(x, live, kind, bits) for kind in sta.KINDS}
+    found = {kind: rivals.quantise(x, live, kind, bits, 32) for kind in sta.KINDS}
     for b, t, h, d in [(0, 5, 0, 0), (0, 69, 2, 63), (1, 1, 1, 40), (1, 49, 2, 7)]:
         start = t - t % 32
         tokens = [s for s in range(start, min(70, start + 32)) if live[b, s]]
@@ -228,12 +228,112 @@ def test_quantise_against_a_loop(bits):
             level = min(max(round(float((x[b, t, h, d] - low) / step)), 0), 2 ** bits - 1)
             assert found[kind][b, t, h, d].item() == pytest.approx(low + level * step, abs=1e-4)
     other = torch.where(live[..., None, None], x, 1e6 * x)  # what is not live must not matter
-    torch.testing.assert_close(rivals.quantise(other, live, "key", bits)[live],
+    torch.testing.assert_close(rivals.quantise(other, live, "key", bits, 32)[live],
                                found["key"][live])
+    assert rivals.grouped_bytes(3, 64, 2, 32) == 0.1875 * 2 * 3 * 64 * 2  # METHOD: 3 bits a number
+
+def test_levels_are_lloyd_and_maxs_and_come_back_from_packed_bytes():
+    """Against the published distortions [Max 1960] and a loop over numbers."""
+    for bits, published in ((1, 0.3634), (2, 0.1175), (3, 0.03454), (4, 0.009497)):
+        assert rivals.lloyd_max(bits)[1] == pytest.approx(published, rel=1e-3)
+    bits, y = torch.tensor([0, 1, 3, 8, 5, 2]), rows_of(200, 6).view(40, 5, 6) / 3
+    levels = rivals.Levels(bits)
+    packed = levels.encode(y)
+    assert packed.shape == (40, 5, 3) and packed.dtype == torch.uint8  # 19 bits
+    found = levels.decode(packed)
+    for i, b in enumerate(bits.tolist()):
+        table = rivals.lloyd_max(b)[0].numpy() if b else np.zeros(1)
+        nearest = table[np.abs(y[..., i, None].numpy() - table).argmin(-1)]
+        assert found[..., i].numpy() == pytest.approx(nearest, abs=1e-6)
+
+def test_rotated_against_numpy():
+    k, v = rows_of(12).view(2, 3, 2, 16), rows_of(12, seed=1).view(2, 3, 2, 16)
+    codec = rivals.Rotated(torch.ones(64), (2, 16), 3)
+    stored = codec.encode(k, v)
+    assert [(x.shape, x.dtype) for x in stored] == [
+        ((2, 3, 4), torch.float16), ((2, 3, 4 * 6), torch.uint8)]
+    turn, table = codec.turn.numpy(), rivals.lloyd_max(3)[0].numpy()
+    assert turn @ turn.T == pytest.approx(np.eye(16), abs=1e-5)
+    for x, x_hat in zip((k, v), codec.decode(stored)):
+        x = x.numpy() - 1
+        norm = np.float16(np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
+        y = x @ turn / norm * 4
+        nearest = table[np.abs(y[..., None] - table).argmin(-1)]
+        assert x_hat.numpy() == pytest.approx(nearest / 4 * norm @ turn.T + 1, abs=1e-4)
+
+def test_transform_spends_bits_as_a_loop_would_and_leaves_what_it_says():
+    variances, spent = torch.tensor([[9.0, 1, 0.1], [4, 0.5, 1e-4]]).double(), 0
+    left = [1.0] + [rivals.lloyd_max(b)[1] for b in range(1, 9)]
+    bits = [[0, 0, 0], [0, 0, 0]]
+    for _ in range(11):  # the best bit, again and again
+        _, a, b = max((variances[a, b].item() * (left[bits[a][b]] - left[bits[a][b] + 1]), a, b)
+                      for a in range(2) for b in range(3))
+        bits[a][b] += 1
+    assert rivals.allocate(variances, 11).tolist() == bits
+    x = rows_of(4000, 32) @ rows_of(32, 32, seed=1)
+    x = x - x.mean(0)
+    G = rows_of(32, 32, seed=2).double()
+    metric, covariance = rivals.loss_metric(G @ G.T, 16), (x.T @ x / len(x)).double()
+    variances, W, inverse = rivals.principal_axes(covariance, metric)
+    y, e = x.double() @ W, rows_of(5, 32, seed=3).double()
+    torch.testing.assert_close(y.T @ y / len(x), variances.diag(), atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close((e @ W).square().sum(-1), (e @ metric * e).sum(-1))
+    torch.testing.assert_close(W @ inverse, torch.eye(32).double(), atol=1e-8, rtol=0)
+    bits = rivals.allocate(variances, 96)
+    codec = rivals.Transform((2, 8), torch.zeros(32), variances, W, inverse, bits)
+    k, v = x.view(-1, 2, 2, 8).unbind(1)
+    stored = codec.encode(k, v)
+    assert stored[0].shape == (4000, 12) and stored[0].dtype == torch.uint8
+    error = torch.stack(codec.decode(stored), 1).view(-1, 32).double() - x
+    found = ((error @ metric) * error).sum(-1).mean().item()
+    told = sum(variance * left[b] for variance, b in zip(variances.tolist(), bits.tolist()))
+    assert found == pytest.approx(told, rel=0.15)  # these rows are only nearly Gaussian
+
+@pytest.mark.parametrize("name", ["additive", "rivals"])
+def test_gradients_are_those_of_the_loss(name):
+    """g of the last token alone, as the others are sinks: differences of the loss itself."""
+    model, ids = small_model("llama"), tokens_of(1, 6)
+    drawn = torch.multinomial(model(ids).logits[0].softmax(-1), 1,
+                              generator=torch.Generator().manual_seed(0))[:, 0]
+
+    def loss(step):
+        def change(k, v, live):
+            return k + live[..., None, None] * step[:32].view(2, 16), \
+                v + live[..., None, None] * step[32:].view(2, 16)
+        with sta.reconstruct(model, {0: change}, sink=5):
+            logits = model(ids).logits[0].double()
+        return torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").item()
+
+    g = torch.tensor([(loss(step) - loss(-step)) / 0.1 for step in 0.05 * torch.eye(64)])
+    found = (rivals.calibrate(model, ids, [0], 5)[0][2] if name == "rivals" else
+             4 * additive.loss_metric(model, ids, [0], 5)[0]).float()
+    apart = ~torch.eye(64).bool()  # additive's has the plain half on its diagonal
+    torch.testing.assert_close(found[apart], g.outer(g)[apart], rtol=0.02,
+                               atol=1e-3 * g.square().max().item())
+
+def test_every_rival_has_its_row(tmp_path, monkeypatch):
+    monkeypatch.setattr(rivals, "FIT_TOKENS", 2048)
+    assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--max-tokens", 512, "--limit",
+                  4, "--rows", "rivals", "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    rows = {row["name"]: row for row in result["rows"]}
+    assert result["curves"] == {} and len(rows) == 1 + 4 + 3 + 4 * 5
+    for name, share in (("grouped 2 bits, 32", 0.1875), ("grouped 2 bits, 128", 0.140625),
+                        ("rotated 2 bits", 0.125 + 2 / 256)):
+        assert rows[name]["bytes_share"] == pytest.approx(share), name
+    for name in ("head plain", "head loss", "layer plain", "layer loss"):
+        for share in rivals.SHARES:
+            row = rows[f"transform {name} {100 * share:g}"]
+            assert row["bytes_share"] == pytest.approx(share, rel=0.01)
+    assert rows["transform layer plain 12.5"]["fvu_key"] < rows["transform head plain 12.5"][
+        "fvu_key"] < rows["rotated 2 bits"]["fvu_key"]
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+
+# ---------------------------------------------------------------- pursuit.py
 
 def test_pursuit_against_least_squares():
     sae, x = small_sae().double(), rows_of(5).double()
-    atoms_, (z, idx) = sae.W_dec.detach().numpy(), rivals.pursue(sae, x, 4)
+    atoms_, (z, idx) = sae.W_dec.detach().numpy(), pursuit.pursue(sae, x, 4)
     for n, target in enumerate((x / sae.scale - sae.b_dec).detach().numpy()):
         chosen, rest = [], target
         for _ in range(4):
@@ -242,39 +342,18 @@ def test_pursuit_against_least_squares():
             rest = target - best @ atoms_[chosen]
         assert idx[n].tolist() == chosen
         assert z[n].tolist() == pytest.approx(best, abs=1e-4)
-    codec = rivals.Pursuit(small_sae(), small_sae(), sta.Budget(4, 4))
+    codec = pursuit.Pursuit(small_sae(), small_sae(), sta.Budget(4, 4))
     k_hat, _ = codec.decode(codec.encode(x[:, None].float(), x[:, None].float()))
     torch.testing.assert_close(k_hat[:, 0], sae.decode(z, idx).float(), atol=0.01, rtol=0)  # fp16
 
-def test_axes_are_the_best_projection():
-    x = rows_of(400).view(100, 4, 16) * torch.logspace(0, 1, 16)  # (tokens, H, D)
-    codec = rivals.Axes((x, 2 * x), (5, 16))
-    k_hat, v_hat = codec.decode(codec.encode(x, 2 * x))
-    centred = x.flatten(0, 1).numpy() - x.flatten(0, 1).numpy().mean(0)
-    left = (np.linalg.svd(centred, compute_uv=False)[5:] ** 2).sum()
-    assert (k_hat - x).square().sum().item() == pytest.approx(left, rel=1e-3)
-    torch.testing.assert_close(v_hat, 2 * x, atol=0.2, rtol=0)  # fp16 of numbers about 100
-
-def test_every_rival_has_its_row(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals, "FIT_TOKENS", 2048)
+def test_row_of_pursuit(trained, tmp_path, capsys):
     assert script(evaluate, "--saes", trained, "--max-tokens", 512, "--limit", 4, "--rows",
-                  "rivals", "--out", tmp_path) == 0
+                  "pursuit", "--out", tmp_path) == 0
     rows = {r["name"]: r for r in json.loads((tmp_path / "tiny.json").read_text())["rows"]}
-    assert list(rows)[6:] == ["grouped 2 bits", "grouped 3 bits", "grouped 4 bits", "pca",
-                              "pursuit"]
-    for name in ("dual", "grouped 2 bits", "pca", "pursuit"):  # two of six layers at 18.75 %
-        assert rows[name]["bytes_share"] == pytest.approx((4 + 2 * 0.1875) / 6), name
-    assert rows["grouped 4 bits"]["fvu_key"] < rows["grouped 3 bits"]["fvu_key"]
     assert rows["pursuit"]["fvu_val"] < rows["dual"]["fvu_val"]
-    assert {rows[f"grouped {n} bits"]["method"] for n in (2, 3, 4)} == {"grouped"}
-
-def test_rivals_without_saes(tmp_path):
-    assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--max-tokens", 512, "--limit",
-                  4, "--rows", "rivals", "--out", tmp_path) == 0
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert [row["name"][:7] for row in result["rows"]] == ["dense", *["grouped"] * 3]
-    assert result["rows"][1]["bytes_share"] == pytest.approx(0.1875) and result["curves"] == {}
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    assert rows["pursuit"]["bytes_share"] == rows["dual"]["bytes_share"]
+    assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--rows", "pursuit") == 2
+    assert_one_line(capsys.readouterr().err, "--rows pursuit: needs SAEs")
 
 # ---------------------------------------------------------------- claims.py
 
@@ -494,11 +573,11 @@ def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
 
 # ---------------------------------------------------------------- all
 
-@pytest.mark.parametrize("name", ["atoms", "benchmark", "cache", "claims", "rivals", "sparse"])
+@pytest.mark.parametrize("name", NAMES)
 def test_help_needs_nothing(name, capsys):
     module = load(name)
     assert script(module, "-h") == 0
-    assert f"beyond.{name}" in capsys.readouterr().out or name == "rivals"
+    assert f"beyond.{name}" in capsys.readouterr().out or name in ("pursuit", "rivals")
 
 def test_the_ground_floor_does_not_import_the_upper_one():
     for name in ("sta", "train_sae", "evaluate", "plots", "test_sta"):
