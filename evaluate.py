@@ -36,17 +36,17 @@ import sta
 
 BATCH_TOKENS = FIDELITY_TOKENS = 4096
 
-def parse_args(argv=None):
+def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what
     add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
     add("--saes", type=pathlib.Path, default="saes", help="of train_sae.py --out (default saes)")
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
-    add("--only", default="", help="leave out rows, but dense, without this regular expression")
-    add("--fit-text", help="text that such rows are fitted on (default: tiny's own, else WikiText)")
+    add("--only", default="", help="keep dense and the rows whose names match this pattern")
+    add("--fit-text", help="text that --rows are fitted on (default: tiny's own, else WikiText)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
     add("--tasks", help=f"of {', '.join(TASKS)}, or .jsonl files with context, choices, label "
                         "(default: tiny's own, else none)")
@@ -65,7 +65,7 @@ def parse_args(argv=None):
     add("--out", type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
     if args.sink < 0 or args.limit is not None and args.limit < 1:
-        raise sta.UsageError(f"--sink {args.sink}, --limit {args.limit}: want 0, 1 or more")
+        raise sta.UsageError(f"--sink {args.sink}, --limit {args.limit}: want at least 0 and 1")
     return args
 
 def find_saes(root, model_name):
@@ -107,19 +107,22 @@ def dual_codecs(saes, k_key, k_val):
     return {layer: sta.DualBudget(saes[layer, "key"], sae, sta.Budget(k_key, k_val))
             for (layer, kind), sae in saes.items() if kind == "value"}
 
-def paper_rows(saes, shape, k, v):
+def paper_rows(saes, shape, k_key, k_val):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms a key and a value -> [Row]: dense; keys,
     values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total."""
     if not saes:
         return [Row("dense", {})]
-    dual, rows = dual_codecs(saes, k, v), [Row("dense", {})]
+    dual, rows = dual_codecs(saes, k_key, k_val), [Row("dense", {})]
     token = torch.zeros(1, *shape, device=next(iter(saes.values())).W_dec.device)
     parts = [x.nbytes for x in next(iter(dual.values())).encode(token, token)]  # 2 of K, 2 of V
-    for kind, budget, coded in (("key", (k, None), parts[:2]), ("value", (None, v), parts[2:])):
+    as_it_is = 2 * token.numel()  # the other kind, in bf16
+    for kind, budget, coded in (("key", (k_key, None), parts[:2]),
+                                ("value", (None, k_val), parts[2:])):
         rows.append(Row(f"{kind}s", {layer: only(kind, codec) for layer, codec in dual.items()},
-                        budget, sum(coded) + 2 * token.numel(), dictionary_bytes(saes, kind)))
-    half = (k + v) // 2
-    for name, budget in (("dual", (k, v)), ("uniform", (half, k + v - half)), ("reverse", (v, k))):
+                        budget, sum(coded) + as_it_is, dictionary_bytes(saes, kind)))
+    half = (k_key + k_val) // 2
+    for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
+                         ("reverse", (k_val, k_key))):
         rows.append(Row(name, dual_codecs(saes, *budget), budget,
                         once_bytes=dictionary_bytes(saes, *sta.KINDS)))
     return rows
@@ -269,9 +272,9 @@ def loglikelihoods(forward, questions, model, name):
     return found
 
 def score_task(questions, found, dense):
-    """{n; acc, acc_norm, delta_acc (from dense, if this is not dense itself), each with _stderr;
-    right: acc by row; ppl if there is one choice}. acc: the choice of the largest log-likelihood,
-    and of one choice whether it is the greedy one; acc_norm: of the largest per character."""
+    """Columns of a task: n; acc, whether the choice of the largest log-likelihood is right (of one
+    choice: whether it is the greedy one); acc_norm, the same per character; delta_acc, from dense;
+    each with _stderr; right, acc by row; ppl, of one choice. dense: dense's columns, or None."""
     right, norm, rest = [], [], iter(found)
     for question in questions:
         totals, greedy = zip(*itertools.islice(rest, len(question.lengths)))
@@ -294,8 +297,8 @@ def fidelity_and_bytes(row, kept, config):
     """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
     tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer} of a row,
     on kept {(layer, kind): (B, T, H, D)}. Layers that are not coded stay in bf16."""
-    dense = 4 * math.prod(sta.kv_shape(config))  # bytes of a layer
-    total, by_layer = (config.num_hidden_layers - len(row.codecs)) * dense, {}
+    n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
+    total, by_layer = (n_layers - len(row.codecs)) * dense, {}
     for layer, codec in row.codecs.items():
         k, v = (kept[layer, kind].float() for kind in sta.KINDS)
         if callable(codec):
@@ -308,12 +311,13 @@ def fidelity_and_bytes(row, kept, config):
         total += size
         by_layer[layer] = {f"{name}_key": x for name, x in sta.fidelity(k, k_hat).items()}
         by_layer[layer] |= {f"{name}_val": x for name, x in sta.fidelity(v, v_hat).items()}
-    exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}
+    exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0, "rel_norm_key": 1.0,
+             "rel_norm_val": 1.0}
     means = {column: sum(found[column] for found in by_layer.values()) / len(by_layer)
              for column in next(iter(by_layer.values()))} if by_layer else exact
     total = total if row.bytes_per_token is None else row.bytes_per_token
-    saved = config.num_hidden_layers * dense - total
-    return {"bytes_per_token": total, "bytes_share": total / (total + saved),
+    saved = n_layers * dense - total
+    return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense),
             "once_bytes": row.once_bytes, "break_even_tokens":
             round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
 
@@ -417,7 +421,7 @@ def main(argv=None):
     found = score(model, rows, windows, tasks, kept, args.sink)
     runs = sorted(folder.glob("run-*.json")) if folder else []
     result = {
-        "model": name, "saes": str(folder), "layers": layers, "n_layers": config.num_hidden_layers,
+        "model": name, "saes": folder, "layers": layers, "n_layers": config.num_hidden_layers,
         "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
         "config": vars(args), "sae_settings": trained["settings"], **provenance(model),
         "rows": found, "curves": find_curves(saes, kept),

@@ -8,6 +8,7 @@ Ito's, which colour-blind readers can tell apart; markers and dashes tell them a
 Non-goals: styling options, several models in one picture.
 """
 import argparse
+import itertools
 import json
 import pathlib
 import statistics
@@ -78,7 +79,7 @@ def draw_asymmetry(panel, result):
 
 def draw_bytes(panel, result):
     """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
-    others, methods = iter(OTHERS * 9), {}
+    others, methods = itertools.cycle(OTHERS), {}
     for row in result["rows"]:
         if row["ratio"] > 1:  # dense, and what is no worse than dense, lies below a log axis
             methods.setdefault(row["method"], []).append(row)
@@ -86,7 +87,7 @@ def draw_bytes(panel, result):
         colour, marker, dash = METHOD_STYLE.get(method) or next(others)
         rows = sorted(rows, key=lambda row: row["bytes_share"])
         rise = [100 * (row["ratio"] - 1) for row in rows]
-        low = [100 * (row["ratio"] - max(row["ratio_ci95"][0], 1.0001)) for row in rows]
+        low = [100 * max(0, row["ratio"] - max(row["ratio_ci95"][0], 1.0001)) for row in rows]
         high = [100 * (row["ratio_ci95"][1] - row["ratio"]) for row in rows]
         panel.errorbar([100 * row["bytes_share"] for row in rows], rise, yerr=(low, high),
                        color=colour, marker=marker, ls=dash, ms=7, capsize=3, label=method)
@@ -122,9 +123,8 @@ def draw_all(result):
     if result["training"]:
         wanted["training"] = "training", [draw_training]
     for name, (title, draws) in wanted.items():
-        size = (1.5 + 4.5 * len(draws), 4.5)
-        figures[name], panels = plt.subplots(1, len(draws), figsize=size, squeeze=False,
-                                            layout="constrained")
+        figures[name], panels = plt.subplots(1, len(draws), squeeze=False, layout="constrained",
+                                             figsize=(1.5 + 4.5 * len(draws), 4.5))
         for panel, draw in zip(panels[0], draws):
             draw(panel, result)
             panel.grid(alpha=0.25, which="both")

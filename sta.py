@@ -14,8 +14,7 @@ Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents (at
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and its elbow,
           4 the dual budget, 5 the fast path, 6 models, text, files. Read 1-4; 5 and 6 serve them.
-What the paper's readable text leaves open is marked `not in paper` where we chose.
-Non-goal: training the language model.
+What the paper's text leaves open is marked `not in paper`. Non-goal: training the model itself.
 """
 import contextlib
 import hashlib
@@ -41,8 +40,8 @@ class UsageError(Exception):
 class TopKSAE(nn.Module):
     """Top-K sparse autoencoder of one layer's keys or values, shared by the layer's kv heads.
     W_enc (D, M), b_enc (M,), W_dec (M, D) whose unit rows are the atoms, b_dec (D,). Buffers:
-    scale (), the s above; fired (M,), 1 where a latent fired in this step, that is, was chosen
-    with z > 0 at the SAE's own budget k; idle (M,), the rows since it last did. All float32."""
+    scale (), the s above; fired (M,), 1 where a latent fired in this step: with z > 0 and among
+    the strongest k, the SAE's own budget; idle (M,), the rows since it last did. All float32."""
 
     def __init__(self, head_dim, n_latents, k, generator=None):
         super().__init__()
@@ -87,12 +86,13 @@ class TopKSAE(nn.Module):
         return residual.square().sum(-1).mean() + self.auxk(x, residual.detach()) / 32
 
     def dead(self):
-        """Latents (n_dead,) idle for 8 rows a latent or more. not in paper: the window."""
+        """Latents (n_dead,) idle for more than 8 M rows. not in paper: the window."""
         return (self.idle > 8 * self.n_latents).nonzero().squeeze(-1)
 
     def auxk(self, x, residual):
-        """AuxK [Gao 2024, 2.3]: the dead latents, at most D/2, rebuild the residual (N, D) of rows
-        x (N, D), without bias, so that they get a gradient; in units of its variance."""
+        """AuxK [Gao 2024, 2.3]: dead latents, at most D/2, rebuild the residual (N, D) of rows
+        x (N, D), without b_dec, in units of its variance; so they get a gradient. not in paper:
+        the first dead ones, not the strongest of each row."""
         dead = self.dead()[:x.shape[1] // 2]
         if len(dead) == 0:
             return 0.0
@@ -114,8 +114,8 @@ class TopKSAE(nn.Module):
     @torch.no_grad()
     def revive_dead(self, n_rows):
         """After a step of n_rows rows: count who was idle, and lift the dead a little.
-        not in paper: AuxK alone drives b_enc of dead latents so low that ReLU cuts their gradient
-        for good; so there it is not learned but raised, until they fire again."""
+        not in paper: AuxK would drive b_enc of dead latents so low that ReLU cuts their gradient
+        for good; so AuxK does not train it, and it is raised here until they fire again."""
         self.idle = torch.where(self.fired > 0, 0, self.idle + n_rows)
         self.fired.zero_()
         self.b_enc[self.dead()] += 1e-3
@@ -129,14 +129,14 @@ def kv_shape(config):
 
 def kv_sites(model):
     """{(layer, kind): (module, view)} of a Hugging Face decoder: view(the module's output) is that
-    layer's keys or values (B, T, H, D), in the output's own memory. Yi is of type llama, too.
-    Keys are those before RoPE, after any k_norm. not in paper, which says "projections": RoPE would
-    turn one semantic key into one copy a position. Raises UsageError for other types."""
+    layer's keys or values (B, T, H, D), in the output's own memory, before RoPE reads them; keys
+    after any k_norm. not in paper, which says "projections": RoPE would turn one semantic key into
+    one copy a position. Raises UsageError for other model types; Yi is of type llama."""
     config = model.get_decoder().config
     H, D = kv_shape(config)
     n_query = config.num_attention_heads * D
 
-    def split(y): return y.view(*y.shape[:2], H, D)  # of (B, T, H*D)
+    def split(y): return y.view(*y.shape[:2], H, D)  # of (B, T, H*D) or (B, T, H, D)
     def heads_first(y): return y.transpose(1, 2)  # of (B, H, T, D)
     def neox_key(y): return y.unflatten(-1, (H, 3, D))[..., 1, :]  # each head's query, key, value
     def neox_value(y): return y.unflatten(-1, (H, 3, D))[..., 2, :]
@@ -209,7 +209,7 @@ def fidelity(x, x_hat):
 @torch.no_grad()
 def budget_curve(sae, x, ks=(1, 2, 4, 8, 16, 32, 64)):
     """[{k, fvu, cos, rel_norm, dead}] of rows x (N, D) by rising k; one encode serves all of them.
-    dead: the share of latents that no row fired."""
+    dead: here the share of latents that no row fired."""
     ks = sorted(k for k in ks if k <= sae.n_latents)
     z, idx = sae.encode(x, ks[-1])  # (N, ks[-1])
     curve = []
@@ -230,7 +230,7 @@ def elbow(curve):
 
 # ------------------------------------------------------------------ 4. the dual budget
 class Budget(NamedTuple):
-    """Atoms a key, atoms a value."""
+    """Atoms per key, atoms per value."""
     k_key: int = 8
     k_val: int = 16
 
@@ -258,18 +258,18 @@ class DualBudget:
 
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
-    """Inside, `model` computes with replaced keys and values: prefill, decode, generate alike.
-    codecs: {layer: codec, or a function (k, v, live) -> (k_hat, v_hat)}, of float32 (B, T, H, D).
-    The first `sink` tokens of a sequence stay exact (not in paper: their norms are extreme, arXiv
-    2309.17453); live (B, T) is False there and at padding, which a function that looks across
-    tokens must not see. The hooks go on every way out. Raises UsageError for an absent layer."""
+    """Inside, `model` computes with decoded keys and values, in prefill and decode alike; its own
+    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec, or a function
+    (k, v, live) -> (k_hat, v_hat)}, of float32 (B, T, H, D). The first `sink` tokens of a sequence
+    stay exact (not in paper: their norms are extreme, arXiv 2309.17453); live (B, T) is False there
+    and at padding: a function across tokens must skip those. Raises UsageError: no such layer."""
     call, waiting, n_layers = {}, {}, model.get_decoder().config.num_hidden_layers
-    for layer in codecs.keys() - set(range(n_layers)):
-        raise UsageError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
+    if max(codecs, default=0) >= n_layers:
+        raise UsageError(f"layer {max(codecs)}: the model has layers 0 to {n_layers - 1}")
 
     def note_call(decoder, args, kwargs):
         mask = kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # its name before 5.24
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # before 5.24
         call["mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
         call["past"] = 0 if cache is None else cache.get_seq_length()
         waiting.clear()
@@ -305,8 +305,8 @@ def reconstruct(model, codecs, sink=1):
 def fuse(codecs):
     """{layer: codec} -> {layer: function} for `reconstruct`: encode and decode in one compiled
     graph, shared by all layers, for CUDA. Warns, and returns the codecs, if nothing compiles."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(1))
+    try:  # on the device that is there
+        torch.compile(torch.sin)(torch.zeros(1).to("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
         warnings.warn(f"nothing is compiled ({type(error).__name__}); computing step by step")
         return codecs
@@ -331,8 +331,8 @@ def run(main):
     try:
         main()
     except (UsageError, KeyboardInterrupt) as error:
-        stopped = "interrupted; the last checkpoint, if any, is kept"
-        print("error:", " ".join(str(error).split())[:500] or stopped, file=sys.stderr)
+        message = str(error) or "interrupted; the last checkpoint, if any, is kept"
+        print("error:", " ".join(message.split())[:500], file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 130)
 
 @contextlib.contextmanager
@@ -400,7 +400,7 @@ def read_text(spec, split, model_name, max_chars=1 << 30):
     joined by blank lines. None: tiny's own text, else WikiText; split is "train" or "valid"."""
     if spec is None:
         spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
-    name, config, part = (spec.split(":") + [None, "train"])[:3]
+    name, config, part = (spec.split(":") + [None, None])[:3]
     text = ""
     with explain(f"--text {spec}: no UTF-8 file, and not to be had as a data set owner/name"):
         like_a_file = re.search(r"\.[a-z]\w*$", name) or not re.fullmatch(r"[\w-]+/[\w.-]+", name)
@@ -408,7 +408,7 @@ def read_text(spec, split, model_name, max_chars=1 << 30):
             text = open(spec, encoding="utf-8").read(max_chars)
         else:
             from datasets import load_dataset  # optional: pip install datasets
-            for row in load_dataset(name, config, split=part, streaming=True):
+            for row in load_dataset(name, config, split=part or "train", streaming=True):
                 text += row["text"] + "\n\n"
                 if len(text) > max_chars:
                     break

@@ -30,9 +30,9 @@ BUFFER_TOKENS = 32_768  # whose rows are shuffled together, as neighbours in a t
 # not in paper: the steps' budgets in turn, in multiples of k, so that one SAE serves k/2 to 2k
 BUDGET_CYCLE = (1, 0.5, 1, 2)
 
-def parse_args(argv=None):
+def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what
     add("--model", default="tiny", help=f"{', '.join(sta.MODELS)}, a hub id or a folder")
@@ -102,8 +102,7 @@ def update(saes, optimizer, n_rows):
 
 def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
     """-> ({(layer, kind): SAE}, their held-out rows (N, D), log of the training curves).
-    make_sae(head_dim, n_latents, k, generator) -> a module with the methods of TopKSAE that are
-    called here and in `update`: centre, loss, project_gradient, renormalise, revive_dead, dead."""
+    make_sae(head_dim, n_latents, k, generator) -> a TopKSAE or a subclass of it."""
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
     generator = torch.Generator().manual_seed(args.seed)
@@ -132,16 +131,16 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
-            for sae in saes.values() if n_ranks > 1 else ():
-                dist.broadcast(sae.b_dec.data, 0)
-                dist.broadcast(sae.scale, 0)
+                if n_ranks > 1:
+                    dist.broadcast(sae.b_dec.data, 0)
+                    dist.broadcast(sae.scale, 0)
         shuffle = torch.Generator().manual_seed(1_000_003 * args.seed + 1009 * rank + b)
         shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle)
         for batch in shuffled.split(own_batch)[:steps[b]]:
             began = time.time()
-            scale = BUDGET_CYCLE[step % len(BUDGET_CYCLE)]
+            factor = BUDGET_CYCLE[step % len(BUDGET_CYCLE)]
             for key, sae in saes.items():
-                k = min(max(1, round(scale * sae.k)), args.n_latents)
+                k = min(max(1, round(factor * sae.k)), args.n_latents)
                 x = rows[key][batch.to(rows[key].device)].float()  # (own_batch, D)
                 (sae.loss(x, k) / n_ranks).backward()
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
@@ -254,11 +253,11 @@ def save_trained(folder, model, saes, held_rows, settings, args):
                 "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind,
                 "held_out": point, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
-    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py"
-          + (f" --model {args.model} --text ANOTHER" if args.text else ""))
+    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py --saes {folder}"
+          + " --text HELD_OUT" * bool(args.text))
 
-def main(argv=None, make_sae=sta.TopKSAE):
-    args = parse_args(argv)
+def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
+    args = parse_args(argv, description)
     rank, n_ranks = join_processes()
     device, dtype = sta.pick_device(args.device, args.dtype)
     if n_ranks > 1 and device == "auto":
@@ -272,7 +271,7 @@ def main(argv=None, make_sae=sta.TopKSAE):
     folder = args.out / sta.slug(args.model)
     settings = {name: getattr(args, name) for name in (
         "tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr", "seed")}
-    settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],
+    settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],  # torch.
                  "processes": n_ranks, "text": args.text or "default",
                  "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
     if check_folder(folder, layers, settings, args.resume):

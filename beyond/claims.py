@@ -221,9 +221,7 @@ def draw_attention(result, found):
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-    args = evaluate.parse_args(argv)
+    args = evaluate.parse_args(argv, __doc__)
     path = evaluate.main([*argv, "--rows", ",".join(filter(None, [args.rows, "claims"]))])
     result = json.loads(path.read_text())
     folder, name = evaluate.find_saes(args.saes, args.model)

@@ -8,8 +8,6 @@ autograd up to the order of summation (tested). Against it a step takes, on 2 co
 beyond.benchmark`), about as long at tiny's shape and two thirds of the time at (D, M, k) = (512,
 4096, 32). Non-goal: the decoder, whose embedding_bag has a sparse gradient already.
 """
-import sys
-
 import torch
 import torch.nn.functional as F
 
@@ -48,10 +46,7 @@ class SparseSAE(sta.TopKSAE):
         return F.relu(z), idx
 
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-    train_sae.main(argv, SparseSAE)
+    train_sae.main(argv, SparseSAE, __doc__)
 
 if __name__ == "__main__":
     sta.run(main)

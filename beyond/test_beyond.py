@@ -550,6 +550,102 @@ def test_benchmark_rows():
     assert row["dense_bytes"] == 2 * 300 * token
     assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 4 * 300
 
+# ---------------------------------------------------------------- additive.py
+
+def learned_layer(n=9000):
+    """A layer of two heads of sixteen, P = 64, learned from rows of a few directions."""
+    x = rows_of(n, 20) @ rows_of(20, 64, seed=1) + rows_of(n, 64, seed=2) / 10
+    return x, additive.learn_layer(x, torch.eye(64), 8, seed=0)
+
+def test_beam_search_is_a_search_over_all_sums_where_it_can_be():
+    """As many candidates as sums of two stages: no sum is nearer; one candidate: greedy."""
+    y, atoms = rows_of(30, 8), rows_of(12, 8, seed=1).view(2, 6, 8) * torch.tensor([1, 0.3])[
+        :, None, None]
+    greedy, left = additive.beam_search(y, atoms, 1)
+    for n, x in enumerate(y):
+        first = (atoms[0] - x).square().sum(-1).argmin()
+        second = (atoms[1] - (x - atoms[0][first])).square().sum(-1).argmin()
+        assert greedy[n].tolist() == [first, second]
+    codes, left = additive.beam_search(y, atoms, 4)
+    total = sum(stage[codes[:, j].long()] for j, stage in enumerate(atoms))
+    torch.testing.assert_close(left, y - total)
+    sums = (atoms[0][:, None] + atoms[1]).flatten(0, 1)  # of all pairs
+    best = torch.cdist(y, sums).amin(1).square()
+    assert (left.square().sum(-1) <= additive.beam_search(y, atoms, 1)[1].square().sum(-1)
+            + 1e-4).all()
+    assert (left.square().sum(-1) < best + 1e-3).float().mean() > 0.9
+
+def test_k_means_finds_clusters_and_fills_empty_atoms():
+    centres = 50 * rows_of(256, 8)
+    x = centres.repeat(40, 1) + rows_of(40 * 256, 8, seed=1) / 100
+    atoms = additive.k_means(x, torch.Generator().manual_seed(0))
+    assert len(set(additive.nearest(x, atoms).tolist())) > 200
+    torch.testing.assert_close(torch.cdist(x, atoms).argmin(1), additive.nearest(x, atoms))
+
+def test_additive_code_of_a_layer():
+    x, learned = learned_layer()
+    n_stages = [len(learned[f"atoms.{i}"]) for i in range(2) if f"atoms.{i}" in learned]
+    stages = [min(4, n) for n in n_stages]
+    codec = additive.Additive(learned, stages, (2, 16))
+    k, v = x[:300].view(3, 100, 2, 2, 16).unbind(2)
+    stored = codec.encode(k, v)
+    assert stored[0].shape == (3, 100, sum(stages)) and stored[0].dtype == torch.uint8
+    y, at = torch.zeros(300, codec.W.shape[1]), 0
+    for i, n in enumerate(stages):  # a loop over bytes
+        for j in range(n):
+            atom = learned[f"atoms.{i}"][j][stored[0].flatten(0, 1)[:, at].long()]
+            y[:, 32 * i:32 * (i + 1)] += atom
+            at += 1
+    expected = y @ learned["inverse"] + learned["mean"]
+    k_hat, v_hat = codec.decode(stored)
+    torch.testing.assert_close(torch.stack([k_hat, v_hat], 2).view(300, 64), expected, atol=1e-3,
+                               rtol=1e-4)
+    spread = (x[:300] - x.mean(0)).square().sum()
+    assert (expected - x[:300]).square().sum() / spread < 0.5
+    for i in range(len(n_stages)):
+        assert (learned[f"left.{i}"].diff() < 0).float().mean() > 0.8  # held-out rows
+
+def test_bytes_go_where_they_help_most(capsys):
+    curves = {0: [torch.tensor([9.0, 3, 1]), torch.tensor([1.0, 0.5])], 3: [torch.tensor([5, 4.8])]}
+    assert additive.share_out(curves, 3) == {0: [2, 1], 3: [0]}
+    assert additive.share_out(curves, 4) == {0: [2, 1], 3: [1]}
+    with pytest.raises(sta.UsageError, match="5 bytes, but only 4 stages were learned"):
+        additive.share_out(curves, 5)
+
+def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(additive, "GRADIENT_TOKENS", 1024)
+    monkeypatch.setattr(additive, "ROUNDS", 2)
+    argv = ["--tokens", 8704, "--out", tmp_path, "--most", 0.13]
+    assert script(additive, *argv, "--layer", "0-4") == 0
+    files = sorted((tmp_path / "tiny" / "additive").iterdir())
+    before = {path: path.stat().st_mtime_ns for path in files}
+    assert script(additive, *argv) == 0  # resumes: layer 5 alone
+    assert "1 of 6 layers to learn" in capsys.readouterr().out
+    assert before == {path: path.stat().st_mtime_ns for path in files}
+    assert script(additive, *argv, "--seed", 1) == 2
+    assert_one_line(capsys.readouterr().err, "layer0.safetensors was learned with")
+    monkeypatch.setattr(additive, "SHARES", (0.0625, 0.125))
+    run = ["--model", "tiny", "--saes", tmp_path, "--max-tokens", 512, "--limit", 4, "--rows",
+           "additive", "--out", tmp_path]
+    assert script(evaluate, *run) == 0
+    rows = {row["name"]: row for row in json.loads((tmp_path / "tiny.json").read_text())["rows"]}
+    assert list(rows) == ["dense", "additive 6.25", "additive 12.5"]
+    for share in (0.0625, 0.125):
+        assert rows[f"additive {100 * share:g}"]["bytes_share"] == share
+    assert rows["additive 12.5"]["ce"] < rows["dense"]["ce"] + 0.02
+    monkeypatch.setattr(additive, "SHARES", (0.9,))
+    assert script(evaluate, *run) == 2
+    assert_one_line(capsys.readouterr().err, "bytes, but only .* stages were learned")
+    files[2].write_bytes(files[2].read_bytes()[:1000])
+    assert script(evaluate, *run) == 2
+    assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing, truncated or corrupt")
+    assert script(additive, *argv) == 2
+    assert_one_line(capsys.readouterr().err, "layer2.safetensors: truncated or corrupt; delete it")
+    with pytest.raises(sta.UsageError, match="layer0.safetensors: of another model"):
+        additive.load(tmp_path / "tiny" / "additive", small_model("llama"), [0])
+    assert script(additive, "--tokens", 1024, "--out", tmp_path / "few") == 2
+    assert_one_line(capsys.readouterr().err, "--tokens: .* rows, too few for 256 atoms")
+
 # ---------------------------------------------------------------- sparse.py
 
 @pytest.mark.parametrize("k", [1, 5, 40])
