@@ -617,7 +617,7 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "{tmp}/long.jsonl"], "long.jsonl line 1: .* choice 0 is .* over 256 tokens"),
     (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
     (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
-    (["--limit", "0"], "--limit 0: want 0, 1 or more"),
+    (["--limit", "0"], "--limit 0: want at least 0 and 1"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
 ])
 def test_bad_evaluation_input(argv, message, trained, tmp_path, capsys):
