@@ -9,21 +9,19 @@ linear images of one hidden state. Along the axes W of the layer, y = (x - mean)
 
     y_hat = C_1[b_1] + ... + C_S[b_S]     b_j one byte, C_j 256 atoms
 
-A sparse code whose coefficients are all one: the bytes of coefficients buy more atoms instead. Also
-known as residual quantisation [arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879].
-Axes:   principal ones in the metric of the loss: an error counts half by its square along gradients
-        of the model's own loss, half plainly; so y is in the same nats in every layer.
-Atoms:  residual k-means, stage by stage.
-Bytes:  by greed over all layers and blocks, each where it lowers the error of held-out rows most.
-Coding: beam search, `BEAM` candidates a block.
-Non-goals: fine-tuning on the loss; an entropy coder.
+A sparse code whose coefficients are all one: their bytes buy more atoms instead. Also known as
+residual quantisation [arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879].
+Axes: principal ones in the metric of the loss, in which an error counts half by its square along
+gradients of the model's own loss and half plainly: nats, in every layer. Atoms: residual k-means.
+Bytes: by greed over all layers and blocks, each where it lowers the error of held-out rows most.
+Coding: beam search. Non-goals: fine-tuning on the loss, an entropy coder.
 """
 import argparse
+import collections
 import hashlib
 import json
 import math
 import pathlib
-import time
 
 import safetensors.torch
 import torch
@@ -32,6 +30,7 @@ from tqdm import tqdm
 
 import evaluate
 import sta
+import train_sae
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 32, 4, 6
 GRADIENT_TOKENS = 20_480  # of the text, for the metric
@@ -72,13 +71,12 @@ def side_by_side(k, v):
     return torch.cat([k.flatten(-2), v.flatten(-2)], -1).float()
 
 def principal_axes(x, metric):
-    """Rows x (N, P) -> mean (P,), variances (P,), W (P, P), W^-1: y = (x - mean) W has uncorrelated
-    numbers of these variances, strongest first, and the metric's lengths."""
+    """Rows x (N, P) -> mean (P,), W (P, P), W^-1: y = (x - mean) W has uncorrelated numbers,
+    strongest first, and the metric's lengths."""
     mean, root = x.mean(0), torch.linalg.cholesky(metric.double())
     centred = ((x - mean) @ root.float()).double()
-    variances, axes = torch.linalg.eigh(centred.T @ centred / len(x))
-    axes = axes.flip(1)
-    return mean, variances.flip(0), (root @ axes).float(), (axes.T @ root.inverse()).float()
+    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
+    return mean, (root @ axes).float(), (axes.T @ root.inverse()).float()
 
 # ------------------------------------------------------------------ atoms
 def k_means(x, generator):
@@ -117,48 +115,43 @@ def beam_search(y, atoms, beam):
         codes[..., j] = pick.to(torch.uint8)
     return codes[:, 0], left[:, 0]
 
-def learn_layer(x, metric, most_bytes, seed):
+def learn_layer(x, metric, n_stages, seed):
     """Rows x (N, P) of one layer -> its tensors: mean (P,), W (P, Q), inverse (Q, P); of each block
     atoms.<i> (S, 256, 32) and left.<i> (S + 1,), the error of held-out rows after 0 to S stages.
-
-    Learns as many stages a block as Gaussians of these variances would want at most_bytes, and a
-    quarter more. Raises UsageError at fewer rows than 32 an atom."""
+    n_stages in all, one at a time for the block whose last one helped most. Raises UsageError at
+    fewer than 32 rows an atom."""
     if len(x) < 32 * N_ATOMS:
         raise sta.UsageError(f"--tokens: {len(x):,} rows, too few for {N_ATOMS} atoms; want "
                              f"{32 * N_ATOMS:,} or more")
-    mean, variances, W, inverse = principal_axes(x, metric)
-    y, generator, found = (x - mean) @ W, torch.Generator().manual_seed(seed), {}
-    n_held = len(x) // 10
-    rate = 8 * most_bytes  # bits; the level that spends them, by halving
-    level = variances.clamp_min(1e-12).log2().sort(descending=True).values
-    spent = (level.cumsum(0) - level * torch.arange(1, len(level) + 1)) / 2
-    water = level[(spent < rate).sum() - 1]
-    bits = (variances.clamp_min(1e-12).log2() - water).clamp_min(0) / 2
-    for i, block in enumerate(bits.split(BLOCK)):
-        n_stages = int(1.25 * block.sum() / 8) + 2 if block.sum() > 0 else 0
-        if n_stages == 0:
-            break
-        left = y[:, BLOCK * i:BLOCK * (i + 1)]
-        held, atoms, errors = left[:n_held], [], [left[:n_held].square().sum(-1).mean()]
-        left = left[n_held:]
-        for _ in range(n_stages):
-            atoms.append(k_means(left, generator))
-            left = left - atoms[-1][nearest(left, atoms[-1])]
-            held = held - atoms[-1][nearest(held, atoms[-1])]
-            errors.append(held.square().sum(-1).mean())
-        found |= {f"atoms.{i}": torch.stack(atoms), f"left.{i}": torch.stack(errors)}
-    n = BLOCK * len(found) // 2
-    return {"mean": mean, "W": W[:, :n].contiguous(), "inverse": inverse[:n].contiguous(), **found}
+    mean, W, inverse = principal_axes(x, metric)
+    left = list(((x - mean) @ W).split(BLOCK, 1))  # of each block what is not coded yet
+    generator, n_held = torch.Generator().manual_seed(seed), len(x) // 10
+    atoms = [[] for _ in left]
+    errors = [[part[:n_held].square().sum(-1).mean()] for part in left]
+    gains = [curve[0].item() for curve in errors]  # nothing helps more than that
+    for _ in range(n_stages):
+        i = gains.index(max(gains))
+        stage = k_means(left[i][n_held:], generator)
+        left[i] = left[i] - stage[nearest(left[i], stage)]
+        atoms[i].append(stage)
+        errors[i].append(left[i][:n_held].square().sum(-1).mean())
+        gains[i] = (errors[i][-2] - errors[i][-1]).item()
+    used = [i for i, stages in enumerate(atoms) if stages]
+    n = BLOCK * (used[-1] + 1)
+    found = {"mean": mean, "W": W[:, :n].contiguous(), "inverse": inverse[:n].contiguous()}
+    for i in used:
+        found |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
+    return found
 
 # ------------------------------------------------------------------ the codec
 class Additive:
-    """A codec of one layer: `stages` bytes a block, of what `learn_layer` returned."""
+    """A codec of one layer: of what `learn_layer` returned, `stages` {block: bytes} are used."""
 
     def __init__(self, learned, stages, shape):
-        """stages: how many of each block's stages are used; shape: (n_kv_heads, head_dim)."""
-        self.mean, self.shape, self.stages = learned["mean"], shape, stages
-        self.atoms = [learned[f"atoms.{i}"][:n] for i, n in enumerate(stages)]
-        self.W, self.inverse = learned["W"], learned["inverse"]  # (P, Q), (Q, P)
+        """shape: (n_kv_heads, head_dim)."""
+        self.mean, self.W, self.inverse = learned["mean"], learned["W"], learned["inverse"]
+        self.atoms = {i: learned[f"atoms.{i}"][:n] for i, n in sorted(stages.items()) if n}
+        self.shape, self.kept = shape, [self.mean, self.W, self.inverse, *self.atoms.values()]
 
     def encode(self, k, v):
         """Keys before RoPE and values (..., H, D) -> one tensor of bytes (..., sum of stages)."""
@@ -166,71 +159,62 @@ class Additive:
         y = (x.flatten(0, -2) - self.mean) @ self.W  # (N, Q)
         codes = [torch.cat([beam_search(part, atoms, BEAM)[0]
                             for part in y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)])
-                 for i, atoms in enumerate(self.atoms) if len(atoms)]
+                 for i, atoms in self.atoms.items()]
         return (torch.cat(codes, 1).view(*x.shape[:-1], -1),)
 
     def decode(self, stored):
         codes = stored[0].flatten(0, -2).int()  # (N, sum of stages)
-        y = self.mean.new_zeros(len(codes), self.W.shape[1])
-        used = [i for i, n in enumerate(self.stages) if n]
-        for i, part in zip(used, codes.split([self.stages[i] for i in used], 1)):
-            first = N_ATOMS * torch.arange(self.stages[i], device=part.device, dtype=torch.int32)
+        y, at = self.mean.new_zeros(len(codes), self.W.shape[1]), 0
+        for i, atoms in self.atoms.items():
+            first = N_ATOMS * torch.arange(len(atoms), device=codes.device, dtype=torch.int32)
             y[:, BLOCK * i:BLOCK * (i + 1)] = F.embedding_bag(
-                part + first, self.atoms[i].flatten(0, 1), mode="sum")
+                codes[:, at:at + len(atoms)] + first, atoms.flatten(0, 1), mode="sum")
+            at += len(atoms)
         x = y @ self.inverse + self.mean  # (N, P)
         return x.view(*stored[0].shape[:-1], 2, *self.shape).unbind(-3)
 
-    def nbytes(self):
-        """Of what is kept once."""
-        return sum(x.nbytes for x in (self.mean, self.W, self.inverse, *self.atoms))
-
 def share_out(curves, n_bytes):
-    """{layer: [errors of a block after 0, 1, ... stages]} -> {layer: [stages a block]}, n_bytes in
-    all, by greed. Raises UsageError if fewer stages were learned."""
-    gains = {(layer, i, j): gain for layer, blocks in curves.items() for i, left in
-             enumerate(blocks) for j, gain in enumerate((-left.diff()).cummin(0).values.tolist())}
+    """{(layer, block): errors after 0, 1, ... stages} -> {(layer, block): stages}, n_bytes in all,
+    by greed. Raises UsageError if fewer stages were learned."""
+    gains = {(*place, j): gain for place, left in curves.items()
+             for j, gain in enumerate((-left.diff()).cummin(0).values.tolist())}
     if n_bytes > len(gains):
         raise sta.UsageError(f"{n_bytes:,} bytes, but only {len(gains):,} stages were learned; "
-                             "learn more (python -m beyond.additive --most)")
+                             "learn more: python -m beyond.additive --most")
     best = sorted(gains, key=gains.get, reverse=True)[:n_bytes]
-    stages = {layer: [0] * len(blocks) for layer, blocks in curves.items()}
-    for layer, i, _ in best:
-        stages[layer][i] += 1
-    return stages
+    return collections.Counter((layer, i) for layer, i, _ in best)
 
 # ------------------------------------------------------------------ files, rows
-def load(folder, model, layers):
-    """{layer: what `learn_layer` returned} of a folder of this model. Raises UsageError."""
-    found, sites = {}, sta.kv_sites(model)
-    for layer in layers:
-        path = folder / f"layer{layer}.safetensors"
-        with sta.explain(f"{path}: missing, truncated or corrupt; run python -m beyond.additive"):
-            with safetensors.safe_open(path, "pt") as file:
-                mark = file.metadata()["fingerprint"]
-                found[layer] = {name: file.get_tensor(name).to(sites[layer, "key"][0].weight.device)
-                                for name in file.keys()}
-        if mark != sta.fingerprint(model):
-            raise sta.UsageError(f"{path}: of another model; choose another --saes")
-    return found
+def read(path):
+    """(tensors, metadata) of a layer's file."""
+    with sta.explain(f"{path}: missing, truncated or corrupt; delete it and run python -m "
+                     "beyond.additive"):
+        with safetensors.safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
 def codecs_at(learned, share, shape):
-    """{layer: Additive} that keep this share of bf16 in all."""
-    curves = {layer: [x[f"left.{i}"] for i in range(sum(name[:4] == "left" for name in x))]
-              for layer, x in learned.items()}
-    n_bytes = round(share * len(learned) * 4 * shape[0] * shape[1])
-    stages = share_out(curves, n_bytes)
-    return {layer: Additive(x, stages[layer], shape) for layer, x in learned.items()}
+    """{layer: what `learn_layer` returned} -> {layer: Additive}, this share of bf16 in all."""
+    curves = {(layer, int(name[5:])): x for layer, tensors in learned.items()
+              for name, x in tensors.items() if name.startswith("left.")}
+    stages = share_out(curves, round(share * len(learned) * 4 * math.prod(shape)))
+    return {layer: Additive(tensors, {i: n for (of, i), n in stages.items() if of == layer}, shape)
+            for layer, tensors in learned.items()}
 
 def rows(model, tokenizer, saes, args):
     """For evaluate.py: [Row]."""
     config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
-    layers = sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers)
-    learned = load(args.saes / sta.slug(name) / "additive", model, layers)
-    found = []
+    learned, found = {}, []
+    for layer in sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers):
+        path = args.saes / sta.slug(name) / "additive" / f"layer{layer}.safetensors"
+        tensors, metadata = read(path)
+        if metadata["fingerprint"] != sta.fingerprint(model):
+            raise sta.UsageError(f"{path}: of another model; choose another --saes")
+        learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
     for share in SHARES:
         codecs = codecs_at(learned, share, sta.kv_shape(config))
         found.append(evaluate.Row(f"additive {100 * share:g}", codecs, method="additive",
-                                  once_bytes=sum(codec.nbytes() for codec in codecs.values())))
+                                  once_bytes=sum(x.nbytes for codec in codecs.values()
+                                                 for x in codec.kept)))
     return found
 
 # ------------------------------------------------------------------ the run
@@ -244,7 +228,6 @@ def parse_args(argv):
     add("--tokens", type=int, default=61_440, help="of it (default 61,440)")
     add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--most", type=float, default=0.25, help="largest share of bf16 to learn for (default .25)")
-    add("--sink", type=int, default=1, help="first tokens of a window left out (default 1)")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or auto (default: cuda if any)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
@@ -258,40 +241,26 @@ def main(argv=None):
         args.model, *sta.pick_device(args.device, args.dtype), args.layer)
     text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
     windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
-    P = 2 * math.prod(sta.kv_shape(model.get_decoder().config))
+    n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
     folder = args.out / sta.slug(args.model) / "additive"
-    settings = {"tokens": windows.numel(), "seed": args.seed, "sink": args.sink, "most": args.most,
+    settings = {"tokens": windows.numel(), "seed": args.seed, "most": args.most,
                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
     path = {layer: folder / f"layer{layer}.safetensors" for layer in layers}
-    todo = [layer for layer in layers if not is_done(path[layer], settings)]
+    todo = [layer for layer in layers if not path[layer].exists()]
+    for layer in set(layers) - set(todo):
+        train_sae.expect_same(path[layer], json.loads(read(path[layer])[1]["settings"]), settings)
     print(f"{args.model}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
     if todo:
         few = windows[:max(1, GRADIENT_TOKENS // windows.shape[1])]
-        metric, rows = loss_metric(model, few, todo, args.sink, args.seed), sta.harvest(
-            model, windows, todo, args.sink)
-    for layer in todo:
-        began = time.time()
+        metric = loss_metric(model, few, todo, 1, args.seed)
+        rows = sta.harvest(model, windows, todo, args.sink)
+    for layer in tqdm(todo, desc="layers", disable=None):
         x = side_by_side(rows.pop((layer, "key")), rows.pop((layer, "value")))
-        learned = learn_layer(x, metric[layer], args.most * 2 * P, args.seed)
-        left = sum(learned[name][-1].item() for name in learned if name[:4] == "left")
-        whole = sum(learned[name][0].item() for name in learned if name[:4] == "left")
-        tensors = {name: x.cpu() for name, x in learned.items()}
-        sta.write_atomic(path[layer], safetensors.torch.save(tensors, {
-            "fingerprint": sta.fingerprint(model), "settings": json.dumps(settings)}))
-        print(f"layer {layer}: {sum(len(x) for name, x in learned.items() if name[:5] == 'atoms')} "
-              f"stages leave {left / whole:.5f} of the loss's error, {time.time() - began:.0f} s")
-    print(f"wrote {folder}; next: python evaluate.py --rows additive --model {args.model}")
-
-def is_done(path, settings):
-    """Whether a layer is learned with these settings. Raises UsageError at others."""
-    if not path.exists():
-        return False
-    with sta.explain(f"{path}: truncated or corrupt; delete it"):
-        with safetensors.safe_open(path, "pt") as file:
-            then = json.loads(file.metadata()["settings"])
-    if then != settings:
-        raise sta.UsageError(f"{path} was learned with {then}; choose that, or another --out")
-    return True
+        learned = learn_layer(x, metric[layer], n_stages, args.seed)
+        sta.write_atomic(path[layer], safetensors.torch.save(
+            {name: tensor.cpu() for name, tensor in learned.items()},
+            {"fingerprint": sta.fingerprint(model), "settings": json.dumps(settings)}))
+    print(f"{folder} is complete; next: python evaluate.py --rows additive --model {args.model}")
 
 if __name__ == "__main__":
     sta.run(main)

@@ -5,16 +5,14 @@
 
 grouped    KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32, and 2 bits, group 128: each group
            to even steps between its extremes, kept as fp16 minimum and step; keys in groups of
-           tokens of one channel, values of channels of one token. Its keys are those before RoPE,
-           kinder than KIVI's own [arXiv 2401.18079]. Simulated: rounded, then computed with.
+           tokens of one channel, values of channels of one token. Keys before RoPE, kinder than
+           KIVI's own [arXiv 2401.18079]. Simulated: rounded, then computed with.
 rotated    the idea of TurboQuant [arXiv 2504.19874], at 1, 2 and 3 bits: a head's key or value,
-           less its mean, turned by a fixed random rotation; an fp16 norm, and each number to the
-           best levels for a Gaussian [Lloyd-Max].
-transform  the idea of KVTC [arXiv 2511.01815]: numbers along principal axes, each axis in 0 to 8
-           bits by greed on what they save, Lloyd-Max levels. Of a head's key or value alone, or of
-           a layer, keys and values of all heads together; plain: by squared error, as many bits
-           everywhere; loss: by what an error costs the model, bits wherever they save most.
-           KVTC also codes entropy: that would save 4 % of the bits at 2 bits a number, 6 % at 3.
+           less its mean, by a fixed random rotation; an fp16 norm, Lloyd-Max levels of a Gaussian.
+transform  the idea of KVTC [arXiv 2511.01815]: principal axes, each in 0 to 8 bits by greed on what
+           they save, Lloyd-Max levels. Of a head's key or value, or of a layer, all heads together;
+           plain: squared error, equal bits everywhere; loss: what an error costs the model, bits
+           wherever they save most. KVTC's entropy coder would save 4 to 6 % at 2 to 3 bits.
 All are fitted on one text (--fit-text), never on the text that is scored.
 """
 import argparse
@@ -146,20 +144,17 @@ def calibrate(model, windows, layers, sink, seed=0):
             pair = [sites[layer, kind] for kind in sta.KINDS]
             x, g = (torch.cat([view(found[module].detach())[0, sink:].flatten(1)
                                for module, view in pair], 1).float() for found in (outputs, grads))
-            total[layer] = [total[layer][0] + x.sum(0), total[layer][1] + x.T @ x,
-                            total[layer][2] + g.T @ g]
+            new = x.sum(0), x.T @ x, g.T @ g
+            total[layer] = [old + part.double() for old, part in zip(total[layer], new)]
         n += len(x)
     for hook in hooks:
         hook.remove()
-    found = {}
-    for layer, (mean, square, G) in total.items():
-        mean = mean.double() / n
-        found[layer] = mean, square.double() / n - mean.outer(mean), G.double() / n
-    return found
+    return {layer: (mean / n, square / n - (mean / n).outer(mean / n), G / n)
+            for layer, (mean, square, G) in total.items()}
 
 def loss_metric(G, n_values):
-    """A (P, P): an error e counts e^T A e. Half by G, and half plainly, as far as a G from few
-    gradients cannot be trusted; keys and values, whose units differ, each in its own mean cost."""
+    """A (P, P): an error e counts e^T A e, half by G and half plainly, as a G from few gradients is
+    rough; keys and values, whose units differ, each in its own mean cost."""
     plain = torch.cat([part.mean().expand(n_values) for part in G.diagonal().split(n_values)])
     return (G + plain.diag()) / 4
 
@@ -200,20 +195,18 @@ class Transform:
 
 def transforms(fitted, shape, unit, metric):
     """A function share -> {layer: Transform}; unit "head" or "layer", metric "plain" or "loss"."""
-    P = 2 * math.prod(shape)
-    n_units, axes = 2 * shape[0] if unit == "head" else 1, {}
+    P, axes = 2 * math.prod(shape), {}
+    size = shape[1] if unit == "head" else P
     for layer, (mean, covariance, G) in fitted.items():
         A = loss_metric(G, P // 2) if metric == "loss" else torch.eye(P).to(G)
-        parts = [principal_axes(covariance[i:i + P // n_units, i:i + P // n_units],
-                                A[i:i + P // n_units, i:i + P // n_units])
-                 for i in range(0, P, P // n_units)]
-        axes[layer] = (torch.cat([variances for variances, _, _ in parts]),
-                       torch.block_diag(*[W for _, W, _ in parts]),
-                       torch.block_diag(*[inverse for _, _, inverse in parts]))
+        variances, W, inverse = zip(*(principal_axes(
+            covariance[i:i + size, i:i + size], A[i:i + size, i:i + size])
+            for i in range(0, P, size)))
+        axes[layer] = torch.cat(variances), torch.block_diag(*W), torch.block_diag(*inverse)
 
     def at(share):
         variances = torch.stack([found[0] for found in axes.values()])  # (layers, P)
-        sites = variances.view(1, -1) if metric == "loss" else variances.view(-1, P // n_units)
+        sites = variances.view(1, -1) if metric == "loss" else variances.view(-1, size)
         n_bits = int(share * 16 * sites.shape[1])
         bits = torch.stack([allocate(site, n_bits) for site in sites]).view(variances.shape)
         return {layer: Transform(shape, fitted[layer][0], *found, some)
@@ -242,12 +235,11 @@ def rows(model, tokenizer, saes, args):
     for unit, metric in itertools.product(("head", "layer"), ("plain", "loss")):
         at = transforms(fitted, shape, unit, metric)
         for share in SHARES:
-            codecs = at(share)
-            size = sum(x.nbytes for codec in codecs.values()
+            codecs, name = at(share), f"transform {unit} {metric}"
+            once = sum(x.nbytes for codec in codecs.values()
                        for x in (codec.mean, codec.W, codec.inverse))
-            found.append(evaluate.Row(
-                f"transform {unit} {metric} {100 * share:g}", codecs, once_bytes=size,
-                method=f"transform {unit} {metric}"))
+            found.append(evaluate.Row(f"{name} {100 * share:g}", codecs, once_bytes=once,
+                                      method=name))
     return found
 
 def main(argv=None):
