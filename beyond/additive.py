@@ -253,7 +253,7 @@ def main(argv=None):
     if todo:
         few = windows[:max(1, GRADIENT_TOKENS // windows.shape[1])]
         metric = loss_metric(model, few, todo, 1, args.seed)
-        rows = sta.harvest(model, windows, todo, args.sink)
+        rows = sta.harvest(model, windows, todo)
     for layer in tqdm(todo, desc="layers", disable=None):
         x = side_by_side(rows.pop((layer, "key")), rows.pop((layer, "value")))
         learned = learn_layer(x, metric[layer], n_stages, args.seed)
