@@ -81,7 +81,7 @@ def draw_bytes(panel, result):
     """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
     others, methods = itertools.cycle(OTHERS), {}
     for row in result["rows"]:
-        if row["ratio"] > 1:  # dense, and what is no worse than dense, lies below a log axis
+        if row["ratio"] > 1 and row["bytes_share"] < 1:  # no worse than dense: below a log axis
             methods.setdefault(row["method"], []).append(row)
     for method, rows in methods.items():
         colour, marker, dash = METHOD_STYLE.get(method) or next(others)
@@ -93,11 +93,10 @@ def draw_bytes(panel, result):
                        color=colour, marker=marker, ls=dash, ms=7, capsize=3, label=method)
     panel.set_yscale("log")
     panel.yaxis.set_major_formatter("{x:g} %")
-    panel.yaxis.set_minor_formatter(lambda x, _: f"{x:g}" if f"{x:.0e}"[0] in "235" else "")
     panel.set_xlim(left=0)
     panel.set_xlabel("bytes of the KV cache, % of bf16")
     panel.set_ylabel(f"rise in perplexity ({result['tokens']:,} tokens)")
-    panel.legend(fontsize=8)
+    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the panel
 
 def draw_training(panel, result):
     for run in result["training"]:

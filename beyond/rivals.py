@@ -1,7 +1,6 @@
 """What else the same bytes could buy: the quantisers that engineers would use, as rows.
 
-    python evaluate.py --rows rivals                                   # beside the SAEs
-    python evaluate.py --model DIR --text T --fit-text F --rows rivals # any model, without SAEs
+    python evaluate.py --rows rivals       # without SAEs: --model DIR --text T --fit-text F, too
 
 grouped    KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32, and 2 bits, group 128: each group
            to even steps between its extremes, kept as fp16 minimum and step; keys in groups of
