@@ -92,24 +92,32 @@ def k_means(x, generator):
 
 def nearest(x, atoms):
     """The nearest atom (N,) of each row x (N, d)."""
-    return (x @ atoms.T - atoms.square().sum(-1) / 2).argmax(-1)
+    half = atoms.square().sum(-1) / 2
+    return torch.cat([strongest(torch.addmm(-half, part, atoms.T))[1] for part in x.split(2048)])
+
+def strongest(gain):
+    """max and argmax of gain (..., 256), overwritten, in a tenth of torch's time: the atom's number
+    goes into the lowest eight bits, where it changes a float32 by less than 1 in 2^15."""
+    number = torch.arange(N_ATOMS, dtype=torch.int32, device=gain.device)
+    gain.view(torch.int32).bitwise_and_(-N_ATOMS).bitwise_or_(number)
+    most = gain.amax(-1)
+    return most, most.view(torch.int32) & (N_ATOMS - 1)
 
 def beam_search(y, atoms, beam):
     """Rows y (N, d), atoms (S, 256, d) -> codes (N, S), uint8, and what is left of y (N, d).
-
     Keeps the `beam` best sums so far; of each, its two best atoms go on to the next stage."""
     left = y[:, None]  # (N, candidates, d)
+    cost = left.square().sum(-1) / 2  # (N, candidates)
     codes = torch.zeros(len(y), 1, len(atoms), dtype=torch.uint8, device=y.device)
     for j, stage in enumerate(atoms):
-        gain = left @ stage.T - stage.square().sum(-1) / 2  # (N, candidates, 256)
-        first, pick = gain.max(-1, keepdim=True)
-        if beam > 1:
-            second, other = gain.scatter_(-1, pick, -torch.inf).max(-1, keepdim=True)
-            first, pick = torch.cat([first, second], -1), torch.cat([pick, other], -1)
-        cost = left.square().sum(-1, keepdim=True) / 2 - first  # (N, candidates, 2)
-        n = min(beam, cost[0].numel())
-        best = cost.flatten(1).topk(n, largest=False).indices  # (N, n)
-        pick, parent = pick.flatten(1).gather(1, best), best // cost.shape[-1]
+        gain = torch.addmm(-stage.square().sum(-1) / 2, left.flatten(0, 1), stage.T)
+        gain = gain.view(*cost.shape, N_ATOMS)  # by how much an atom lowers the cost
+        first, pick = strongest(gain)
+        second, other = strongest(gain.masked_fill_(gain == first[..., None], -1e30))
+        cost = torch.cat([cost - first, cost - second], 1)  # (N, 2 * candidates)
+        parent = torch.arange(left.shape[1], device=y.device).repeat(2)
+        cost, best = cost.topk(min(beam, cost.shape[1]), largest=False)
+        pick, parent = torch.cat([pick, other], 1).gather(1, best), parent[best]
         left = left.gather(1, parent[..., None].expand(-1, -1, y.shape[1])) - stage[pick]
         codes = codes.gather(1, parent[..., None].expand(-1, -1, len(atoms)))
         codes[..., j] = pick.to(torch.uint8)

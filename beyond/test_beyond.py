@@ -566,7 +566,7 @@ def learned_layer(n=9000):
 
 def test_beam_search_is_a_search_over_all_sums_where_it_can_be():
     """As many candidates as sums of two stages: no sum is nearer; one candidate: greedy."""
-    y, atoms = rows_of(30, 8), rows_of(12, 8, seed=1).view(2, 6, 8) * torch.tensor([1, 0.3])[
+    y, atoms = rows_of(30, 8), rows_of(512, 8, seed=1).view(2, 256, 8) * torch.tensor([1, 0.3])[
         :, None, None]
     greedy, left = additive.beam_search(y, atoms, 1)
     for n, x in enumerate(y):
@@ -588,7 +588,7 @@ def test_k_means_finds_clusters_and_fills_empty_atoms():
     assert len(set(additive.nearest(x, atoms).tolist())) > 200
     found = (x - atoms[additive.nearest(x, atoms)]).norm(dim=1)
     torch.testing.assert_close(found, torch.cdist(x.double(), atoms.double()).amin(1).float(),
-                               atol=1e-3, rtol=1e-3)
+                               atol=0, rtol=0.03)  # numbers live in the lowest bits
 
 def test_additive_code_of_a_layer():
     x, learned = learned_layer()
