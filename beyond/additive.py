@@ -218,7 +218,8 @@ def rows(model, tokenizer, saes, args):
         if metadata["fingerprint"] != sta.fingerprint(model):
             raise sta.UsageError(f"{path}: of another model; choose another --saes")
         learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
-    for share in SHARES:
+    most = json.loads(metadata["settings"])["most"]
+    for share in (share for share in SHARES if share <= most):
         codecs = codecs_at(learned, share, sta.kv_shape(config))
         found.append(evaluate.Row(f"additive {100 * share:g}", codecs, method="additive",
                                   once_bytes=sum(x.nbytes for codec in codecs.values()
