@@ -267,7 +267,7 @@ def test_rotated_against_numpy():
         assert x_hat.numpy() == pytest.approx(nearest / 4 * norm @ turn.T + 1, abs=1e-4)
 
 def test_transform_spends_bits_as_a_loop_would_and_leaves_what_it_says():
-    variances, spent = torch.tensor([[9.0, 1, 0.1], [4, 0.5, 1e-4]]).double(), 0
+    variances = torch.tensor([[9.0, 1, 0.1], [4, 0.5, 1e-4]]).double()
     left = [1.0] + [rivals.lloyd_max(b)[1] for b in range(1, 9)]
     bits = [[0, 0, 0], [0, 0, 0]]
     for _ in range(11):  # the best bit, again and again
