@@ -64,17 +64,20 @@ def parse_args(argv=None, description=__doc__):
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
-    if args.sink < 0 or args.limit is not None and args.limit < 1:
-        raise sta.UsageError(f"--sink {args.sink}, --limit {args.limit}: want at least 0 and 1")
+    for name, least in (("sink", 0), ("max_tokens", 2), ("limit", 1)):
+        if getattr(args, name) is not None and getattr(args, name) < least:
+            raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
+                                 "or more")
     return args
 
 def find_saes(root, model_name):
     """The folder of the newest SAEs, of that model if one is named, or None; the model's name."""
     below = sta.slug(model_name) if model_name else "*"
-    found = [path for folder in (root, *root.glob(below)) for path in folder.glob("layer*.key")]
+    found = [path for folder in (root, *root.glob(below))
+             for path in folder.glob("layer*.key/cfg.json")]
     if not found:
         return None, model_name
-    newest = max(found, key=lambda path: path.stat().st_mtime)
+    newest = max(found, key=lambda path: path.stat().st_mtime).parent
     return newest.parent, model_name or sta.load_sae(newest)[1]["model"]
 
 # ------------------------------------------------------------------ the rows of the table
@@ -210,8 +213,8 @@ def task_rows(spec, task_dir, limit):
         return
     path = task_dir / f"{spec}.jsonl" if spec in TASKS else pathlib.Path(spec)
     with sta.explain(f"--tasks {spec}: cannot read {path}"):
-        lines = path.read_text(encoding="utf-8").strip().split("\n")
-    for number, line in enumerate(lines[:limit], 1):
+        lines = path.read_text(encoding="utf-8").split("\n")
+    for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
         with sta.explain(f"{path} line {number}: not JSON"):
             row = json.loads(line)
         yield f"{path} line {number}", row
@@ -249,6 +252,8 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
                 n_cut += len(ids) > room
                 question.requests.append((ids[-room:], rest))
         questions.append(question)
+    if not questions:
+        raise sta.UsageError(f"--tasks {spec}: no rows")
     if n_cut:
         print(f"{spec}: {n_cut} contexts cut on the left, to the model's {max_length} tokens")
     return questions
@@ -365,6 +370,9 @@ def score(model, rows, windows, tasks, kept, sink):
             found = {name: loglikelihoods(forward, questions, model, row.name)
                      for name, questions in tasks.items() if row.with_tasks}
         dense = losses if dense is None else dense  # the first row
+        if not dense.isfinite().all():
+            raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
+                                 "bfloat16")
         scores = {name: score_task(tasks[name], found[name], done[0]["tasks"][name] if done
                                    else None) for name in found}
         done.append({"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],

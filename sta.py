@@ -264,8 +264,8 @@ def reconstruct(model, codecs, sink=1):
     stay exact (not in paper: their norms are extreme, arXiv 2309.17453); live (B, T) is False there
     and at padding: a function across tokens must skip those. Raises UsageError: no such layer."""
     call, waiting, n_layers = {}, {}, model.get_decoder().config.num_hidden_layers
-    if max(codecs, default=0) >= n_layers:
-        raise UsageError(f"layer {max(codecs)}: the model has layers 0 to {n_layers - 1}")
+    for layer in codecs.keys() - set(range(n_layers)):
+        raise UsageError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
 
     def note_call(decoder, args, kwargs):
         mask = kwargs.get("attention_mask")

@@ -470,6 +470,7 @@ def test_evaluation_table(evaluated):
     assert rows["values"]["bytes_share"] == pytest.approx((4 + 2 * (0.25 + 1) / 2) / 6)
     assert dual["once_bytes"] == 4 * (2 * 64 * 128 + 64 + 128) * 4  # of four SAEs, float32
     saved = dense["bytes_per_token"] - dual["bytes_per_token"]
+    assert np.mean(dual["window_ce"]) == pytest.approx(dual["ce"], abs=1e-6)
     assert dual["break_even_tokens"] == round(dual["once_bytes"] / saved)
 
 def test_perplexity_is_that_of_hugging_face(evaluated):
@@ -617,7 +618,7 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "{tmp}/long.jsonl"], "long.jsonl line 1: .* choice 0 is .* over 256 tokens"),
     (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
     (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
-    (["--limit", "0"], "--limit 0: want at least 0 and 1"),
+    (["--limit", "0"], "--limit 0: want 1 or more"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
 ])
 def test_bad_evaluation_input(argv, message, trained, tmp_path, capsys):
