@@ -592,7 +592,7 @@ def test_k_means_finds_clusters_and_fills_empty_atoms():
 
 def test_additive_code_of_a_layer():
     x, learned = learned_layer()
-    stages = {i: min(4, len(learned[f"atoms.{i}"])) for i in range(2) if f"atoms.{i}" in learned}
+    stages = {i: min(4, len(learned[f"atoms.{i}"])) for i in range(4) if f"atoms.{i}" in learned}
     codec = additive.Additive(learned, stages, (2, 16))
     k, v = x[:300].view(3, 100, 2, 2, 16).unbind(2)
     stored = codec.encode(k, v)
@@ -601,7 +601,7 @@ def test_additive_code_of_a_layer():
     for i, n in stages.items():  # a loop over bytes
         for j in range(n):
             atom = learned[f"atoms.{i}"][j][stored[0].flatten(0, 1)[:, at].long()]
-            y[:, 32 * i:32 * (i + 1)] += atom
+            y[:, additive.BLOCK * i:additive.BLOCK * (i + 1)] += atom
             at += 1
     expected = y @ learned["inverse"] + learned["mean"]
     k_hat, v_hat = codec.decode(stored)
