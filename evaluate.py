@@ -130,6 +130,15 @@ def paper_rows(saes, shape, k_key, k_val):
                         once_bytes=dictionary_bytes(saes, *sta.KINDS)))
     return rows
 
+def more_rows(rows, model, tokenizer, saes, args):
+    """[Row], and those that the files of beyond/ named by --rows add to them."""
+    rows = list(rows)
+    for name in filter(None, args.rows.split(",")):
+        if not (sta.HERE / "beyond" / f"{name}.py").exists():
+            raise sta.UsageError(f"--rows {name}: there is no beyond/{name}.py")
+        rows += importlib.import_module(f"beyond.{name}").rows(model, tokenizer, saes, args, rows)
+    return rows
+
 # ------------------------------------------------------------------ perplexity
 @contextlib.contextmanager
 def through_hooks(model, codecs, sink):
@@ -414,11 +423,8 @@ def main(argv=None):
     tasks = {pathlib.Path(spec).stem: load_task(
         spec, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
         for spec in specs.split(",") if spec}
-    rows = paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val)
-    for extra in filter(None, args.rows.split(",")):
-        if not (sta.HERE / "beyond" / f"{extra}.py").exists():
-            raise sta.UsageError(f"--rows {extra}: there is no beyond/{extra}.py")
-        rows += importlib.import_module(f"beyond.{extra}").rows(model, tokenizer, saes, args)
+    rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val), model,
+                     tokenizer, saes, args)
     rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
     print(f"{name}{f' with the SAEs of {folder}' if folder else ''}: {len(layers)} of "
           f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "

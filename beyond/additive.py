@@ -9,15 +9,15 @@ linear images of one hidden state. Along the axes W of the layer, y = (x - mean)
 
     y_hat = C_1[b_1] + ... + C_S[b_S]     b_j one byte, C_j 256 atoms
 
-A sparse code whose coefficients are all one: their bytes buy more atoms instead. Also known as
-residual quantisation [arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879].
-Axes: principal ones in the metric of the loss, in which an error counts half by its square along
-gradients of the model's own loss and half plainly: nats, in every layer. Atoms: residual k-means.
-Bytes: by greed over all layers and blocks, each where it lowers the error of held-out rows most.
-Coding: beam search. Non-goals: fine-tuning on the loss, an entropy coder.
+A sparse code whose coefficients are all one: their bytes buy more atoms instead [residual
+quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. Axes: principal ones in the
+metric of the loss, where an error counts in nats, in every layer. Atoms: residual k-means. Bytes:
+by greed, where one lowers the error of held-out rows most. Coding: beam search. Blocks of 8 to 64
+axes were tried: 16 are as good as 32 at half the memory. Non-goals: fine-tuning, an entropy coder.
 """
 import argparse
 import collections
+import contextlib
 import hashlib
 import json
 import math
@@ -41,25 +41,24 @@ def loss_metric(model, windows, layers, sink, seed=0):
     """{layer: A (P, P)}: an error e of x costs about e^T A e nats, half by G = E[g g^T] and half
     plainly, each kind in its mean cost; g is the gradient to x of the loss at targets drawn from
     the model's own predictions."""
-    sites, generator, outputs = sta.kv_sites(model), torch.Generator().manual_seed(seed), {}
+    sites, grads, G, n = sta.kv_sites(model), {}, dict.fromkeys(layers, 0), 0
+    generator = torch.Generator().manual_seed(seed)
 
-    def keep(module, args, y): outputs[module] = y
-    hooks = [sites[key][0].register_forward_hook(keep) for key in sites if key[0] in layers]
-    G, n = dict.fromkeys(layers, 0), 0
-    for ids in tqdm(windows, desc="gradients", disable=None):
-        with torch.enable_grad():
-            x = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
-            logits = model(inputs_embeds=x, use_cache=False).logits[0].float()  # (T, V)
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            grads = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
-        for layer in layers:
-            g = side_by_side(*(view(grads[module])[0, sink:] for module, view in (
-                sites[layer, kind] for kind in sta.KINDS)))  # (T - sink, P)
-            G[layer] = G[layer] + g.T @ g
-        n += len(g)
-    for hook in hooks:
-        hook.remove()
+    def see(module, grads_in, grads_out): grads[module] = grads_out[0]
+    with contextlib.ExitStack() as hooks:
+        for module in {sites[layer, kind][0] for layer in layers for kind in sta.KINDS}:
+            hooks.callback(module.register_full_backward_hook(see).remove)
+        for ids in tqdm(windows, desc="gradients", disable=None):
+            with torch.enable_grad():
+                x = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
+                logits = model(inputs_embeds=x, use_cache=False).logits[0].float()  # (T, V)
+                drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
+                F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+            for layer in layers:
+                g = side_by_side(*(view(grads[module])[0, sink:] for module, view in (
+                    sites[layer, kind] for kind in sta.KINDS)))  # (T - sink, P)
+                G[layer] = G[layer] + g.T @ g
+            n += len(g)
     for layer in layers:
         cost = G[layer].diagonal() / n
         plain = torch.cat([part.mean().expand_as(part) for part in cost.chunk(2)])
@@ -190,70 +189,60 @@ class Additive:
 def share_out(curves, n_bytes):
     """{(layer, block): errors after 0, 1, ... stages} -> {(layer, block): stages}, n_bytes in all,
     by greed. Raises UsageError if fewer stages were learned."""
-    gains = {(*place, j): gain for place, left in curves.items()
-             for j, gain in enumerate((-left.diff()).cummin(0).values.tolist())}
+    gains = [(gain, place) for place, left in curves.items()
+             for gain in (-left.diff()).cummin(0).values.tolist()]
     if n_bytes > len(gains):
         raise sta.UsageError(f"{n_bytes:,} bytes, but only {len(gains):,} stages were learned; "
                              "learn more: python -m beyond.additive --most")
-    best = sorted(gains, key=gains.get, reverse=True)[:n_bytes]
-    return collections.Counter((layer, i) for layer, i, _ in best)
+    return collections.Counter(place for _, place in sorted(gains, reverse=True)[:n_bytes])
 
 # ------------------------------------------------------------------ files, rows
 def read(path):
     """(tensors, metadata) of a layer's file."""
-    with sta.explain(f"{path}: missing, truncated or corrupt; delete it and run python -m "
-                     "beyond.additive"):
+    with sta.explain(f"{path}: missing or corrupt; delete it and run python -m beyond.additive"):
         with safetensors.safe_open(path, "pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
 
-def codecs_at(learned, share, shape):
-    """{layer: what `learn_layer` returned} -> {layer: Additive}, this share of bf16 in all."""
-    curves = {(layer, int(name[5:])): x for layer, tensors in learned.items()
-              for name, x in tensors.items() if name.startswith("left.")}
-    stages = share_out(curves, round(share * len(learned) * 4 * math.prod(shape)))
-    return {layer: Additive(tensors, {i: n for (of, i), n in stages.items() if of == layer}, shape)
-            for layer, tensors in learned.items()}
-
-def rows(model, tokenizer, saes, args):
+def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
-    learned, found, mark = {}, [], sta.fingerprint(model)
+    shape, learned, curves, found = sta.kv_shape(config), {}, {}, []
     for layer in sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers):
         path = args.saes / sta.slug(name) / "additive" / f"layer{layer}.safetensors"
         tensors, metadata = read(path)
-        if metadata["fingerprint"] != mark:
+        if metadata["fingerprint"] != sta.fingerprint(model):
             raise sta.UsageError(f"{path}: of another model; choose another --saes")
         learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
+        curves |= {(layer, int(key[5:])): x for key, x in tensors.items() if key[:5] == "left."}
     most = json.loads(metadata["settings"])["most"]
     for share in (share for share in SHARES if share <= most):
-        codecs = codecs_at(learned, share, sta.kv_shape(config))
-        found.append(evaluate.Row(f"additive {100 * share:g}", codecs, method="additive",
-                                  once_bytes=sum(x.nbytes for codec in codecs.values()
-                                                 for x in codec.kept)))
+        stages = share_out(curves, round(share * len(learned) * 4 * math.prod(shape)))
+        codecs = {layer: Additive(tensors, {i: stages[layer, i] for of, i in curves if of == layer},
+                                  shape) for layer, tensors in learned.items()}
+        once = sum(x.nbytes for codec in codecs.values() for x in codec.kept)
+        found.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
+                                  method="additive"))
     return found
 
 # ------------------------------------------------------------------ the run
-def parse_args(argv):
+@torch.no_grad()
+def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
-    add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-103)")
-    add("--tokens", type=int, default=61_440, help="of it (default 61,440)")
+    add("--tokens", type=int, help="of it (default 122,880; tiny: 20,480)")
     add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--most", type=float, default=0.25, help="largest share of bf16 to learn for (default .25)")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or auto (default: cuda if any)")
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
-    return parser.parse_args(argv)
-
-@torch.no_grad()
-def main(argv=None):
-    args = parse_args(argv)
-    model, tokenizer, layers = sta.load_model(
-        args.model, *sta.pick_device(args.device, args.dtype), args.layer)
+    args = parser.parse_args(argv)
+    args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
+    model, tokenizer, layers = sta.load_model(args.model,
+                                              *sta.pick_device(args.device, args.dtype))
     text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
     windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
     n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))

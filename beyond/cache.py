@@ -1,25 +1,24 @@
 """A cache for transformers that really stores codes: any codec of sta.py's interface.
 
     python -m beyond.cache --generate "The President" --recent 16   # what it writes, and its cost
-    python evaluate.py --rows cache                                  # a row through the cache
+    python evaluate.py --rows additive,cache  # dual and the rows before it; above as well: --rows
 
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
         print(cache_bytes(cache))
 
-Exact are the first `sink` real tokens of a sequence and its newest `recent`; a token becomes a code
-once it is `recent` old. Keys are coded as they were before RoPE and turned again when they are
-read. A chunk of several tokens is first stored, then attended to, so its older tokens are seen as
-codes by all of it. Layers without a codec stay dense. Greedy, sampled and beam search, padding on
-the left, crops and chunks work, for the types in ROTARY with plain RoPE. It saves memory and costs
-time: each step decodes all old tokens. The row: chunk by chunk, bytes as measured, exact tokens in
-the model's dtype. Sources: sinks, arXiv 2309.17453; a recent window, KIVI. Non-goal: speed.
+Exact are the first `sink` real tokens of a sequence and its newest `recent`; older ones are codes.
+Keys are coded as before RoPE and turned again when they are read. Of a chunk of several tokens, all
+see its older ones as codes. Greedy, sampled and beam search, padding on the left, crops and chunks
+work, for the types in ROTARY with plain RoPE. The row: chunk by chunk, bytes as measured, exact
+tokens in the model's dtype. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import inspect
-import pathlib
+import re
 import time
 import types
 
@@ -181,70 +180,71 @@ def compress(model, codecs, sink=1, recent=RECENT):
 # ------------------------------------------------------------------ the row, and --generate
 @contextlib.contextmanager
 def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
-    """In place of evaluate.through_hooks: a function ids (B, T) -> logits, chunk by chunk; sets
-    row.bytes_per_token from the longest ids that it saw."""
+    """A function ids (B, T) -> logits, chunk by chunk, in place of evaluate.through_hooks."""
     with compress(model, row.codecs, sink, recent) as cache:
-        longest = 0
-
         def forward(ids):
-            nonlocal longest
             cache.reset()
             logits = torch.cat([model(input_ids=part, **{ARGUMENT: cache}).logits
                                 for part in ids.split(chunk, 1)], 1)
-            if ids.shape[1] >= longest:
-                longest, row.bytes_per_token = ids.shape[1], cache_bytes(cache) / ids.numel()
+            if row.bytes_per_token is None:
+                row.bytes_per_token = cache_bytes(cache) / ids.numel()
             return logits
         yield forward
 
-def rows(model, tokenizer, saes, args):
-    """For evaluate.py: the dual budget through the cache."""
-    if not saes:
-        raise sta.UsageError("--rows cache: needs SAEs; first run python train_sae.py")
-    budget = args.k_key, args.k_val
-    row = evaluate.Row("cache", evaluate.dual_codecs(saes, *budget), budget,
-                       once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS))
-    row.enter = functools.partial(through_cache, row=row, sink=args.sink)
-    return [row]
+def stored(row):  # those across tokens are functions
+    return row.codecs and not any(map(callable, row.codecs.values()))
+
+def rows(model, tokenizer, saes, args, before):
+    """For evaluate.py: the dual budget, and what the --rows before this one added."""
+    found = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
+             for row in before if stored(row) and row.name not in ("uniform", "reverse")]
+    for row in found:
+        row.enter = functools.partial(through_cache, row=row, sink=args.sink)
+    if not found:
+        raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")
+    return found
 
 @torch.no_grad()
-def write_on(model, tokenizer, codecs, args):
-    """The prompt continued greedily, dense and through the cache, with its cost."""
-    inputs = tokenizer(args.generate, return_tensors="pt").to(model.device)
-    for name in ("dense", "codes"):
+def write_on(model, tokenizer, rows, own, sink):
+    """The prompt continued greedily, with the cache of each row, and its cost."""
+    inputs = tokenizer(own.generate, return_tensors="pt").to(model.device)
+    n = inputs.input_ids.shape[1]
+    for row in rows:
         at = []  # times: at the start, then at each new token
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
-        dense = contextlib.nullcontext(transformers.DynamicCache(config=model.config))
-        with dense if name == "dense" else compress(model, codecs, args.sink, args.recent) as cache:
-            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
-                                 do_sample=False, streamer=clock)[0, inputs.input_ids.shape[1]:]
-        print(f"{name}: {inputs.input_ids.shape[1]:,} tokens in {at[1] - at[0]:.1f} s, then "
+        with compress(model, row.codecs, sink, own.recent) if row.codecs else \
+                contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
+            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=own.new_tokens,
+                                 do_sample=False, streamer=clock)[0, n:]
+        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then "
               f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache "
-              f"{cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
+              f"{cache_bytes(cache):,} bytes\n  {own.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
-    if inputs.input_ids.shape[1] + len(ids) <= args.recent:
-        print(f"nothing was coded: no token is {args.recent} old; see --recent")
+    if n + len(ids) <= own.recent:
+        print(f"nothing was coded: no token is {own.recent} old; see --recent")
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
-    add("--saes", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--generate", default="The President of the United States", help="the prompt")
     add("--new-tokens", type=int, default=100, help="(default 100)")
     add("--recent", type=int, default=RECENT, help=f"newest tokens kept exact (default {RECENT})")
-    add("--sink", type=int, default=1, help="first tokens kept exact (default 1)")
-    add("--device", help="cpu, cuda or auto (default: cuda if any)")
-    args = parser.parse_args(argv)
-    if args.new_tokens < 1 or args.recent < 0 or args.sink < 0:
-        raise sta.UsageError(f"--new-tokens {args.new_tokens}, --recent {args.recent}, --sink "
-                             f"{args.sink}: want 1, 0, 0 or more")
+    own, others = parser.parse_known_args(argv)
+    args = evaluate.parse_args(others)
+    for option, value, least in (("new-tokens", own.new_tokens, 1), ("recent", own.recent, 0)):
+        if value < least:
+            raise sta.UsageError(f"--{option} {value}: want {least} or more")
     folder, name = evaluate.find_saes(args.saes, args.model)
-    if folder is None:
+    if folder is None and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device))
-    saes, _ = sta.load_saes(folder, model)
-    write_on(model, tokenizer, evaluate.dual_codecs(saes, 8, 16), args)
+    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
+    saes = sta.load_saes(folder, model)[0] if folder else {}
+    dual = evaluate.Row("dual", evaluate.dual_codecs(saes, args.k_key, args.k_val))
+    rows = [evaluate.Row("dense", {})] + [
+        row for row in evaluate.more_rows([dual], model, tokenizer, saes, args)
+        if stored(row) and re.search(args.only, row.name)]
+    write_on(model, tokenizer, rows, own, args.sink)
 
 if __name__ == "__main__":
     sta.run(main)

@@ -75,7 +75,7 @@ def train_l1(folder, model_name):
         train_sae.main(argv, L1SAE)
     return root / sta.slug(model_name)
 
-def rows(model, tokenizer, saes, args):
+def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     layers, found = sorted({layer for layer, _ in saes}), []
     for scale in (1 / 8, 1 / 4, 1 / 2, 2, 4):

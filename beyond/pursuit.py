@@ -46,7 +46,7 @@ class Pursuit(sta.DualBudget):
         return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
                 z_val.flatten(-2).half(), idx_val.flatten(-2).short())
 
-def rows(model, tokenizer, saes, args):
+def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     if not saes:
         raise sta.UsageError("--rows pursuit: needs SAEs; first run: python train_sae.py")

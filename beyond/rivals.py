@@ -213,7 +213,7 @@ def transforms(fitted, shape, unit, metric):
     return at
 
 # ------------------------------------------------------------------ the rows
-def rows(model, tokenizer, saes, args):
+def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config = model.get_decoder().config
     shape, name = sta.kv_shape(config), evaluate.find_saes(args.saes, args.model)[1]

@@ -207,8 +207,8 @@ def test_writing_on(trained, capsys):
     assert "nothing was coded: no token is 128 old" in capsys.readouterr().out
 
 @pytest.mark.parametrize("argv,message", [
-    (["--recent", "-1"], "--recent -1, .*: want 1, 0, 0 or more"),
-    (["--new-tokens", "0"], "--new-tokens 0, .*: want 1, 0, 0 or more"),
+    (["--recent", "-1"], "--recent -1: want 0 or more"),
+    (["--new-tokens", "0"], "--new-tokens 0: want 1 or more"),
     (["--saes", "nowhere"], "nowhere: no SAEs; first run")])
 def test_bad_input_of_the_cache(argv, message, capsys):
     assert script(cache, *argv) == 2
@@ -624,8 +624,9 @@ def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(additive, "GRADIENT_TOKENS", 1024)
     monkeypatch.setattr(additive, "ROUNDS", 2)
     argv = ["--tokens", 8704, "--out", tmp_path, "--most", 0.13]
-    assert script(additive, *argv, "--layer", "0-4") == 0
+    assert script(additive, *argv) == 0
     files = sorted((tmp_path / "tiny" / "additive").iterdir())
+    files.pop().unlink()  # as if it had been interrupted before layer 5
     before = {path: path.stat().st_mtime_ns for path in files}
     assert script(additive, *argv) == 0  # resumes: layer 5 alone
     assert "1 of 6 layers to learn" in capsys.readouterr().out
@@ -643,9 +644,9 @@ def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
     assert rows["additive 12.5"]["ce"] < rows["dense"]["ce"] + 0.02
     files[2].write_bytes(files[2].read_bytes()[:1000])
     assert script(evaluate, *run) == 2
-    assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing, truncated or corrupt")
+    assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing or corrupt")
     assert script(additive, *argv) == 2
-    assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing, truncated or corrupt")
+    assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing or corrupt")
     tensors, metadata = additive.read(files[0])
     additive.sta.write_atomic(files[0], additive.safetensors.torch.save(
         tensors, {**metadata, "fingerprint": "other"}))
