@@ -26,7 +26,7 @@ from tqdm import tqdm
 import evaluate
 import sta
 
-FIT_TOKENS = 20_480
+FIT_TOKENS = 40_960
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
 # ------------------------------------------------------------------ grouped
