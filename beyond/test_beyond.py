@@ -35,8 +35,10 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "pursuit", "rivals", "sparse")
-additive, atoms, benchmark, cache, claims, pursuit, rivals, sparse = map(load, NAMES)
+NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "pursuit", "rivals", "samples",
+         "sparse", "texts")
+(additive, atoms, benchmark, cache, claims, pursuit, rivals, samples, sparse,
+ texts) = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
@@ -654,6 +656,69 @@ def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer0.safetensors: of another model")
     assert script(additive, "--tokens", 1024, "--out", tmp_path / "few") == 2
     assert_one_line(capsys.readouterr().err, "--tokens: .* rows, too few for 256 atoms")
+
+def test_other_codes_through_the_cache():
+    """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1 %."""
+    model, tokenizer, _ = sta.load_model("tiny")
+    windows = sta.token_windows(sta.read_text(None, "train", "tiny"), tokenizer, model, 256, 0,
+                                10_240)
+    rows, shape = sta.harvest(model, windows, [1, 2]), sta.kv_shape(model.config)
+    eye = torch.eye(2 * shape[0] * shape[1])
+    x = {layer: torch.cat([rows[layer, kind].flatten(1) for kind in sta.KINDS], 1)
+         for layer in (1, 2)}
+    learned = additive.learn_layer(x[1], eye, 24, seed=0)
+    stages = {int(name[6:]): len(atoms) for name, atoms in learned.items() if name[:5] == "atoms"}
+    mean = x[2].mean(0)
+    variances, W, inverse = rivals.principal_axes((x[2] - mean).T @ (x[2] - mean) / len(x[2]), eye)
+    bits = rivals.allocate(variances, 200)
+    codecs = {1: additive.Additive(learned, stages, shape),
+              2: rivals.Transform(shape, mean, variances, W, inverse, bits)}
+    ids = windows[:2]
+    with sta.reconstruct(model, codecs, sink=1):
+        expected = model(ids).logits
+    row = evaluate.Row("both", codecs)
+    with cache.through_cache(model, row, sink=1, recent=0, chunk=100) as forward:
+        torch.testing.assert_close(forward(ids), expected, atol=1e-4, rtol=0)
+    dense = 4 * 4 * 2 * shape[0] * shape[1]  # four layers in float32
+    exact = 2 * 4 * 2 * shape[0] * shape[1] / 256 + 4  # sinks of two layers; a position
+    assert row.bytes_per_token - dense - exact == pytest.approx(24 + 200 / 8, rel=0.01)
+
+# ---------------------------------------------------------------- samples.py, texts.py
+
+def test_a_broader_text(tmp_path, capsys):
+    """Windows of the text, and between them the model's own: other samples from another seed."""
+    argv = ["--tokens", 2048, "--own", 0.5, "--seq-len", 128]
+    assert script(samples, *argv, "--out", tmp_path / "a.txt") == 0
+    assert "8 windows of text and 8 of the model's own" in capsys.readouterr().out
+    assert script(samples, *argv, "--out", tmp_path / "b.txt") == 0
+    assert script(samples, *argv, "--seed", 1, "--out", tmp_path / "c.txt") == 0
+    mixed, again, other = ((tmp_path / f"{name}.txt").read_text() for name in "abc")
+    assert mixed == again != other
+    model, tokenizer, _ = sta.load_model("tiny")
+    text = sta.read_text(None, "train", "tiny")
+    windows = sta.token_windows(text, tokenizer, model, 128, 0, 1024)
+    places = [mixed.find(tokenizer.decode(ids, skip_special_tokens=True)) for ids in windows]
+    assert -1 not in places and places == sorted(places)
+    assert 1500 < len(tokenizer(mixed).input_ids) < 2600
+    assert script(samples, "--own", 0) == 2
+    assert_one_line(capsys.readouterr().err, "--own 0.0: want a share above 0, at most 1")
+
+def test_two_texts_in_one_picture(tmp_path, capsys):
+    for text, ratio in (("home", 1.05), ("abroad", 1.2)):
+        rows = [{"method": "dense", "bytes_share": 1, "ratio": 1}] + [
+            {"method": method, "bytes_share": share, "ratio": ratio - share / 10,
+             "ratio_ci95": [ratio - share / 10 - 0.01, ratio - share / 10 + 0.01]}
+            for method in ("a", "b") for share in (0.0625, 0.1881)]
+        (tmp_path / f"{text}.json").write_text(json.dumps(
+            {"model": "m", "config": {"text": f"x/{text}.txt"}, "tokens": 9, "rows": rows}))
+    paths = [tmp_path / "home.json", tmp_path / "abroad.json"]
+    assert script(texts, *paths, "--out", tmp_path / "both") == 0
+    assert capsys.readouterr().out.startswith(
+        "| home / abroad | 6 % | 18 % |\n|---|---|---|\n| a | 1.044 / 1.194 | 1.031 / 1.181 |\n")
+    assert plots.plt.imread(tmp_path / "both.png").std() > 0.05
+    paths[1].write_text("{}")
+    assert script(texts, *paths) == 2
+    assert_one_line(capsys.readouterr().err, "abroad.json: not a result of evaluate.py")
 
 # ---------------------------------------------------------------- sparse.py
 
