@@ -12,8 +12,8 @@ linear images of one hidden state. Along the axes W of the layer, y = (x - mean)
 A sparse code whose coefficients are all one: their bytes buy more atoms instead [residual
 quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. Axes: principal ones in the
 metric of the loss, where an error counts in nats, in every layer. Atoms: residual k-means. Bytes:
-by greed, where one lowers the error of held-out rows most. Coding: beam search. Blocks of 8 to 64
-axes were tried: 16 are as good as 32 at half the memory. Non-goals: fine-tuning, an entropy coder.
+by greed, where one lowers held-out error most. Of blocks of 8 to 64 axes, 16 are as good as 32 at
+half the memory, others worse. Coding: beam search. Non-goals: fine-tuning, an entropy coder.
 """
 import argparse
 import collections
@@ -129,7 +129,7 @@ def beam_search(y, atoms, beam=BEAM):
     return torch.cat(codes[::-1], 1), left[:, 0]
 
 def learn_layer(x, metric, n_stages, seed):
-    """Rows x (N, P) of one layer -> its tensors: mean (P,), W (P, Q), inverse (Q, P); of each block
+    """Rows x (N, P) of one layer -> its tensors: mean (P,), W, inverse (P, P); of each block
     atoms.<i> (S, 256, 16) and left.<i> (S + 1,), the error of held-out rows after 0 to S stages.
     n_stages in all, one at a time for the block whose last one helped most. Raises UsageError at
     fewer than 32 rows an atom."""
@@ -149,10 +149,8 @@ def learn_layer(x, metric, n_stages, seed):
         atoms[i].append(stage)
         errors[i].append(left[i][:n_held].square().sum(-1).mean())
         gains[i] = (errors[i][-2] - errors[i][-1]).item()
-    used = [i for i, stages in enumerate(atoms) if stages]
-    n = BLOCK * (used[-1] + 1)
-    found = {"mean": mean, "W": W[:, :n].contiguous(), "inverse": inverse[:n].contiguous()}
-    for i in used:
+    found = {"mean": mean, "W": W, "inverse": inverse}
+    for i in (i for i, stages in enumerate(atoms) if stages):
         found |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
     return found
 
@@ -162,8 +160,10 @@ class Additive:
 
     def __init__(self, learned, stages, shape):
         """shape: (n_kv_heads, head_dim)."""
-        self.mean, self.W, self.inverse = learned["mean"], learned["W"], learned["inverse"]
         self.atoms = {i: learned[f"atoms.{i}"][:n] for i, n in sorted(stages.items()) if n}
+        n_axes = BLOCK * (1 + max(self.atoms, default=0))  # the axes Q in use
+        self.mean, self.W, self.inverse = (
+            learned["mean"], learned["W"][:, :n_axes], learned["inverse"][:n_axes])
         self.shape, self.kept = shape, [self.mean, self.W, self.inverse, *self.atoms.values()]
 
     def encode(self, k, v):
@@ -233,7 +233,6 @@ def main(argv=None):
     add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-103)")
     add("--tokens", type=int, help="of it (default 122,880; tiny: 20,480)")
-    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--most", type=float, default=0.25, help="largest share of bf16 to learn for (default .25)")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or auto (default: cuda if any)")
@@ -244,7 +243,7 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(args.model,
                                               *sta.pick_device(args.device, args.dtype))
     text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
+    windows = sta.token_windows(text, tokenizer, model, None, 512, args.tokens)
     n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
     folder = args.out / sta.slug(args.model) / "additive"
     settings = {"tokens": windows.numel(), "seed": args.seed, "most": args.most,

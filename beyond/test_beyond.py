@@ -605,7 +605,7 @@ def test_additive_code_of_a_layer():
             atom = learned[f"atoms.{i}"][j][stored[0].flatten(0, 1)[:, at].long()]
             y[:, additive.BLOCK * i:additive.BLOCK * (i + 1)] += atom
             at += 1
-    expected = y @ learned["inverse"] + learned["mean"]
+    expected = y @ codec.inverse + codec.mean
     k_hat, v_hat = codec.decode(stored)
     torch.testing.assert_close(torch.stack([k_hat, v_hat], 2).view(300, 64), expected, atol=1e-3,
                                rtol=1e-4)
