@@ -1,40 +1,31 @@
-"""What atoms stand for, and the paper's claim P8: a page to browse, and two measurements.
+"""What atoms stand for: a page to browse, and a blind check.
 
     python -m beyond.atoms                     # the newest SAEs: half a minute for tiny
     python -m beyond.atoms --model yi-6b --layer 12 --text my.txt
 
 1. Each atom's ten strongest tokens of a text, with how often it fires: results/<model>-atoms.html,
-   one page without network, made from atoms.html.
-2. A blind check: an atom is *describable* if at least 8 of its ten strongest share the token, the
-   token before, or a shape of it (digits, punctuation, a capital, the last three letters). For 20
-   random live atoms, for all of them, and for random directions.
-3. P8, hierarchical addressing (shallow layers lexical, deep layers tell senses apart), from the
-   share of atoms that two occurrences have in common: *lexical*, of the same token (after
-   different ones) above different tokens; *ngram*, what the same token before adds; *sense*, what
-   is lost if a word is a verb once and a noun once, told by the word before it. Claimed: lexical
-   and ngram fall from the shallow to the deep third of the layers, sense grows.
-Writes results/<model>-hierarchy.json. Standard errors are over pairs that share words: too small.
-Not tested: P8's middle layers ("syntactic backbone"). Non-goal: naming atoms by a language model.
+   one page without network, made from atoms.html. Where beyond/additive.py has learned codes of the
+   model, also their first stage, whose 256 atoms stand for keys and values of all heads at once.
+2. An atom is *describable* if at least 8 of its ten strongest share the token, the token before, or
+   a shape of it (digits, punctuation, a capital, the last three letters). For 20 random live atoms,
+   for all of them, and for random directions: results/<model>-atoms.json.
+Non-goal: naming atoms by a language model.
 """
 import argparse
 import collections
 import json
-import math
 import pathlib
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import evaluate
 import sta
-from evaluate import mean_stderr
 
-MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
-NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
 N_RANDOM = 100  # directions to compare atoms with
 
-# ------------------------------------------------------------------ 1, 2: contexts, and the check
 class Strongest:
     """For each of M latents the ten tokens of a stream where it is strongest, and how often it
     fires."""
@@ -60,16 +51,32 @@ def describable(tokens):
     most.append(sum(b[:1].isupper() for _, b in bare))
     return max(most) >= 8
 
+class FirstStage:
+    """The first stage of a layer's additive code (beyond/additive.py) as an SAE of 256 latents, of
+    rows x (..., P), keys and values of all heads; z is the error that the atom removes."""
+    def __init__(self, path, device):
+        learned = safetensors.torch.load_file(path, device=str(device))
+        self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"]
+        self.atoms = learned["atoms.0"][0]  # (256, d)
+        self.W = learned["W"][:, :self.atoms.shape[1]]
+
+    def encode(self, x, k):
+        y = (x - self.b_dec) @ self.W
+        return (y @ self.atoms.T - self.atoms.square().sum(-1) / 2).topk(k)
+
 @torch.no_grad()
 def look_inside(model, tokenizer, saes, windows, ks, seed=0):
-    """-> (page: what atoms.html shows, check: {layer.kind: shares of describable atoms}, codes
-    {(layer, kind): idx (tokens, H, k)}) of windows (n, T), at budgets ks {kind: k}."""
+    """-> (page: what atoms.html shows, check: {layer.kind: shares of describable atoms}) of windows
+    (n, T), at budgets ks {kind: k}."""
     n, length = windows.shape
-    generator, found, codes, page, check = torch.Generator().manual_seed(seed), {}, {}, {}, {}
-    lines = F.normalize(torch.randn(N_RANDOM, len(next(iter(saes.values())).b_dec),
-                                    generator=generator), dim=-1)
+    generator, found, page, check = torch.Generator().manual_seed(seed), {}, {}, {}
+    lines = {n: F.normalize(torch.randn(N_RANDOM, n, generator=generator), dim=-1)
+             for n in sorted({len(sae.b_dec) for sae in saes.values()})}
     for start in tqdm(range(0, n, 8), desc="atoms", disable=None):
         rows = sta.harvest(model, windows[start:start + 8], {layer for layer, _ in saes}, sink=0)
+        for layer in [layer for layer, kind in saes if kind == "stage1"]:
+            rows[layer, "stage1"] = torch.cat([rows[layer, kind].flatten(1) for kind in sta.KINDS],
+                                              1)[:, None]  # (tokens, 1, P)
         for (layer, kind), x in rows.items():
             sae, x = saes[layer, kind], x.float()  # (tokens, H, D)
             z, idx = sae.encode(x, ks[kind])  # (tokens, H, k)
@@ -77,13 +84,13 @@ def look_inside(model, tokenizer, saes, windows, ks, seed=0):
             z[sink] = 0  # a window's first token is kept exact
             dense = z.new_zeros(len(x), sae.n_latents).scatter_reduce_(
                 1, idx.flatten(1), z.flatten(1), "amax")  # the strongest head's
-            along = (x / sae.scale - sae.b_dec) @ lines.T.to(x.device)  # (tokens, H, N_RANDOM)
+            line = lines[x.shape[-1]].to(x.device)
+            along = (x / sae.scale - sae.b_dec) @ line.T  # (tokens, H, N_RANDOM)
             along[sink] = 0
             atoms, random = found.setdefault((layer, kind), (Strongest(sae.n_latents),
                                                              Strongest(N_RANDOM)))
             atoms.update(dense.T, start * length)
             random.update(along.amax(1).T, start * length)
-            codes.setdefault((layer, kind), []).append(idx.to(torch.int32).cpu())
             if start == 0:  # a sentence: [[(atom, z) of a head] of a token]
                 page[f"{layer}.{kind}"] = {"sentence": [
                     [[[m, round(v, 3)] for m, v in zip(*head)] for head in zip(*token)]
@@ -104,103 +111,9 @@ def look_inside(model, tokenizer, saes, windows, ks, seed=0):
         page[name] |= {"fired": (atoms.fired / len(words)).tolist(), "contexts": [
             [[i, round(v, 3)] for i, v in zip(*pair) if v > 0]
             for pair in zip(atoms.token.tolist(), atoms.z.tolist())]}
-    codes = {key: torch.cat(parts) for key, parts in codes.items()}
-    return {"words": words, "sites": page}, check, codes
-
-# ------------------------------------------------------------------ 3: P8
-def equal_pairs(labels, generator, n=20_000):
-    """n pairs (i, j) of places with equal labels (int tensor), drawn at random; (2, n)."""
-    ordered, order = labels.sort()
-    i = torch.randint(len(labels), (n,), generator=generator)
-    low = torch.searchsorted(ordered, ordered[i])
-    high = torch.searchsorted(ordered, ordered[i], right=True)
-    j = low + (torch.rand(n, generator=generator) * (high - low)).long()
-    return torch.stack([order[i], order[j]])
-
-def find_senses(words):
-    """-> (words with two senses, [1 where a token is one of them as a verb, 2 as a noun, else 0]).
-
-    By rule: a word is a verb after will, to, ..., and a noun after the, our, ...; it counts if it
-    is five of each or more, one after a modal verb ("to" goes before nouns, too), whole, and not
-    one of the 50 most common."""
-    bare = [word.strip().lower() for word in words]
-    before = [""] + bare[:-1]
-    role = [1 if a in MODALS or a == "to" else 2 if a in NOUNS_AFTER else 0 for a in before]
-    whole = [w.isalpha() and len(w) > 2 and raw[:1].isspace() and not after[:1].isalpha()
-             for w, raw, after in zip(bare, words, [*words[1:], ""])]  # no part of a longer word
-    counts = collections.Counter((w, r) for w, r, ok in zip(bare, role, whole) if ok)
-    common = {w for w, _ in collections.Counter(bare).most_common(50)}  # function words
-    verbs = {w for a, w in zip(before, bare) if a in MODALS}
-    senses = {w for w in verbs if min(counts[w, 1], counts[w, 2]) >= 5} - common
-    return senses, torch.tensor([r if ok and w in senses else 0
-                                 for w, r, ok in zip(bare, role, whole)])
-
-def draw_pairs(windows, words, generator):
-    """{name: (2, n) places} of pairs of occurrences, and the words with two senses. other:
-    different tokens, the null; lexical: the same token after different ones; ngram: the same after
-    the same; sense: a word in one sense; two: in both. Never of one window."""
-    ids, window = windows.flatten(), torch.arange(windows.numel()) // windows.shape[1]
-    before, bare = ids.roll(1), [word.strip().lower() for word in words]
-    senses, role = find_senses(words)
-    numbers = {w: i for i, w in enumerate(sorted(senses))}
-    places = (role > 0).nonzero().squeeze(1)
-    label = torch.tensor([numbers[bare[i]] for i in places.tolist()], dtype=torch.long)
-    any_pair = torch.randint(len(ids), (2, 20_000), generator=generator)
-    same = equal_pairs(ids, generator)
-    both = equal_pairs(ids * (ids.max() + 1) + before, generator)
-    word = places[equal_pairs(label, generator)] if len(places) else any_pair[:, :0]
-
-    def apart(p):
-        return (window[p[0]] != window[p[1]]) & (before[p[0]] != before[p[1]])
-
-    one_sense = role[word[0]] == role[word[1]]
-    pairs = {"other": any_pair[:, (ids[any_pair[0]] != ids[any_pair[1]]) & apart(any_pair)],
-             "lexical": same[:, apart(same)], "ngram": both[:, window[both[0]] != window[both[1]]],
-             "sense": word[:, apart(word) & one_sense], "two": word[:, apart(word) & ~one_sense]}
-    return {name: p for name, p in pairs.items() if p.shape[1] > 1}, sorted(senses)
-
-def hierarchy(codes, windows, words, seed=0):
-    """P8 -> {layers, overlap: {kind: {name of pairs: [[mean, standard error] by layer]}}, words,
-    pairs, verdicts: {kind: {gaps: {gap: [(shallow), (deep)]}, lexical, ngram, sense: bool}}}."""
-    pairs, senses = draw_pairs(windows, words, torch.Generator().manual_seed(seed))
-    layers = sorted({layer for layer, _ in codes})
-    third, table, verdicts = max(1, len(layers) // 3), {}, {}
-    for kind in sta.KINDS:
-        table[kind], ends = {}, {}
-        for name, (a, b) in pairs.items():
-            shared = torch.stack([(codes[layer, kind][a][..., None] == codes[layer, kind][b][
-                ..., None, :]).any(-1).double().mean((1, 2)) for layer in layers])  # (L, pairs)
-            table[kind][name] = [mean_stderr(x) for x in shared]
-            ends[name] = [mean_stderr(part.mean(0)) for part in (shared[:third], shared[-third:])]
-        gaps = {gap: [(x[0] - y[0], math.hypot(x[1], y[1])) for x, y in zip(ends[a], ends[b])]
-                for gap, a, b in (("lexical", "lexical", "other"), ("ngram", "ngram", "lexical"),
-                                  ("sense", "sense", "two")) if a in ends and b in ends}
-        verdicts[kind] = {"gaps": gaps}
-        for gap, (shallow, deep) in gaps.items():
-            fall = (deep[0] - shallow[0]) * (1 if gap == "sense" else -1)  # as claimed: positive
-            verdicts[kind][gap] = fall > 2 * math.hypot(shallow[1], deep[1])
-    return {"layers": layers, "overlap": table, "words": senses, "verdicts": verdicts,
-            "pairs": {name: p.shape[1] for name, p in pairs.items()}}
+    return {"words": words, "sites": page}, check
 
 # ------------------------------------------------------------------ the run
-def tell(check, deep):
-    """Print what `look_inside` and `hierarchy` found."""
-    for name, row in check.items():
-        print(f"atoms {name}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "
-              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; "
-              f"{100 * row['random']:.0f} % of random directions")
-    if deep is None:
-        return print("P8 is not tested: that takes three layers or more")
-    print(f"{len(deep['words'])} words with two senses by rule: "
-          f"{' '.join(deep['words']) or 'none; a longer text may have some (--max-tokens)'}")
-    for kind, verdict in deep["verdicts"].items():
-        said = [f"{name} {a[0]:+.3f} ±{a[1]:.3f} shallow, {b[0]:+.3f} ±{b[1]:.3f} deep: "
-                f"{'as claimed' if verdict[name] else 'not as claimed'}"
-                for name, (a, b) in verdict["gaps"].items()]
-        held = sum(verdict[name] for name in verdict["gaps"])
-        print("P8", "holds" if held == 3 else "holds in part" if held else "does not hold here",
-              f"for {kind}s: " + "; ".join(said))
-
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -209,7 +122,6 @@ def main(argv=None):
     add("--saes", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--layer", help="12, 0-7 or 3,9 (default all trained)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
-    add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=131_072, help="(default 131,072)")
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
@@ -224,19 +136,23 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
                                               args.layer or "all")
     saes, _ = sta.load_saes(folder, model, layers if args.layer else None)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
-    ks = dict(zip(sta.KINDS, (args.k_key, args.k_val)))
-    page, check, codes = look_inside(model, tokenizer, saes, windows, ks)
-    enough = len({layer for layer, _ in saes}) > 2
-    deep = hierarchy(codes, windows, page["words"]) if enough else None
-    tell(check, deep)
+    windows = sta.token_windows(text, tokenizer, model, None, 2048, args.max_tokens)
+    ks = {"key": args.k_key, "value": args.k_val, "stage1": 1}
+    for layer in sorted({layer for layer, _ in saes}):
+        if (path := folder / "additive" / f"layer{layer}.safetensors").exists():
+            saes[layer, "stage1"] = FirstStage(path, model.device)
+    page, check = look_inside(model, tokenizer, saes, windows, ks)
+    for site, row in check.items():
+        print(f"atoms {site}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "
+              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; "
+              f"{100 * row['random']:.0f} % of random directions")
     about = {"model": pathlib.Path(name).name, "tokens": windows.numel(), "k_key": args.k_key,
              "k_val": args.k_val, **evaluate.provenance(model)}
     data = json.dumps({**about, **page}, ensure_ascii=False)
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
     template = (sta.HERE / "beyond" / "atoms.html").read_text(encoding="utf-8")
-    for end, content in (("atoms.html", template.replace("DATA", data)), (
-            "hierarchy.json", json.dumps({**about, "check": check, "hierarchy": deep}) + "\n")):
+    for end, content in (("atoms.html", template.replace("DATA", data)),
+                         ("atoms.json", json.dumps({**about, "check": check}) + "\n")):
         path = args.out / f"{sta.slug(name)}-{end}"
         sta.write_atomic(path, content)
         print(f"wrote {path}")

@@ -9,6 +9,7 @@ import math
 import os
 import pathlib
 import re
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
@@ -35,9 +36,9 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "pursuit", "rivals", "samples",
-         "sparse", "texts")
-(additive, atoms, benchmark, cache, claims, pursuit, rivals, samples, sparse,
+NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "hierarchy", "pursuit", "rivals",
+         "samples", "sparse", "texts")
+(additive, atoms, benchmark, cache, claims, hierarchy, pursuit, rivals, samples, sparse,
  texts) = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
@@ -479,39 +480,6 @@ def test_strongest_tokens_are_those_of_a_sort():
 def test_describable_atoms(pairs, expected):
     assert atoms.describable(pairs) == expected
 
-def test_hierarchy_finds_what_was_put_in():
-    """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun
-    from a verb; text of made-up words in forty windows."""
-    generator = torch.Generator().manual_seed(0)
-    vocabulary = [" the", " a", " will", " to", " walk", " run", " work",
-                  *(f" w{i}q" for i in range(55))]
-    ids = torch.randint(7, len(vocabulary), (40, 200), generator=generator)
-    ids[:, ::4] = torch.randint(0, 4, (40, 50), generator=generator)
-    ids[:, 1::40] = torch.randint(4, 7, (40, 5), generator=generator)  # rarer than the others
-    flat = ids.flatten()
-    verb = ((flat.roll(1) == 2) | (flat.roll(1) == 3)).long()
-    code = lambda *parts: torch.stack(parts, -1)[:, None]  # (tokens, one head, k)
-    noise = torch.randint(900, 1000, flat.shape, generator=generator)
-    codes = {}
-    for kind in sta.KINDS:
-        codes[0, kind] = code(flat, 100 + flat, 200 + flat.roll(1))
-        codes[1, kind] = code(flat, noise, noise + 100)
-        codes[2, kind] = code(flat, noise, 300 + 2 * flat + verb)
-    words = [vocabulary[i] for i in flat]
-    found = atoms.hierarchy(codes, ids, words, seed=0)
-    assert found["words"] == ["run", "walk", "work"]
-    means = {name: [m for m, _ in rows] for name, rows in found["overlap"]["key"].items()}
-    assert means["lexical"][:2] == pytest.approx([2 / 3, 1 / 3], abs=0.03)
-    assert means["ngram"] == pytest.approx([1, 1 / 3, 2 / 3], abs=0.03)
-    assert means["sense"] == pytest.approx([2 / 3, 1 / 3, 2 / 3], abs=0.03)
-    assert means["two"] == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.03)
-    assert max(means["other"]) < 0.02
-    few = atoms.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
-    assert few["words"] == [] and set(few["verdicts"]["key"]["gaps"]) == {"lexical", "ngram"}
-    turned = atoms.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
-    for name in ("lexical", "ngram", "sense"):
-        assert found["verdicts"]["key"][name] and not turned["verdicts"]["key"][name]
-
 def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     """Its strongest contexts against codes computed here; corpus text cannot end the data."""
     argv = ["--saes", trained, "--max-tokens", 2048, "--out", tmp_path]
@@ -537,12 +505,84 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     assert [i for i, _ in found] == [i for i, _ in expected]
     assert [v for _, v in found] == pytest.approx([v for _, v in expected], abs=1e-3)
     assert page["words"][:2048] == [tokenizer.decode(i) for i in ids]
-    check = json.loads((tmp_path / "tiny-hierarchy.json").read_text())
-    assert check["hierarchy"] is None and 0 <= check["check"]["1.value"]["atoms_live"] <= 1
+    check = json.loads((tmp_path / "tiny-atoms.json").read_text())["check"]
+    assert 0 <= check["1.value"]["atoms_live"] <= 1
     end = "</script><script>alert(1)</script>"
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, **k: end)
     assert script(atoms, *argv) == 0
     assert read()["words"][3] == end
+
+def test_first_stage_of_an_additive_code_in_the_page(trained, tmp_path):
+    """Its strongest contexts are those where greedy coding takes that atom first."""
+    shutil.copytree(trained / "tiny", tmp_path / "tiny")
+    model, tokenizer, _ = sta.load_model("tiny")
+    windows = sta.token_windows(sta.read_text(None, "valid", "tiny"), tokenizer, model, 256, 0,
+                                10_240)
+    rows = sta.harvest(model, windows, [2], sink=0)
+    x = torch.cat([rows[2, kind].flatten(1) for kind in sta.KINDS], 1)
+    learned = additive.learn_layer(x, torch.eye(512), 3, seed=0)
+    sta.write_atomic(tmp_path / "tiny" / "additive" / "layer2.safetensors",
+                     additive.safetensors.torch.save(learned))
+    assert script(atoms, "--saes", tmp_path, "--max-tokens", 10_240, "--out", tmp_path) == 0
+    html = (tmp_path / "tiny-atoms.html").read_text(encoding="utf-8")
+    site = json.loads(html.split('id="data">')[1].split("</script>")[0])["sites"]["2.stage1"]
+    y = (x - learned["mean"]) @ learned["W"][:, :16]
+    codes, left = additive.beam_search(y, learned["atoms.0"][:1], 1)
+    gain = (y.square().sum(1) - left.square().sum(1)) / 2
+    atom = codes[:, 0].long().bincount(minlength=256).argmax().item()
+    first = torch.arange(len(y)) % 256 == 0  # kept exact
+    ranked = gain.masked_fill((codes[:, 0] != atom) | first, -1e9).topk(10).indices.tolist()
+    assert len(site["contexts"]) == 256
+    assert [i for i, _ in site["contexts"][atom]] == ranked
+    check = json.loads((tmp_path / "tiny-atoms.json").read_text())["check"]["2.stage1"]
+    assert 0 < check["atoms_live"] <= 1 and 100 < check["live"] <= 256
+
+# ---------------------------------------------------------------- hierarchy.py
+
+def test_hierarchy_finds_what_was_put_in():
+    """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun
+    from a verb; text of made-up words in forty windows."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = [" the", " a", " will", " to", " walk", " run", " work",
+                  *(f" w{i}q" for i in range(55))]
+    ids = torch.randint(7, len(vocabulary), (40, 200), generator=generator)
+    ids[:, ::4] = torch.randint(0, 4, (40, 50), generator=generator)
+    ids[:, 1::40] = torch.randint(4, 7, (40, 5), generator=generator)  # rarer than the others
+    flat = ids.flatten()
+    verb = ((flat.roll(1) == 2) | (flat.roll(1) == 3)).long()
+    code = lambda *parts: torch.stack(parts, -1)[:, None]  # (tokens, one head, k)
+    noise = torch.randint(900, 1000, flat.shape, generator=generator)
+    codes = {}
+    for kind in sta.KINDS:
+        codes[0, kind] = code(flat, 100 + flat, 200 + flat.roll(1))
+        codes[1, kind] = code(flat, noise, noise + 100)
+        codes[2, kind] = code(flat, noise, 300 + 2 * flat + verb)
+    words = [vocabulary[i] for i in flat]
+    found = hierarchy.hierarchy(codes, ids, words, seed=0)
+    assert found["words"] == ["run", "walk", "work"]
+    means = {name: [m for m, _ in rows] for name, rows in found["overlap"]["key"].items()}
+    assert means["lexical"][:2] == pytest.approx([2 / 3, 1 / 3], abs=0.03)
+    assert means["ngram"] == pytest.approx([1, 1 / 3, 2 / 3], abs=0.03)
+    assert means["sense"] == pytest.approx([2 / 3, 1 / 3, 2 / 3], abs=0.03)
+    assert means["two"] == pytest.approx([2 / 3, 1 / 3, 1 / 3], abs=0.03)
+    assert max(means["other"]) < 0.02
+    few = hierarchy.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
+    assert few["words"] == [] and set(few["verdicts"]["key"]["gaps"]) == {"lexical", "ngram"}
+    turned = hierarchy.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
+    for name in ("lexical", "ngram", "sense"):
+        assert found["verdicts"]["key"][name] and not turned["verdicts"]["key"][name]
+
+def test_codes_for_p8(trained, capsys):
+    model, tokenizer, _ = sta.load_model("tiny")
+    saes, _ = sta.load_saes(trained / "tiny", model)
+    windows = sta.token_windows(sta.read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
+    codes = hierarchy.find_codes(model, saes, windows, {"key": 3, "value": 5})
+    with sta.capture(model, [1]) as rows:
+        model(windows[9:])
+    for kind, k in (("key", 3), ("value", 5)):
+        assert torch.equal(codes[1, kind][-64:], saes[1, kind].encode(rows[1, kind][0], k)[1])
+    assert script(hierarchy, "--saes", trained, "--max-tokens", 512) == 2
+    assert_one_line(capsys.readouterr().err, "P8 takes the SAEs of three layers or more")
 
 # ---------------------------------------------------------------- benchmark.py
 
