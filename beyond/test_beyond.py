@@ -568,7 +568,8 @@ def test_hierarchy_finds_what_was_put_in():
     assert max(means["other"]) < 0.02
     few = hierarchy.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
     assert few["words"] == [] and set(few["verdicts"]["key"]["gaps"]) == {"lexical", "ngram"}
-    turned = hierarchy.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
+    turned = {(2 - i, kind): x for (i, kind), x in codes.items()}
+    turned = hierarchy.hierarchy(turned, ids, words, 0)
     for name in ("lexical", "ngram", "sense"):
         assert found["verdicts"]["key"][name] and not turned["verdicts"]["key"][name]
 
