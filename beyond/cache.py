@@ -1,7 +1,7 @@
 """A cache for transformers that really stores codes: any codec of sta.py's interface.
 
-    python -m beyond.cache --generate "The President" --recent 16   # what it writes, and its cost
-    python evaluate.py --rows additive,cache  # dual and the rows before it; above as well: --rows
+    python -m beyond.cache --generate "The President" --recent 16     # also with --rows, --only
+    python evaluate.py --rows additive,cache    # through it: dual, and what other --rows add
 
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
