@@ -207,10 +207,11 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
     shape, learned, curves, found = sta.kv_shape(config), {}, {}, []
+    mark = sta.fingerprint(model)
     for layer in sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers):
         path = args.saes / sta.slug(name) / "additive" / f"layer{layer}.safetensors"
         tensors, metadata = read(path)
-        if metadata["fingerprint"] != sta.fingerprint(model):
+        if metadata["fingerprint"] != mark:
             raise sta.UsageError(f"{path}: of another model; choose another --saes")
         learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
         curves |= {(layer, int(key[5:])): x for key, x in tensors.items() if key[:5] == "left."}

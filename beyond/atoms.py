@@ -122,6 +122,7 @@ def main(argv=None):
     add("--saes", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--layer", help="12, 0-7 or 3,9 (default all trained)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
+    add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=131_072, help="(default 131,072)")
     add("--k-key", type=int, default=8, help="atoms a key (default 8)")
     add("--k-val", type=int, default=16, help="atoms a value (default 16)")
@@ -136,7 +137,7 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
                                               args.layer or "all")
     saes, _ = sta.load_saes(folder, model, layers if args.layer else None)
-    windows = sta.token_windows(text, tokenizer, model, None, 2048, args.max_tokens)
+    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     ks = {"key": args.k_key, "value": args.k_val, "stage1": 1}
     for layer in sorted({layer for layer, _ in saes}):
         if (path := folder / "additive" / f"layer{layer}.safetensors").exists():
