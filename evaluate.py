@@ -46,7 +46,6 @@ def parse_args(argv=None, description=__doc__):
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
     add("--only", default="", help="keep dense and the rows whose names match this pattern")
-    add("--fit-text", help="text that --rows are fitted on (default: tiny's own, else WikiText)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
     add("--tasks", help=f"of {', '.join(TASKS)}, or .jsonl files with context, choices, label "
                         "(default: tiny's own, else none)")

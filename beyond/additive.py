@@ -1,6 +1,6 @@
 """Additive codes: the keys and values of a layer as a sum of atoms, one byte an atom.
 
-    python -m beyond.additive                                # tiny: saes/tiny/additive/
+    python -m beyond.calibrate && python -m beyond.additive  # tiny: saes/tiny/additive/
     python -m beyond.additive --model DIR --text T           # any model; a file a layer
     python evaluate.py --rows additive,rivals                # with SAEs or without
 
@@ -11,13 +11,13 @@ linear images of one hidden state. Along the axes W of the layer, y = (x - mean)
 
 A sparse code whose coefficients are all one: their bytes buy more atoms instead [residual
 quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. Axes: principal ones in the
-metric of the loss, where an error counts in nats, in every layer. Atoms: residual k-means. Bytes:
-by greed, where one lowers held-out error most. Of blocks of 8 to 64 axes, 16 are as good as 32 at
-half the memory, others worse. Coding: beam search. Non-goals: fine-tuning, an entropy coder.
+metric of the loss (beyond/calibrate.py), where an error counts in nats, in every layer. Atoms:
+residual k-means. Bytes: by greed, where one lowers held-out error most. Of blocks of 8 to 64 axes,
+16 are as good as 32 at half the memory, others worse. Coding: beam search. Non-goals: fine-tuning,
+an entropy coder.
 """
 import argparse
 import collections
-import contextlib
 import hashlib
 import json
 import math
@@ -33,38 +33,9 @@ import sta
 import train_sae
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
-GRADIENT_TOKENS = 20_480  # of the text, for the metric
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16, of the rows
 
 # ------------------------------------------------------------------ axes
-def loss_metric(model, windows, layers, sink, seed=0):
-    """{layer: A (P, P)}: an error e of x costs about e^T A e nats, half by G = E[g g^T] and half
-    plainly, each kind in its mean cost; g is the gradient to x of the loss at targets drawn from
-    the model's own predictions."""
-    sites, grads, G, n = sta.kv_sites(model), {}, dict.fromkeys(layers, 0), 0
-    generator = torch.Generator().manual_seed(seed)
-
-    def see(module, grads_in, grads_out): grads[module] = grads_out[0]
-    with contextlib.ExitStack() as hooks:
-        for module in {sites[layer, kind][0] for layer in layers for kind in sta.KINDS}:
-            hooks.callback(module.register_full_backward_hook(see).remove)
-        for ids in tqdm(windows, desc="gradients", disable=None):
-            with torch.enable_grad():
-                x = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
-                logits = model(inputs_embeds=x, use_cache=False).logits[0].float()  # (T, V)
-                drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-                F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
-            for layer in layers:
-                g = side_by_side(*(view(grads[module])[0, sink:] for module, view in (
-                    sites[layer, kind] for kind in sta.KINDS)))  # (T - sink, P)
-                G[layer] = G[layer] + g.T @ g
-            n += len(g)
-    for layer in layers:
-        cost = G[layer].diagonal() / n
-        plain = torch.cat([part.mean().expand_as(part) for part in cost.chunk(2)])
-        G[layer] = (G[layer] / n + plain.diag()) / 4
-    return G
-
 def side_by_side(k, v):
     """Keys and values (..., H, D) -> x (..., P), float32."""
     return torch.cat([k.flatten(-2), v.flatten(-2)], -1).float()
@@ -197,26 +168,29 @@ def share_out(curves, n_bytes):
     return collections.Counter(place for _, place in sorted(gains, reverse=True)[:n_bytes])
 
 # ------------------------------------------------------------------ files, rows
-def read(path):
-    """(tensors, metadata) of a layer's file."""
-    with sta.explain(f"{path}: missing or corrupt; delete it and run python -m beyond.additive"):
+def read(folder, layer, mark):
+    """(tensors, settings) of a layer in saes/<model>/additive or .../calibration; mark: the
+    model's fingerprint."""
+    path = folder / f"layer{layer}.safetensors"
+    with sta.explain(f"{path}: missing or corrupt; delete it and run python -m "
+                     f"beyond.{'additive' if folder.name == 'additive' else 'calibrate'}"):
         with safetensors.safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            metadata = file.metadata()
+    if metadata["fingerprint"] != mark:
+        raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
+    return tensors, json.loads(metadata["settings"])
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
     shape, learned, curves, found = sta.kv_shape(config), {}, {}, []
-    mark = sta.fingerprint(model)
+    folder, mark = args.saes / sta.slug(name) / "additive", sta.fingerprint(model)
     for layer in sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers):
-        path = args.saes / sta.slug(name) / "additive" / f"layer{layer}.safetensors"
-        tensors, metadata = read(path)
-        if metadata["fingerprint"] != mark:
-            raise sta.UsageError(f"{path}: of another model; choose another --saes")
+        tensors, settings = read(folder, layer, mark)
         learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
         curves |= {(layer, int(key[5:])): x for key, x in tensors.items() if key[:5] == "left."}
-    most = json.loads(metadata["settings"])["most"]
-    for share in (share for share in SHARES if share <= most):
+    for share in (share for share in SHARES if share <= settings["most"]):
         stages = share_out(curves, round(share * len(learned) * 4 * math.prod(shape)))
         codecs = {layer: Additive(tensors, {i: stages[layer, i] for of, i in curves if of == layer},
                                   shape) for layer, tensors in learned.items()}
@@ -232,8 +206,10 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
+    add("--layer", default="all", help="layers: all, 12, 0-7, 3,9 (default all)")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-103)")
     add("--tokens", type=int, help="of it (default 122,880; tiny: 20,480)")
+    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
     add("--most", type=float, default=0.25, help="largest share of bf16 to learn for (default .25)")
     add("--seed", type=int, default=0)
     add("--device", help="cpu, cuda or auto (default: cuda if any)")
@@ -241,29 +217,29 @@ def main(argv=None):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
-    model, tokenizer, layers = sta.load_model(args.model,
-                                              *sta.pick_device(args.device, args.dtype))
+    model, tokenizer, layers = sta.load_model(
+        args.model, *sta.pick_device(args.device, args.dtype), args.layer)
     text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, None, 512, args.tokens)
+    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
     n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
-    folder = args.out / sta.slug(args.model) / "additive"
+    folder, mark = args.out / sta.slug(args.model) / "additive", sta.fingerprint(model)
+    calibration = {layer: read(folder.with_name("calibration"), layer, mark) for layer in layers}
     settings = {"tokens": windows.numel(), "seed": args.seed, "most": args.most,
-                "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
+                "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12],
+                "calibration": calibration[layers[0]][1]}
     path = {layer: folder / f"layer{layer}.safetensors" for layer in layers}
     todo = [layer for layer in layers if not path[layer].exists()]
     for layer in set(layers) - set(todo):
-        train_sae.expect_same(path[layer], json.loads(read(path[layer])[1]["settings"]), settings)
+        train_sae.expect_same(path[layer], read(folder, layer, mark)[1], settings)
     print(f"{args.model}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
-    if todo:
-        few = windows[:max(1, GRADIENT_TOKENS // windows.shape[1])]
-        metric = loss_metric(model, few, todo, 1, args.seed)
-        rows = sta.harvest(model, windows, todo)
+    rows = sta.harvest(model, windows, todo) if todo else {}
     for layer in tqdm(todo, desc="layers", disable=None):
         x = side_by_side(rows.pop((layer, "key")), rows.pop((layer, "value")))
-        learned = learn_layer(x, metric[layer], n_stages, args.seed)
+        metric = calibration[layer][0]["metric"].to(x.device)
+        learned = learn_layer(x, metric, n_stages, args.seed)
         sta.write_atomic(path[layer], safetensors.torch.save(
             {name: tensor.cpu() for name, tensor in learned.items()},
-            {"fingerprint": sta.fingerprint(model), "settings": json.dumps(settings)}))
+            {"fingerprint": mark, "settings": json.dumps(settings)}))
     print(f"{folder} is complete; next: python evaluate.py --rows additive --model {args.model}")
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What else the same bytes could buy: the quantisers that engineers would use, as rows.
 
-    python evaluate.py --rows rivals       # without SAEs: --model DIR --text T --fit-text F, too
+    python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
 
 grouped    KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32, and 2 bits, group 128: each group
            to even steps between its extremes, kept as fp16 minimum and step; keys in groups of
@@ -12,21 +12,20 @@ transform  the idea of KVTC [arXiv 2511.01815]: principal axes, each in 0 to 8 b
            they save, Lloyd-Max levels. Of a head's key or value, or of a layer, all heads together;
            plain: squared error, equal bits everywhere; loss: what an error costs the model, bits
            wherever they save most. KVTC's entropy coder would save 4 to 6 % at 2 to 3 bits.
-All are fitted on one text (--fit-text), never on the text that is scored.
+All are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
 import argparse
 import functools
 import itertools
 import math
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 import evaluate
 import sta
 
-FIT_TOKENS = 40_960
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
 # ------------------------------------------------------------------ grouped
@@ -123,40 +122,6 @@ class Rotated:
         return (y @ self.turn.T + self.mean).unbind(-3)
 
 # ------------------------------------------------------------------ transform
-def calibrate(model, windows, layers, sink, seed=0):
-    """{layer: (mean (P,), covariance (P, P), G (P, P))} of x, a token's keys and values of all
-    heads side by side, P = 2 H D. G = E[g g^T], g the gradient to x of the loss at targets drawn
-    from the model's own predictions: an error e costs about e^T G e / 2 nats."""
-    sites, generator, outputs = sta.kv_sites(model), torch.Generator().manual_seed(seed), {}
-
-    def keep(module, args, y): outputs[module] = y
-    hooks = [sites[key][0].register_forward_hook(keep) for key in sites if key[0] in layers]
-    total, n = {layer: [0, 0, 0] for layer in layers}, 0
-    for ids in tqdm(windows, desc="calibrating", disable=None):
-        with torch.enable_grad():
-            x = model.get_input_embeddings()(ids[None].to(model.device)).requires_grad_()
-            logits = model(inputs_embeds=x, use_cache=False).logits[0].float()  # (T, V)
-            drawn = torch.multinomial(logits.softmax(-1).cpu(), 1, generator=generator)[:, 0]
-            loss = F.cross_entropy(logits, drawn.to(logits.device), reduction="sum")
-            grads = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values()))))
-        for layer in layers:
-            pair = [sites[layer, kind] for kind in sta.KINDS]
-            x, g = (torch.cat([view(found[module].detach())[0, sink:].flatten(1)
-                               for module, view in pair], 1).float() for found in (outputs, grads))
-            new = x.sum(0), x.T @ x, g.T @ g
-            total[layer] = [old + part.double() for old, part in zip(total[layer], new)]
-        n += len(x)
-    for hook in hooks:
-        hook.remove()
-    return {layer: (mean / n, square / n - (mean / n).outer(mean / n), G / n)
-            for layer, (mean, square, G) in total.items()}
-
-def loss_metric(G, n_values):
-    """A (P, P): an error e counts e^T A e, half by G and half plainly, as a G from few gradients is
-    rough; keys and values, whose units differ, each in its own mean cost."""
-    plain = torch.cat([part.mean().expand(n_values) for part in G.diagonal().split(n_values)])
-    return (G + plain.diag()) / 4
-
 def principal_axes(covariance, metric):
     """(variances (P,), W (P, P), W^-1): y = x W has uncorrelated numbers of these variances, and
     an error in y has the square length that the metric gives it in x. Strongest first."""
@@ -196,8 +161,9 @@ def transforms(fitted, shape, unit, metric):
     """A function share -> {layer: Transform}; unit "head" or "layer", metric "plain" or "loss"."""
     P, axes = 2 * math.prod(shape), {}
     size = shape[1] if unit == "head" else P
-    for layer, (mean, covariance, G) in fitted.items():
-        A = loss_metric(G, P // 2) if metric == "loss" else torch.eye(P).to(G)
+    for layer, found in fitted.items():
+        covariance = found["covariance"].double()
+        A = found["metric"].double() if metric == "loss" else torch.eye(P).to(covariance)
         variances, W, inverse = zip(*(principal_axes(
             covariance[i:i + size, i:i + size], A[i:i + size, i:i + size])
             for i in range(0, P, size)))
@@ -208,11 +174,21 @@ def transforms(fitted, shape, unit, metric):
         sites = variances.view(1, -1) if metric == "loss" else variances.view(-1, size)
         n_bits = int(share * 16 * sites.shape[1])
         bits = torch.stack([allocate(site, n_bits) for site in sites]).view(variances.shape)
-        return {layer: Transform(shape, fitted[layer][0], *found, some)
+        return {layer: Transform(shape, fitted[layer]["mean"], *found, some)
                 for (layer, found), some in zip(axes.items(), bits)}
     return at
 
 # ------------------------------------------------------------------ the rows
+def read(path, mark, device):
+    """{mean, covariance, metric} of a layer; mark: the model's fingerprint."""
+    with sta.explain(f"{path}: missing or corrupt; run python -m beyond.calibrate"):
+        with safetensors.safe_open(path, "pt", device=str(device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            fingerprint = file.metadata()["fingerprint"]
+    if fingerprint != mark:
+        raise sta.UsageError(f"{path}: of another model; choose another --saes")
+    return tensors
+
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config = model.get_decoder().config
@@ -224,12 +200,12 @@ def rows(model, tokenizer, saes, args, before):
         found.append(evaluate.Row(f"grouped {bits} bits, {group}", dict.fromkeys(layers, codec),
                                   layer_bytes=grouped_bytes(*shape, bits, group),
                                   method=f"grouped {group}"))
-    text = sta.read_text(args.fit_text, "train", name, 8 * FIT_TOKENS)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, FIT_TOKENS)
-    fitted = calibrate(model, windows, layers, args.sink)
+    folder, mark = args.saes / sta.slug(name) / "calibration", sta.fingerprint(model)
+    fitted = {layer: read(folder / f"layer{layer}.safetensors", mark, model.device)
+              for layer in layers}
     for bits in (1, 2, 3):
         found.append(evaluate.Row(f"rotated {bits} bits", {
-            layer: Rotated(fitted[layer][0].float(), shape, bits) for layer in layers},
+            layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers},
             once_bytes=len(layers) * 8 * math.prod(shape), method="rotated"))
     for unit, metric in itertools.product(("head", "layer"), ("plain", "loss")):
         at = transforms(fitted, shape, unit, metric)

@@ -1,8 +1,7 @@
 """A calibration text that is broader than yours: between its windows stands what the model writes.
 
     python -m beyond.samples --model DIR --text train.txt --out mixed.txt
-    python -m beyond.additive --model DIR --text mixed.txt
-    python evaluate.py --model DIR --rows additive,rivals --fit-text mixed.txt --text other.txt
+    python -m beyond.calibrate --model DIR --text mixed.txt
 
 Codes that are fitted on one kind of text do not carry over to another. A model's own samples are of
 all the kinds that it was trained on, without that data [LLM-QAT, arXiv 2305.17888, which also draws

@@ -36,9 +36,9 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-NAMES = ("additive", "atoms", "benchmark", "cache", "claims", "hierarchy", "pursuit", "rivals",
-         "samples", "sparse", "texts")
-(additive, atoms, benchmark, cache, claims, hierarchy, pursuit, rivals, samples, sparse,
+NAMES = ("additive", "atoms", "benchmark", "cache", "calibrate", "claims", "hierarchy", "pursuit",
+         "rivals", "samples", "sparse", "texts")
+(additive, atoms, benchmark, cache, calibrate, claims, hierarchy, pursuit, rivals, samples, sparse,
  texts) = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
@@ -217,6 +217,59 @@ def test_bad_input_of_the_cache(argv, message, capsys):
     assert script(cache, *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
 
+# ---------------------------------------------------------------- calibrate.py
+
+@pytest.fixture(scope="session")
+def calibrated(tmp_path_factory):
+    """A folder with the calibration of tiny."""
+    out = tmp_path_factory.mktemp("calibrated")
+    assert script(calibrate, "--tokens", 2048, "--out", out) == 0
+    return out
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "phi3"])
+def test_gradients_are_those_of_the_loss(family):
+    """g of the last token alone, as the others are sinks: differences of the loss itself."""
+    model, ids = small_model(family), tokens_of(1, 6)
+    drawn = calibrate.draw(model(ids).logits[0], torch.Generator().manual_seed(0))
+    H, D = sta.kv_shape(model.config)
+
+    def loss(step):
+        def change(k, v, live):
+            return tuple(x + live[..., None, None] * part.view(H, D)
+                         for x, part in zip((k, v), step.chunk(2)))
+        with sta.reconstruct(model, {1: change}, sink=5):
+            logits = model(ids).logits[0].double()
+        return torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").item()
+
+    g = torch.tensor([(loss(step) - loss(-step)) / 0.1 for step in 0.05 * torch.eye(2 * H * D)])
+    mean, _, found = calibrate.statistics(model, ids, [0, 1], 5)[1]
+    torch.testing.assert_close(found.float(), g.outer(g), rtol=0.02,
+                               atol=2e-3 * g.square().max().item())
+    rows = sta.harvest(model, ids, [1], 5)
+    torch.testing.assert_close(mean.float(), torch.cat(
+        [rows[1, kind].flatten() for kind in sta.KINDS]), atol=1e-5, rtol=0)
+
+def test_drawn_tokens_follow_the_distribution():
+    p = torch.tensor([0.5, 0.0, 0.3, 0.2])
+    drawn = calibrate.draw(p.log().expand(20_000, -1), torch.Generator().manual_seed(0))
+    assert (drawn.bincount(minlength=4) / 20_000).tolist() == pytest.approx(p.tolist(), abs=0.02)
+
+def test_calibration_is_of_the_text(calibrated):
+    """Mean and covariance against numpy; the metric is a fixed mix that has an inverse."""
+    model, tokenizer, _ = sta.load_model("tiny")
+    windows = sta.token_windows(sta.read_text(None, "train", "tiny"), tokenizer, model, None, 256,
+                                2048)
+    rows = sta.harvest(model, windows, [4])
+    x = np.concatenate([rows[4, kind].flatten(1).double().numpy() for kind in sta.KINDS], 1)
+    found = {name: tensor.double().numpy() for name, tensor in calibrate.safetensors.torch.load(
+        (calibrated / "tiny" / "calibration" / "layer4.safetensors").read_bytes()).items()}
+    assert found["mean"] == pytest.approx(x.mean(0), abs=1e-5)
+    assert found["covariance"] == pytest.approx(np.cov(x.T, ddof=0), abs=1e-3)
+    G = torch.tensor([[4.0, 1, 0, 0], [1, 2, 0, 0], [0, 0, 8, 1], [0, 0, 1, 0]]).double()
+    expected = 0.45 * G + 0.05 * torch.tensor([3.0, 3, 4, 4]).double().diag()
+    torch.testing.assert_close(calibrate.metric(G), expected)
+    assert np.linalg.eigvalsh(found["metric"]).min() > 0
+
 # ---------------------------------------------------------------- rivals.py
 
 @pytest.mark.parametrize("bits", [2, 4])
@@ -281,7 +334,7 @@ def test_transform_spends_bits_as_a_loop_would_and_leaves_what_it_says():
     x = rows_of(4000, 32).double() @ rows_of(32, 32, seed=1).double()
     x = x - x.mean(0)
     G = rows_of(32, 32, seed=2).double()
-    metric, covariance = rivals.loss_metric(G @ G.T, 16), x.T @ x / len(x)
+    metric, covariance = (G @ G.T + torch.eye(32)) / 4, x.T @ x / len(x)
     variances, W, inverse = rivals.principal_axes(covariance, metric)
     y, e = x @ W, rows_of(5, 32, seed=3).double()
     torch.testing.assert_close(y.T @ y / len(x) / variances.sum(), variances.diag()
@@ -298,32 +351,11 @@ def test_transform_spends_bits_as_a_loop_would_and_leaves_what_it_says():
     told = sum(variance * left[b] for variance, b in zip(variances.tolist(), bits.tolist()))
     assert found == pytest.approx(told, rel=0.15)  # these rows are only nearly Gaussian
 
-@pytest.mark.parametrize("name", ["additive", "rivals"])
-def test_gradients_are_those_of_the_loss(name):
-    """g of the last token alone, as the others are sinks: differences of the loss itself."""
-    model, ids = small_model("llama"), tokens_of(1, 6)
-    drawn = torch.multinomial(model(ids).logits[0].softmax(-1), 1,
-                              generator=torch.Generator().manual_seed(0))[:, 0]
-
-    def loss(step):
-        def change(k, v, live):
-            return k + live[..., None, None] * step[:32].view(2, 16), \
-                v + live[..., None, None] * step[32:].view(2, 16)
-        with sta.reconstruct(model, {0: change}, sink=5):
-            logits = model(ids).logits[0].double()
-        return torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").item()
-
-    g = torch.tensor([(loss(step) - loss(-step)) / 0.1 for step in 0.05 * torch.eye(64)])
-    found = (rivals.calibrate(model, ids, [0], 5)[0][2] if name == "rivals" else
-             4 * additive.loss_metric(model, ids, [0], 5)[0]).float()
-    apart = ~torch.eye(64).bool()  # additive's has the plain half on its diagonal
-    torch.testing.assert_close(found[apart], g.outer(g)[apart], rtol=0.02,
-                               atol=1e-3 * g.square().max().item())
-
-def test_every_rival_has_its_row(tmp_path, monkeypatch):
-    monkeypatch.setattr(rivals, "FIT_TOKENS", 2048)
-    assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--max-tokens", 512, "--limit",
-                  4, "--rows", "rivals", "--out", tmp_path) == 0
+def test_every_rival_has_its_row(calibrated, tmp_path, capsys):
+    assert callable(rivals.rows)  # else skip
+    run = ["--model", "tiny", "--saes", calibrated, "--max-tokens", 512, "--limit", 4, "--rows",
+           "rivals", "--out", tmp_path]
+    assert script(evaluate, *run) == 0
     result = json.loads((tmp_path / "tiny.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
     assert result["curves"] == {} and len(rows) == 1 + 4 + 3 + 4 * 5
@@ -337,6 +369,15 @@ def test_every_rival_has_its_row(tmp_path, monkeypatch):
     assert rows["transform layer plain 12.5"]["fvu_key"] < rows["transform head plain 12.5"][
         "fvu_key"] < rows["rotated 2 bits"]["fvu_key"]
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    run[3] = tmp_path
+    assert script(evaluate, *run) == 2
+    assert_one_line(capsys.readouterr().err, "layer0.safetensors: missing .*beyond.calibrate")
+    other = shutil.copytree(calibrated / "tiny", tmp_path / "tiny") / "calibration"
+    path = other / "layer3.safetensors"
+    sta.write_atomic(path, rivals.safetensors.torch.save(
+        rivals.safetensors.torch.load(path.read_bytes()), {"fingerprint": "other"}))
+    assert script(evaluate, *run) == 2
+    assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
 
 # ---------------------------------------------------------------- pursuit.py
 
@@ -663,8 +704,8 @@ def test_bytes_go_where_they_help_most(capsys):
     with pytest.raises(sta.UsageError, match="5 bytes, but only 4 stages were learned"):
         additive.share_out(curves, 5)
 
-def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(additive, "GRADIENT_TOKENS", 1024)
+def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
+    shutil.copytree(calibrated / "tiny", tmp_path / "tiny")
     monkeypatch.setattr(additive, "ROUNDS", 2)
     argv = ["--tokens", 8704, "--out", tmp_path, "--most", 0.13]
     assert script(additive, *argv) == 0
@@ -690,13 +731,17 @@ def test_additive_from_text_to_rows(tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing or corrupt")
     assert script(additive, *argv) == 2
     assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing or corrupt")
-    tensors, metadata = additive.read(files[0])
-    additive.sta.write_atomic(files[0], additive.safetensors.torch.save(
-        tensors, {**metadata, "fingerprint": "other"}))
+    sta.write_atomic(files[0], additive.safetensors.torch.save(
+        additive.safetensors.torch.load(files[0].read_bytes()),
+        {"fingerprint": "other", "settings": "{}"}))
     assert script(evaluate, *run) == 2
     assert_one_line(capsys.readouterr().err, "layer0.safetensors: of another model")
-    assert script(additive, "--tokens", 1024, "--out", tmp_path / "few") == 2
+    (tmp_path / "tiny" / "additive").rename(tmp_path / "tiny" / "old")
+    assert script(additive, "--tokens", 1024, "--layer", 3, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "--tokens: .* rows, too few for 256 atoms")
+    (tmp_path / "tiny" / "calibration" / "layer3.safetensors").unlink()
+    assert script(additive, "--tokens", 1024, "--layer", 3, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "layer3.safetensors: missing .*beyond.calibrate")
 
 def test_other_codes_through_the_cache():
     """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1 %."""
