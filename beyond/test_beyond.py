@@ -37,9 +37,9 @@ def load(name):
     return Missing()
 
 NAMES = ("additive", "atoms", "benchmark", "cache", "calibrate", "claims", "hierarchy", "pursuit",
-         "rivals", "samples", "sparse", "texts")
-(additive, atoms, benchmark, cache, calibrate, claims, hierarchy, pursuit, rivals, samples, sparse,
- texts) = map(load, NAMES)
+         "rivals", "s3", "samples", "scaling", "sparse", "texts")
+(additive, atoms, benchmark, cache, calibrate, claims, hierarchy, pursuit, rivals, s3, samples,
+ scaling, sparse, texts) = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
@@ -826,6 +826,117 @@ def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
     log, dense_log = (json.loads((out / "tiny" / "run-1-2.json").read_text())["log"]
                       for out in (tmp_path, trained))
     assert log[-1]["fvu_val"] == pytest.approx(dense_log[-1]["fvu_val"], rel=0.05)
+
+# ---------------------------------------------------------------- scaling.py
+
+def test_one_sae_for_a_layer():
+    """Learns what it is given, takes the dual budget's bytes, and gives back the units."""
+    factors = rows_of(2000, 8).relu()
+    k, v = (scale * (factors @ rows_of(8, 32, seed=seed)).view(2000, 2, 16)
+            for scale, seed in ((5.0, 1), (0.1, 2)))
+    (x, atoms_), = scaling.sites_of(k, v, "layer").values()
+    assert x.shape == (2000, 1, 64) and atoms_ == 2 * 24
+    torch.testing.assert_close(x.std((0, 1), correction=0).view(2, 32).square().mean(1),
+                               torch.ones(2))
+    sae = scaling.train(x, atoms_, 64, 0.005, 200_000, 512, seed=0)
+    codec = scaling.LayerBudget(sae, scaling.spread_of(k, v), (2, 16))
+    stored = codec.encode(k, v)
+    assert sum(part[0].nbytes for part in stored) == 2 * 24 * 4
+    for target, found in zip((k, v), codec.decode(stored)):
+        assert sta.fidelity(target, found)["fvu"] < 0.1
+
+def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scaling, "HELD_TOKENS", 512)
+    monkeypatch.setattr(scaling, "RATES", (1e-5, 0.01))
+    argv = ["--tokens", 8192, "--max-tokens", 512, "--out", tmp_path]
+    heads = [*argv, "--points", "64:2000,64:30000"]
+    assert script(scaling, *heads) == 0
+    assert script(scaling, *argv, "--points", "192:2000", "--unit", "layer") == 0
+    assert script(scaling, *argv, "--layer", "1-2", "--add-up", "--saes", trained) == 0
+    before = (tmp_path / "tiny-scaling.json").stat().st_mtime_ns
+    assert script(scaling, *heads) == 0  # nothing is measured again
+    assert (tmp_path / "tiny-scaling.json").stat().st_mtime_ns == before
+    result = json.loads((tmp_path / "tiny-scaling.json").read_text())
+    few, few_pursued, many, many_pursued, layer = result["points"]
+    assert few["lr"] == {"key": 0.01, "value": 0.01} and few["text_tokens"] < 8192 < many["tokens"]
+    assert few["fvu_val"] > many["fvu_val"] > many_pursued["fvu_val"]
+    assert few_pursued["encoder"] == "pursuit" and layer["bytes_share"] == few["bytes_share"]
+    (sums,) = result["sums"]
+    assert sums["layers"] == [1, 2] and sum(sums["single"]) == pytest.approx(sums["joint"], rel=0.5)
+    assert plots.plt.imread(tmp_path / "tiny-scaling.png").std() > 0.05
+    assert script(scaling, "--points", "64") == 2
+    assert_one_line(capsys.readouterr().err, "--points 64: want latents:tokens")
+
+# ---------------------------------------------------------------- s3.py
+
+def test_index_and_scores_against_loops(monkeypatch):
+    monkeypatch.setattr(s3, "CHUNK", 16)
+    monkeypatch.setattr(s3, "OVERLAP", 4)
+    model, ids, asked = small_model("llama"), tokens_of(1, 40)[0], tokens_of(1, 6)[0]
+    saes = {layer: sae.requires_grad_(False) for (layer, kind), sae in small_saes(model).items()
+            if kind == "key"}
+    index, fired = s3.scan(model, saes, ids), [set() for _ in range(40)]
+    for at in (0, 16, 32):
+        with sta.capture(model, [1]) as rows:
+            model(ids[None, max(0, at - 4):at + 16])
+        z, idx = saes[1].encode(rows[1, "key"][0, min(at, 4):], saes[1].k)  # (T, H, k)
+        for t, h, j in itertools.product(range(len(z)), range(2), range(saes[1].k)):
+            if z[t, h, j] > 0:
+                fired[at + t].add(64 * h + idx[t, h, j].item())
+    start, positions, mean = index[1]
+    for f in range(2 * 64):
+        assert positions[start[f]:start[f + 1]].tolist() == [
+            t for t in range(40) if f in fired[t]]
+    q = s3.read(model, asked, [1])[1][1]
+    block = model.model.layers[1]
+    states = model(asked[None], output_hidden_states=True).hidden_states[1][0]
+    torch.testing.assert_close(q, block.self_attn.q_proj(block.input_layernorm(states)).view(
+        6, 2, 2, 16))
+    expected = np.zeros(40)
+    for t, h, g in itertools.product(range(6), range(2), range(2)):
+        along, total = saes[1].W_dec @ (q[t, h, g] - mean[h, g]), np.zeros(40)
+        for m in along.argsort(descending=True)[:saes[1].k].tolist():
+            has = np.array([64 * h + m in some for some in fired])
+            total += max(along[m].item(), 0) * math.log(40 / max(1, has.sum())) * has
+        expected += total ** 2
+    expected /= expected.mean()
+    assert s3.coactivation(index[1], saes[1], q, 40) == pytest.approx(expected, rel=1e-3)
+    words = np.array(["a", "b", "c", "d"] * 24)
+    found = s3.bm25(words, ["b", "e"])
+    tf, n = 8, len(found)
+    assert n == 5 and found == pytest.approx(math.log(1 + 0.5 / (n + 0.5)) * tf * 2.2 / (tf + 1.2))
+    spans, places = s3.best_spans(np.array([3.0, 5, 4, 0, 2]), 70)
+    assert [16 * i for i in (1, 4)] == list(spans) and len(places) == 64
+
+def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
+    lines = [line for line in sta.read_text(None, "valid", "tiny").split("\n") if len(line) > 300]
+    (tmp_path / "long.txt").write_text("\n".join(lines[:40]))
+    run = ["--saes", trained, "--text", tmp_path / "long.txt", "--question", lines[20][:200]]
+    assert script(s3, *run, "--budget", 256) == 0
+    out, tokenizer = capsys.readouterr().out, sta.load_model("tiny")[1]
+    place = len(tokenizer("\n".join(lines[:20])).input_ids)
+    starts = [int(x.replace(",", "")) for x in re.findall(r"^  ([\d,]+): fused", out, re.M)]
+    assert len(starts) == 8 and any(-32 < start - place < 48 for start in starts), (place, starts)
+    assert "from the spans:" in out and "bytes a token" in out
+    for more, message in (
+            (["--question", ""], "--question: no tokens"), (["--budget", 9], "--budget 9: want 32"),
+            (["--budget", 10 ** 6], "a text longer than that"),
+            (["--saes", tmp_path], "no SAEs; first run")):
+        assert script(s3, *run, *more) == 2
+        assert_one_line(capsys.readouterr().err, message)
+    (tmp_path / "boolq.jsonl").write_text("\n".join(json.dumps(
+        {"passage": line[:600], "question": line[:60], "label": 1}) for line in lines[:30]))
+    for name, value in (("N_CHOOSE", 8), ("N_TEST", 16), ("N_LAYERS", 1), ("PASSAGES", (4, 8))):
+        monkeypatch.setattr(s3, name, value)
+    assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--out",
+                  tmp_path) == 0
+    result = json.loads((tmp_path / "tiny-s3.json").read_text())
+    found = {row["found by"]: row["recall"][0] for row in result["table"]
+             if row["passages"] == 8 and "found by" in row}
+    assert len(result["layers"]) == 1 and found["bm25 at 10%"] > 3 * found["chance at 10%"]
+    assert found["s3 at 10%"] > found["chance at 10%"]
+    loss = {row["after"]: row["loss"][0] for row in result["table"] if "after" in row}
+    assert loss["the right passage"] < loss["nothing"]
 
 # ---------------------------------------------------------------- all
 

@@ -1,0 +1,262 @@
+"""S3-Attention: retrieval inside the model, by the atoms that a question's queries share with keys.
+
+    python -m beyond.s3 --text LONG.txt --question "When was the fort built?" --budget 256
+    python -m beyond.s3 --model DIR --evaluate --task-dir DIR/tasks      # on BoolQ's passages
+
+Scan: the text passes through the model in chunks, each with OVERLAP tokens before it; the key SAEs
+of a few layers leave every token's latents, k a head, in an inverted index, latent -> positions.
+All else is dropped, but the mean query. Search: a query of the question, before RoPE and less that
+mean, has as its latents the k atoms that it is most along, of its group's keys. A position scores,
+for each query, the sum over the latents that they share of alignment times inverse document
+frequency, squared; these add up. Fused with BM25 by ranks. Source: the abstract of arXiv
+2601.17702; ours, as it leaves them open: layers, by recall on other questions (then --layer), the
+mean, weights, squares, spans. Takes evaluate.py's options, too.
+"""
+import argparse
+import contextlib
+import itertools
+import json
+import re
+import resource
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import sta
+
+CHUNK, OVERLAP, SPAN, STRIDE = 512, 64, 32, 16  # tokens
+N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
+PASSAGES, SHARES = (10, 30, 100), (0.02, 0.05, 0.1)  # in a context; of its tokens, returned
+
+# ------------------------------------------------------------------ the scan
+def read(model, ids, layers):
+    """{layer: [keys (T, H, D), queries (T, H, group, D), both before RoPE, and the residual stream
+    (T, width)]} of token ids (T,)."""
+    (n_kv, head_dim), queries = sta.kv_shape(model.get_decoder().config), {}
+    with contextlib.ExitStack() as hooks:
+        keys = hooks.enter_context(sta.capture(model, layers))
+        for layer in layers:
+            def keep(module, args, y, layer=layer):
+                queries[layer] = y[0].reshape(len(ids), n_kv, -1, head_dim)
+            with sta.explain("no projection of queries; want llama, mistral, qwen2 or qwen3"):
+                attention = model.get_decoder().layers[layer].self_attn
+                module = getattr(attention, "q_norm", attention.q_proj)
+            hooks.callback(module.register_forward_hook(keep).remove)
+        streams = model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=False,
+                                      output_hidden_states=True).hidden_states
+    return {layer: [x.float() for x in (keys[layer, "key"][0], queries[layer], streams[layer][0])]
+            for layer in layers}
+
+def chunks(model, ids, layers):
+    """Token ids (n,) -> yields (position, what `read` finds there) chunk by chunk."""
+    for at in range(0, len(ids), CHUNK):
+        before = min(at, OVERLAP)
+        found = read(model, ids[at - before:at + CHUNK], layers)
+        yield at, {layer: [x[before:] for x in parts] for layer, parts in found.items()}
+
+def scan(model, saes, ids):
+    """Token ids (n,), {layer: key SAE} -> the index {layer: (start (H M + 1,), positions, mean
+    query (H, group, D))}: f = head * M + latent fired at positions[start[f]:start[f + 1]]."""
+    found, index = {layer: [] for layer in saes}, {}
+    for at, parts in chunks(model, ids, list(saes)):
+        for layer, (k, q, _) in parts.items():
+            z, idx = saes[layer].encode(k, saes[layer].k)  # (T, H, k)
+            first = saes[layer].n_latents * torch.arange(k.shape[1], device=k.device)
+            token = at + (z > 0).nonzero()[:, 0].int()
+            found[layer].append([x.cpu().numpy() for x in (
+                (idx + first[:, None])[z > 0], token, q.sum(0))])
+    for layer, parts in found.items():
+        latent, token, q = zip(*parts)
+        latent, size = np.concatenate(latent), k.shape[1] * saes[layer].n_latents
+        order = np.argsort(latent, kind="stable")
+        index[layer] = (np.searchsorted(latent[order], np.arange(size + 1)),
+                        np.concatenate(token)[order], torch.tensor(sum(q) / len(ids)))
+    return index
+
+# ------------------------------------------------------------------ the search
+def coactivation(index, sae, q, n_tokens):
+    """Scores (n_tokens,), of mean 1, of one layer's index for queries q (T, H, group, D)."""
+    start, positions, mean = index
+    along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
+    latent = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
+    df = start[latent + 1] - start[latent]  # of how many tokens
+    weight, score = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1)), 0
+    for one in np.ndindex(latent.shape[:3]):  # a query
+        hits = [positions[start[f]:start[f + 1]] for f in latent[one]]
+        score += np.bincount(np.concatenate(hits), np.repeat(weight[one], df[one]), n_tokens) ** 2
+    return score / max(score.mean(), 1e-9)
+
+def of_spans(x):
+    """Numbers (n,) of tokens -> their sums (n_spans,) in the spans at 0, STRIDE, ..."""
+    return np.lib.stride_tricks.sliding_window_view(x, SPAN)[::STRIDE].sum(1)
+
+def words_of(tokenizer, ids):
+    """Each token's text (n,), in lower case."""
+    return np.array([tokenizer.decode([i]).strip().lower() for i in ids.tolist()])
+
+def bm25(words, asked):
+    """Scores (n_spans,) of a text's words (n,) [Robertson; k1 = 1.2; all spans are as long]."""
+    score = 0
+    for word in sorted(set(asked)):
+        tf = of_spans(words == word)
+        df = (tf > 0).sum()
+        score = score + np.log(1 + (len(tf) - df + 0.5) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
+    return score
+
+def search(model, tokenizer, saes, index, words, question):
+    """{method: scores (n_spans,)} of a question (token ids) on a text of these words: each layer's;
+    s3, their sum; bm25; both fused [reciprocal ranks, Cormack 2009]."""
+    own = read(model, question, list(saes))
+    found = {layer: of_spans(coactivation(index[layer], sae, own[layer][1], len(words)))
+             for layer, sae in saes.items()}
+    found["s3"] = sum(found.values())
+    found["bm25"] = bm25(words, words_of(tokenizer, question))
+    found["fused"] = sum(1 / (61 + np.argsort(np.argsort(-found[name], kind="stable")))
+                         for name in ("s3", "bm25"))
+    return found
+
+def best_spans(score, budget):
+    """Scores (n_spans,) -> starts of the best spans that do not overlap, best first, of `budget`
+    tokens in all but one at least; the places of their tokens, in the text's order."""
+    found = []
+    for i in np.argsort(-score, kind="stable") * STRIDE:
+        if all(abs(i - j) >= SPAN for j in found):
+            found.append(i)
+        if (len(found) + 1) * SPAN > budget:
+            break
+    return found, (np.sort(found)[:, None] + np.arange(SPAN)).flatten()
+
+def answer(model, tokenizer, saes, ids, question, budget):
+    """Print the best spans of a text (token ids), and what the model writes from them. Raises
+    UsageError."""
+    asked, began = torch.tensor(tokenizer(question).input_ids), time.time()
+    if not len(asked):
+        raise sta.UsageError("--question: no tokens in it")
+    if len(ids) < CHUNK or not SPAN <= budget < len(ids):
+        raise sta.UsageError(f"--budget {budget}: want {SPAN} or more, and a text longer than that "
+                             f"and than a chunk of {CHUNK} tokens; this one has {len(ids)}")
+    index, words = scan(model, saes, ids), words_of(tokenizer, ids)
+    scanned, size = time.time(), sum(x.nbytes for pair in index.values() for x in pair)
+    scores = search(model, tokenizer, saes, index, words, asked)
+    spans, places = best_spans(scores["fused"], budget)
+    print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
+          f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
+          f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
+    for i in spans:
+        shown = " ".join(f"{x} {scores[x][i // STRIDE]:.3g}" for x in ("fused", "s3", "bm25"))
+        print(f"  {i:,}: {shown}  {tokenizer.decode(ids[i:i + SPAN])!r}")
+    end = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False).input_ids
+    for name, context in (("spans", ids[places]), ("last tokens", ids[-budget:])):
+        prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)
+        written = model.generate(input_ids=prompt, max_new_tokens=40, do_sample=False)[0]
+        print(f"from the {name}: {tokenizer.decode(written[prompt.shape[1]:])!r}")
+
+# ------------------------------------------------------------------ how well it finds
+def contexts(rows, n, tokenizer):
+    """BoolQ's rows -> yields (ids (T,) of n passages joined, without their last sentences; owner
+    (T,), each token's passage; the n questions; the n last sentences)."""
+    def encode(text): return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    for group in (rows[i:i + n] for i in range(0, len(rows) - n + 1, n)):
+        parts = [re.split(r"(?<=[.!?])\s+", row["passage"].strip()) for row in group]
+        body = [encode(" ".join(part[:-1]) + "\n\n") for part in parts]
+        yield (torch.cat(body), np.repeat(np.arange(n), [len(ids) for ids in body]),
+               [encode(row["question"] + "?") for row in group], [encode(p[-1]) for p in parts])
+
+def others(model, ids, layers, asked):
+    """Yields of each question {method: scores (n_spans,)}: the attention that its queries, less
+    their mean, would pay without RoPE, which S3 approximates; the cosine of residual streams, less
+    their mean; chance."""
+    parts, chance = [found for _, found in chunks(model, ids, layers)], np.random.default_rng(0)
+    text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
+            for layer in layers}
+    for question in asked:
+        dense = near = 0
+        for layer, (_, q, stream) in read(model, question, layers).items():
+            k, text_q, text_stream = text[layer]
+            logits = torch.einsum("thgd,nhd->thgn", q - text_q.mean(0), k) / k.shape[2] ** 0.5
+            dense = dense + logits.softmax(-1).sum((0, 1, 2)).cpu().numpy()
+            mean = text_stream.mean(0)
+            near = near + F.cosine_similarity(text_stream - mean, stream.mean(0) - mean,
+                                              dim=-1).cpu().numpy()
+        dense, near = of_spans(dense), of_spans(near)
+        yield {"dense q k": dense, "residual": near, "chance": chance.random(len(dense))}
+
+def try_on(model, tokenizer, saes, rows, n):
+    """n passages at a time -> ({(method, share): [(recall of the right passage's tokens, whether
+    half of the returned ones are its) of each question]}, {context: [mean loss (nats) of the right
+    passage's last sentence after it]})."""
+    found, losses = {}, {}
+    for ids, owner, asked, last in contexts(rows, n, tokenizer):
+        index, words = scan(model, saes, ids), words_of(tokenizer, ids)
+        for i, scores in enumerate(others(model, ids, list(saes), asked)):
+            right = owner == i
+            scores |= search(model, tokenizer, saes, index, words, asked[i])
+            for method, share in itertools.product(scores, SHARES):
+                hits = right[best_spans(scores[method], share * len(ids))[1]]
+                found.setdefault((method, share), []).append(
+                    (hits.sum() / right.sum(), hits.mean() >= 0.5))
+            tried = {"nothing": ids[:1], "the right passage": ids[right],
+                     "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
+            if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
+                tried["full context"] = ids
+            requests = [(context.tolist(), last[i].tolist()) for context in tried.values()]
+            with evaluate.through_hooks(model, {}, 1) as forward:
+                totals = evaluate.loglikelihoods(forward, [evaluate.Question(requests, [], 0)],
+                                                 model, "losses")
+            for name, (total, _) in zip(tried, totals):
+                losses.setdefault(name, []).append(-total / len(last[i]))
+    return found, losses
+
+def evaluate_on(model, tokenizer, saes, rows):
+    """BoolQ's rows: choose layers on some, print and return what is found on others."""
+    rows = list({row["passage"]: row for row in rows  # each passage once, of two sentences
+                 if re.search(r"[.!?]\s+\S", row["passage"])}.values())
+    rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
+    found = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1])[0]
+    recall = {layer: np.mean([x for x, _ in found[layer, 0.05]]) for layer in saes}
+    print("recall by layer:", " ".join(f"{layer}: {x:.3f}" for layer, x in recall.items()))
+    saes, table = {layer: saes[layer] for layer in sorted(recall, key=recall.get)[-N_LAYERS:]}, []
+    for n in PASSAGES:
+        found, losses = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n)
+        for (method, share), pairs in found.items():
+            recalls, hits = np.array(pairs, float).T
+            more = recalls - [x for x, _ in found["bm25", share]]
+            table.append({"passages": n, "found by": f"{method} at {share:.0%}", **{
+                name: evaluate.mean_stderr(x) for name, x in (
+                    ("recall", recalls), ("hit", hits), ("recall above bm25's", more))}})
+        table += [{"passages": n, "after": name, "loss": evaluate.mean_stderr(x)}
+                  for name, x in losses.items()]
+    for row in table:
+        print(", ".join(f"{name} {x[0]:.3f} ±{x[1]:.3f}" if isinstance(x, tuple) else f"{name} {x}"
+                        for name, x in row.items()))
+    return {"recall_by_layer": recall, "layers": list(saes), "table": table}
+
+@torch.no_grad()
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--question", default="Who was the President?")
+    parser.add_argument("--budget", type=int, default=256, help="tokens of spans (default 256)")
+    parser.add_argument("--evaluate", action="store_true", help="with BoolQ's rows")
+    own, rest = parser.parse_known_args(argv)
+    args = evaluate.parse_args(rest)
+    folder, name = evaluate.find_saes(args.saes, args.model)
+    if folder is None:
+        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
+    model, tokenizer, layers = sta.load_model(
+        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
+    saes = {layer: sae for (layer, kind), sae in sta.load_saes(
+        folder, model, layers if args.layer else None)[0].items() if kind == "key"}
+    if own.evaluate:
+        rows = [row for _, row in evaluate.task_rows("boolq", args.task_dir, args.limit)]
+        result = evaluate.provenance(model) | evaluate_on(model, tokenizer, saes, rows)
+        return sta.write_atomic(args.out / f"{sta.slug(name)}-s3.json", json.dumps(result))
+    text = sta.read_text(args.text, "valid", name)
+    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
+    answer(model, tokenizer, saes, ids, own.question, own.budget)
+
+if __name__ == "__main__":
+    sta.run(main)

@@ -1,0 +1,253 @@
+"""Does a larger dictionary, or more text, close the gap to dense? A curve, for one layer at a time.
+
+    python -m beyond.scaling                                              # tiny, a small grid
+    python -m beyond.scaling --model DIR --text T --test-text V --layer 12,25
+    python -m beyond.scaling --model DIR --test-text V --layer 0,3,6,9 --add-up    # SAEs of --saes
+
+A point is a size and a number of tokens: 1024:300000. SAEs of that many latents are trained on that
+many tokens, otherwise as in train_sae.py; then, at the dual budget and on other text: fvu, and the
+rise of the model's loss with this one layer coded, by the SAE's own encoder and, with the same
+dictionary, by beyond/pursuit.py. After every point results/<model>-scaling.json and a picture; what
+the file has is not measured again.
+
+Unit "layer": one SAE of the keys and values of all heads side by side, each kind in units of its
+spread, P = 2 H D numbers, k = H (k_key + k_val) atoms: the same bytes. A step then has 1 / H of the
+rows, so that there are as many steps. Peak learning rates: of RATES the one with the least fvu on
+rows of the first layer held out from the text, in runs on the fewest tokens of the grid.
+--add-up: how well the rises of single layers, summed, tell the rise with all of them coded.
+Non-goal: all layers at a larger size, which is train_sae.py --n-latents N --tokens N.
+"""
+import argparse
+import json
+import math
+import pathlib
+
+import torch
+from tqdm import tqdm
+
+import evaluate
+import plots
+import sta
+import train_sae
+
+BUDGET, BATCH, HELD_TOKENS = sta.Budget(), 1024, 8192  # rows a step; for choosing the rate
+RATES = (0.00125, 0.0025, 0.005, 0.01)
+UNITS = ("head", "layer")
+
+# ------------------------------------------------------------------ one SAE for a layer
+class LayerBudget:
+    """A codec of one layer: the k atoms of one SAE for the keys and values of all heads."""
+
+    def __init__(self, sae, spread, shape):
+        """spread (P,): the units of the SAE's rows; shape: (n_kv_heads, head_dim)."""
+        self.sae, self.spread, self.shape = sae, spread, shape
+
+    def encode(self, k, v):
+        x = torch.cat([k.flatten(-2), v.flatten(-2)], -1) / self.spread  # (..., P)
+        z, idx = self.sae.encode(x, self.sae.k)
+        return z.half(), idx.short()
+
+    def decode(self, stored):
+        x = self.sae.decode(stored[0].float(), stored[1].int()) * self.spread  # (..., P)
+        return x.unflatten(-1, (2, *self.shape)).unbind(-3)
+
+def spread_of(k, v):
+    """(P,): the root mean square of the numbers of all keys (tokens, H, D), and of all values."""
+    return torch.cat([(x.float() - x.float().mean(0)).square().mean().sqrt().expand(x[0].numel())
+                      for x in (k, v)])
+
+# ------------------------------------------------------------------ training
+def sites_of(k, v, unit):
+    """Keys and values (tokens, H, D) -> {name: (rows (tokens, rows a token, D or P), atoms)}."""
+    if unit == "head":
+        return {kind: (x, atoms) for kind, x, atoms in zip(sta.KINDS, (k, v), BUDGET)}
+    x = torch.cat([k.flatten(1), v.flatten(1)], 1).float() / spread_of(k, v)  # (tokens, P)
+    return {"layer": (x[:, None], k.shape[1] * sum(BUDGET))}
+
+def train(x, k, n_latents, lr, tokens, step_tokens, seed):
+    """Rows x (N, rows a token, D) -> a TopKSAE trained as by train_sae.py, on `tokens` of them,
+    step_tokens a step; from the beginning again, in another order, where N are fewer."""
+    x = x[:tokens]
+    generator = torch.Generator().manual_seed(seed)
+    sae = sta.TopKSAE(x.shape[2], n_latents, k, generator)
+    sae.centre(x[:32_768].flatten(0, 1).float())
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
+    x, batch = x.flatten(0, 1), step_tokens * x.shape[1]  # (N, D)
+    n_steps, left = max(1, tokens // step_tokens), torch.empty(0, dtype=torch.long)
+    for step in tqdm(range(n_steps), desc=f"{n_latents} latents", leave=False, disable=None):
+        if len(left) < batch:
+            left = torch.randperm(len(x), generator=generator)
+        chosen, left = left[:batch], left[batch:]
+        factor = train_sae.BUDGET_CYCLE[step % len(train_sae.BUDGET_CYCLE)]
+        sae.loss(x[chosen].float(), min(max(1, round(factor * k)), n_latents)).backward()
+        optimizer.param_groups[0]["lr"] = train_sae.learning_rate(lr, step, n_steps)
+        train_sae.update({"": sae}, optimizer, len(chosen))
+    return sae.requires_grad_(False)
+
+def choose_rate(x, k, n_latents, tokens, step_tokens, seed):
+    """The peak learning rate of RATES with the least fvu on the last HELD_TOKENS of x."""
+    held, found = x[-HELD_TOKENS:].flatten(0, 1).float(), {}
+    for lr in RATES:
+        sae = train(x[:-HELD_TOKENS], k, n_latents, lr, tokens, step_tokens, seed)
+        found[lr] = sta.fidelity(held, sae.decode(*sae.encode(held, k)))["fvu"]
+    print(f"{n_latents} latents: " + ", ".join(f"lr {lr:g} fvu {x:.4f}" for lr, x in found.items()))
+    return min(found, key=found.get)
+
+# ------------------------------------------------------------------ measuring
+def measure(model, row, windows, dense, kept, sink=1):
+    """A Row -> the columns of evaluate.py's table."""
+    with evaluate.through_hooks(model, row.codecs, sink) as forward:
+        losses = evaluate.window_losses(forward, windows, model, row.name)
+    found = {**evaluate.compare(losses, dense),
+             **evaluate.fidelity_and_bytes(row, kept, model.get_decoder().config)}
+    return {name: x for name, x in found.items() if name not in ("window_ce", "by_layer")}
+
+def rows_of(model, tokenizer, saes, layer, unit, spread, shape):
+    """What is measured of the SAEs {name: SAE} of one layer: [Row]."""
+    if unit == "layer":
+        return [evaluate.Row("one pass", {layer: LayerBudget(saes["layer"], spread, shape)})]
+    saes = {(layer, kind): sae for kind, sae in saes.items()}
+    rows = [evaluate.Row("one pass", evaluate.dual_codecs(saes, *BUDGET))]
+    if (sta.HERE / "beyond" / "pursuit.py").exists():
+        asked = argparse.Namespace(rows="pursuit", k_key=BUDGET.k_key, k_val=BUDGET.k_val)
+        rows = evaluate.more_rows(rows, model, tokenizer, saes, asked)
+    return rows
+
+def draw(result):
+    """fvu and rise against latents times tokens; a colour an encoder and unit, a panel a layer."""
+    layers = sorted({point["layer"] for point in result["points"]})
+    figure, panels = plots.plt.subplots(2, len(layers), sharex=True, sharey="row", squeeze=False,
+                                        figsize=(1.5 + 4.5 * len(layers), 8), layout="constrained")
+    styles = dict(zip(sorted({(p["unit"], p["encoder"]) for p in result["points"]}),
+                      plots.OTHERS))
+    for column, layer in zip(panels.T, layers):
+        for (unit, encoder), (colour, marker, _) in styles.items():
+            some = [p for p in result["points"]
+                    if (p["layer"], p["unit"], p["encoder"]) == (layer, unit, encoder)]
+            size = [p["n_latents"] * p["tokens"] for p in some]
+            label = f"{encoder}, SAE of a {unit}"
+            column[0].plot(size, [(p["fvu_key"] + p["fvu_val"]) / 2 for p in some], color=colour,
+                           marker=marker, ls="", label=label)
+            column[1].errorbar(size, [p["delta_ce"] for p in some], color=colour, marker=marker,
+                               ls="", yerr=[1.96 * (p["delta_ce_stderr"] or 0) for p in some])
+            for p, x in zip(some, size):
+                column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, (
+                    p["fvu_key"] + p["fvu_val"]) / 2), fontsize=6, xytext=(4, 2),
+                    textcoords="offset points")
+        column[0].set_title(f"layer {layer}", fontsize=10)
+        column[1].axhline(result["target"], color="grey", ls=":")
+        column[1].annotate(f"{result['target']:.5f}: all layers within 2 % of dense",
+                           (0.02, result["target"]), xycoords=("axes fraction", "data"),
+                           xytext=(0, 3), textcoords="offset points", fontsize=8, color="dimgrey")
+        column[1].set(xscale="log", yscale="log", xlabel="latents x tokens")
+        for panel in column:
+            panel.grid(alpha=0.25, which="both")
+    panels[0, 0].set_ylabel("FVU, mean of keys and values")
+    panels[1, 0].set_ylabel("rise in loss, this layer alone coded (nats)")
+    panels[0, 0].legend(fontsize=8)
+    figure.suptitle(f"{pathlib.Path(result['model']).name}: larger dictionaries, more text")
+    return figure
+
+# ------------------------------------------------------------------ the run
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
+    add("--layer", default="2", help="layers: 12,25 (default 2)")
+    add("--unit", default="head", choices=UNITS, help="what an SAE sees (default head)")
+    add("--points", default="256:100000,512:100000,512:200000", help="latents:tokens, ...")
+    add("--text", help="to train on (default: tiny's own, else WikiText-103)")
+    add("--tokens", type=int, default=1_000_000, help="of it at most (default a million)")
+    add("--test-text", help="to measure on (default: tiny's own, else WikiText-2 test)")
+    add("--max-tokens", type=int, default=16_384, help="of it (default 16,384)")
+    add("--add-up", action="store_true", help="instead: the layers' trained SAEs, one by one and "
+                                              "all at once")
+    add("--saes", type=pathlib.Path, default="saes", help="for --add-up (default saes)")
+    add("--seed", type=int, default=0)
+    add("--device", help="cpu or cuda (default: cuda if any)")
+    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
+    add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
+    args = parser.parse_args(argv)
+    with sta.explain(f"--points {args.points}: want latents:tokens, such as 1024:300000"):
+        args.points = [tuple(map(int, point.split(":"))) for point in args.points.split(",")]
+        if min(n for n, _ in args.points) < 2 * BUDGET.k_val:
+            raise ValueError(f"latents: {2 * BUDGET.k_val} or more")
+    return args
+
+def add_up(model, saes, windows, dense, kept):
+    """Rises in loss with single layers coded, and with all of them."""
+    codecs = evaluate.dual_codecs(saes, *BUDGET)
+    rows = [evaluate.Row(f"layer {layer}", {layer: codec}) for layer, codec in codecs.items()]
+    *single, joint = (measure(model, row, windows, dense, kept)["delta_ce"]
+                      for row in [*rows, evaluate.Row("all", codecs)])
+    print(f"single layers: {sum(single):.4f} nats in all; coded together: {joint:.4f}")
+    return {"layers": list(codecs), "single": single, "joint": joint}
+
+def training_rows(args, layers, device):
+    """{(layer, kind): (tokens, H, D)} of the text to train on."""
+    model, tokenizer, _ = sta.load_model(args.model, *device, args.layer, no_deeper=True)
+    text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
+    return sta.harvest(model, sta.token_windows(text, tokenizer, model, None, 512, args.tokens),
+                       layers)
+
+def train_points(args, rows, todo):
+    """Yields ({layer, lr, ...}, {name: SAE}, spread) of each (layer, latents, tokens)."""
+    rates, fewest = {}, min(tokens for _, tokens in args.points)
+    for layer, n_latents, tokens in todo:
+        k, v = (rows[layer, kind] for kind in sta.KINDS)
+        step_tokens, saes = max(1, BATCH // k.shape[1]), {}
+        for name, (x, atoms) in sites_of(k, v, args.unit).items():
+            if (name, n_latents) not in rates:
+                rates[name, n_latents] = choose_rate(x, atoms, n_latents, fewest, step_tokens,
+                                                     args.seed)
+            saes[name] = train(x[:-HELD_TOKENS], atoms, n_latents, rates[name, n_latents], tokens,
+                               step_tokens, args.seed)
+        yield {"layer": layer, "unit": args.unit, "n_latents": n_latents, "tokens": tokens,
+               "text": args.text, "text_tokens": len(k) - HELD_TOKENS, "seed": args.seed,
+               "lr": {name: rates[name, n_latents] for name in saes},
+               "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()},
+               }, saes, spread_of(k, v)
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = sta.pick_device(args.device, args.dtype)
+    model, tokenizer, layers = sta.load_model(args.model, *device, args.layer)
+    shape, n_layers = sta.kv_shape(model.get_decoder().config), len(model.get_decoder().layers)
+    path = args.out / f"{sta.slug(args.model)}-scaling.json"
+    result = {"model": args.model, "target": math.log(1.02) / n_layers, "points": [],
+              "sums": []}
+    if path.exists():
+        with sta.explain(f"{path}: not a result of beyond.scaling; delete it"):
+            result = json.loads(path.read_text())
+    done = {(p["layer"], p["unit"], p["n_latents"], p["tokens"]) for p in result["points"]}
+    text = sta.read_text(args.test_text, "valid", args.model)
+    windows = sta.token_windows(text, tokenizer, model, None, 512, args.max_tokens)
+    kept = {key: x[None] for key, x in sta.harvest(model, windows[:8], layers).items()}
+    with evaluate.through_hooks(model, {}, 1) as forward:
+        dense = evaluate.window_losses(forward, windows, model, "dense")
+
+    def note(what, name):
+        """Into the file, after every point."""
+        result[name] = [*result[name], what]
+        sta.write_atomic(path, json.dumps({**result, **evaluate.provenance(model)}, indent=1))
+
+    if args.add_up:
+        folder = evaluate.find_saes(args.saes, args.model)[0] or args.saes
+        return note(add_up(model, sta.load_saes(folder, model, layers)[0], windows, dense, kept),
+                    "sums")
+    todo = [(layer, *point) for point in args.points for layer in layers
+            if (layer, args.unit, *point) not in done]
+    rows = training_rows(args, layers, device) if todo else {}
+    for point, saes, spread in train_points(args, rows, todo):
+        for row in rows_of(model, tokenizer, saes, point["layer"], args.unit, spread, shape):
+            found = measure(model, row, windows, dense, kept)
+            print(f"layer {point['layer']}, {args.unit}, {point['n_latents']:,} latents, "
+                  f"{point['tokens']:,} tokens, {row.name}: fvu_K {found['fvu_key']:.4f} fvu_V "
+                  f"{found['fvu_val']:.4f} delta CE {found['delta_ce']:+.5f}", flush=True)
+            note({**point, "encoder": row.name, "test_text": args.test_text, **found,
+                  "command": evaluate.provenance(model)["command"]}, "points")
+    plots.save(draw(result), path.with_suffix(".png"))
+
+if __name__ == "__main__":
+    sta.run(main)
