@@ -130,8 +130,7 @@ def best_spans(score, budget):
     return found, (np.sort(found)[:, None] + np.arange(SPAN)).flatten()
 
 def answer(model, tokenizer, saes, ids, question, budget):
-    """Print the best spans of a text (token ids), and what the model writes from them. Raises
-    UsageError."""
+    """Print the best spans of a text (token ids), and what the model writes from them."""
     asked, began = torch.tensor(tokenizer(question).input_ids), time.time()
     if not len(asked):
         raise sta.UsageError("--question: no tokens in it")
@@ -153,6 +152,10 @@ def answer(model, tokenizer, saes, ids, question, budget):
         prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)
         written = model.generate(input_ids=prompt, max_new_tokens=40, do_sample=False)[0]
         print(f"from the {name}: {tokenizer.decode(written[prompt.shape[1]:])!r}")
+    if len(ids) <= model.get_decoder().config.max_position_embeddings:
+        began = time.time()
+        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=False)
+        print(f"one pass over the whole text, for comparison: {time.time() - began:.1f} s")
 
 # ------------------------------------------------------------------ how well it finds
 def contexts(rows, n, tokenizer):
@@ -185,19 +188,19 @@ def others(model, ids, layers, asked):
         yield {"dense q k": dense, "residual": near, "chance": chance.random(len(dense))}
 
 def try_on(model, tokenizer, saes, rows, n):
-    """n passages at a time -> ({(method, share): [(recall of the right passage's tokens, whether
-    half of the returned ones are its) of each question]}, {context: [mean loss (nats) of the right
-    passage's last sentence after it]})."""
-    found, losses = {}, {}
+    """n passages at a time -> {what: [a figure of each question]}. recall: the share of the right
+    passage's tokens that are returned; hit: whether half of what is returned is the right
+    passage's; loss of its last sentence (nats a token) after several contexts."""
+    found = {}
     for ids, owner, asked, last in contexts(rows, n, tokenizer):
         index, words = scan(model, saes, ids), words_of(tokenizer, ids)
         for i, scores in enumerate(others(model, ids, list(saes), asked)):
             right = owner == i
             scores |= search(model, tokenizer, saes, index, words, asked[i])
-            for method, share in itertools.product(scores, SHARES):
-                hits = right[best_spans(scores[method], share * len(ids))[1]]
-                found.setdefault((method, share), []).append(
-                    (hits.sum() / right.sum(), hits.mean() >= 0.5))
+            for share, (method, score) in itertools.product(SHARES, scores.items()):
+                hits = right[best_spans(score, share * len(ids))[1]]
+                for what, x in (("recall", hits.sum() / right.sum()), ("hit", hits.mean() >= 0.5)):
+                    found.setdefault(f"{what} by {method} at {share:.0%}", []).append(x)
             tried = {"nothing": ids[:1], "the right passage": ids[right],
                      "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
             if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
@@ -207,31 +210,27 @@ def try_on(model, tokenizer, saes, rows, n):
                 totals = evaluate.loglikelihoods(forward, [evaluate.Question(requests, [], 0)],
                                                  model, "losses")
             for name, (total, _) in zip(tried, totals):
-                losses.setdefault(name, []).append(-total / len(last[i]))
-    return found, losses
+                found.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
+    return found
 
 def evaluate_on(model, tokenizer, saes, rows):
     """BoolQ's rows: choose layers on some, print and return what is found on others."""
     rows = list({row["passage"]: row for row in rows  # each passage once, of two sentences
                  if re.search(r"[.!?]\s+\S", row["passage"])}.values())
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    found = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1])[0]
-    recall = {layer: np.mean([x for x, _ in found[layer, 0.05]]) for layer in saes}
-    print("recall by layer:", " ".join(f"{layer}: {x:.3f}" for layer, x in recall.items()))
+    found = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1])
+    recall = {layer: np.mean(found[f"recall by {layer} at 5%"]) for layer in saes}
+    print("recall at 5 % by layer:", ", ".join(f"{i} {x:.3f}" for i, x in recall.items()))
     saes, table = {layer: saes[layer] for layer in sorted(recall, key=recall.get)[-N_LAYERS:]}, []
     for n in PASSAGES:
-        found, losses = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n)
-        for (method, share), pairs in found.items():
-            recalls, hits = np.array(pairs, float).T
-            more = recalls - [x for x, _ in found["bm25", share]]
-            table.append({"passages": n, "found by": f"{method} at {share:.0%}", **{
-                name: evaluate.mean_stderr(x) for name, x in (
-                    ("recall", recalls), ("hit", hits), ("recall above bm25's", more))}})
-        table += [{"passages": n, "after": name, "loss": evaluate.mean_stderr(x)}
-                  for name, x in losses.items()]
-    for row in table:
-        print(", ".join(f"{name} {x[0]:.3f} ±{x[1]:.3f}" if isinstance(x, tuple) else f"{name} {x}"
-                        for name, x in row.items()))
+        found = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n)
+        for what, x in found.items():
+            bm25s = found.get(re.sub("by .* at", "by bm25 at", what), x)
+            row = {"mean": evaluate.mean_stderr(x),
+                   "less bm25's": evaluate.mean_stderr(np.subtract(x, bm25s, dtype=float))}
+            print(f"{n:3} passages, {len(x)} questions: {what:28}", ", ".join(
+                f"{name} {value:.3f} ±{error:.3f}" for name, (value, error) in row.items()))
+            table.append({"passages": n, "questions": len(x), "what": what, **row})
     return {"recall_by_layer": recall, "layers": list(saes), "table": table}
 
 @torch.no_grad()

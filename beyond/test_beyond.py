@@ -794,13 +794,14 @@ def test_two_texts_in_one_picture(tmp_path, capsys):
         rows = [{"method": "dense", "bytes_share": 1, "ratio": 1}] + [
             {"method": method, "bytes_share": share, "ratio": ratio - share / 10,
              "ratio_ci95": [ratio - share / 10 - 0.01, ratio - share / 10 + 0.01]}
-            for method in ("a", "b") for share in (0.0625, 0.1881)]
+            for method in ("a", "b") for share in (0.0625, 0.1881)][:4 if text == "home" else 3]
         (tmp_path / f"{text}.json").write_text(json.dumps(
             {"model": "m", "config": {"text": f"x/{text}.txt"}, "tokens": 9, "rows": rows}))
     paths = [tmp_path / "home.json", tmp_path / "abroad.json"]
     assert script(texts, *paths, "--out", tmp_path / "both") == 0
     assert capsys.readouterr().out.startswith(
-        "| home / abroad | 6 % | 18 % |\n|---|---|---|\n| a | 1.044 / 1.194 | 1.031 / 1.181 |\n")
+        "| home / abroad | 6 % | 18 % |\n|---|---|---|\n| a | 1.044 / 1.194 | 1.031 / 1.181 |\n"
+        "| b | 1.044 / 1.194 | 1.031 / - |\n")
     assert plots.plt.imread(tmp_path / "both.png").std() > 0.05
     paths[1].write_text("{}")
     assert script(texts, *paths) == 2
@@ -931,12 +932,11 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--out",
                   tmp_path) == 0
     result = json.loads((tmp_path / "tiny-s3.json").read_text())
-    found = {row["found by"]: row["recall"][0] for row in result["table"]
-             if row["passages"] == 8 and "found by" in row}
-    assert len(result["layers"]) == 1 and found["bm25 at 10%"] > 3 * found["chance at 10%"]
-    assert found["s3 at 10%"] > found["chance at 10%"]
-    loss = {row["after"]: row["loss"][0] for row in result["table"] if "after" in row}
-    assert loss["the right passage"] < loss["nothing"]
+    found = {row["what"]: row["mean"][0] for row in result["table"] if row["passages"] == 8}
+    chance = found["recall by chance at 10%"]
+    assert len(result["layers"]) == 1 and found["recall by bm25 at 10%"] > 3 * chance
+    assert found["recall by s3 at 10%"] > chance
+    assert found["loss after the right passage"] < found["loss after nothing"]
 
 # ---------------------------------------------------------------- all
 

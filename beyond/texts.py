@@ -34,10 +34,10 @@ def draw(results):
 def table(results):
     """Lines of Markdown."""
     cells = {}  # {method: {share in whole per cent, cut: [ratio on each text]}}
-    for result in results:
+    for i, result in enumerate(results):
         for row in result["rows"][1:]:
-            share = int(100 * row["bytes_share"])
-            cells.setdefault(row["method"], {}).setdefault(share, []).append(f"{row['ratio']:.3f}")
+            method, share = cells.setdefault(row["method"], {}), int(100 * row["bytes_share"])
+            method.setdefault(share, ["-"] * len(results))[i] = f"{row['ratio']:.3f}"
     shares = sorted({share for method in cells.values() for share in method})
     lines = ["| " + " / ".join(map(name_of, results)) + " | "
              + " | ".join(f"{share} %" for share in shares) + " |",
