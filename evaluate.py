@@ -270,18 +270,20 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
 def loglikelihoods(forward, questions, model, name):
     """[(sum of log p over the continuation, whether it is the greedy one)] of all requests."""
     requests = [request for question in questions for request in question.requests]
-    by_length, found = {}, [None] * len(requests)
-    for i, (context, rest) in enumerate(requests):
-        by_length.setdefault(len(context + rest), []).append(i)  # one length: no padding
+    by_input, by_length, found = {}, {}, [None] * len(requests)
+    for i, (context, rest) in enumerate(requests):  # one input, several choices of one token
+        by_input.setdefault((*context, *rest[:-1]), []).append(i)
+    for ids in by_input:
+        by_length.setdefault(len(ids), []).append(ids)  # one length: no padding
     for length, group in tqdm(by_length.items(), desc=name, leave=False, disable=None):
         n = max(1, BATCH_TOKENS // length)
         for batch in (group[j:j + n] for j in range(0, len(group), n)):
-            ids = torch.tensor([sum(requests[i], []) for i in batch], device=model.device)
-            for i, row, logits in zip(batch, ids, forward(ids[:, :-1])):
-                rest = row[-len(requests[i][1]):].to(logits.device)
-                log_p = logits[-len(rest):].float().log_softmax(-1)  # (len(rest), V)
-                total = log_p.gather(-1, rest[:, None]).double().sum().item()
-                found[i] = total, bool((log_p.argmax(-1) == rest).all())
+            for ids, logits in zip(batch, forward(torch.tensor(batch, device=model.device))):
+                for i in by_input[ids]:
+                    rest = torch.tensor(requests[i][1], device=logits.device)
+                    log_p = logits[-len(rest):].float().log_softmax(-1)  # (len(rest), V)
+                    total = log_p.gather(-1, rest[:, None]).double().sum().item()
+                    found[i] = total, bool((log_p.argmax(-1) == rest).all())
     return found
 
 def score_task(questions, found, dense):

@@ -6,11 +6,10 @@
 Scan: the text passes through the model in chunks, each with OVERLAP tokens before it; the key SAEs
 of a few layers leave every token's latents, k a head, in an inverted index, latent -> positions.
 All else is dropped, but the mean query. Search: a query of the question, before RoPE and less that
-mean, has as its latents the k atoms that it is most along, of its group's keys. A position scores,
-for each query, the sum over the latents that they share of alignment times inverse document
-frequency, squared; these add up. Fused with BM25 by ranks. Source: the abstract of arXiv
-2601.17702; ours, as it leaves them open: layers, by recall on other questions (then --layer), the
-mean, weights, squares, spans. Takes evaluate.py's options, too.
+mean, has as its latents the k atoms of its group's keys that it is most along. A position scores,
+for each query, alignment times inverse document frequency, summed over the latents they share and
+squared; all add up. Fused with BM25 by ranks. Source: the abstract of arXiv 2601.17702; ours, as it
+leaves them open: layers (by recall on other questions, then --layer), mean, weights, spans.
 """
 import argparse
 import contextlib
@@ -133,10 +132,10 @@ def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
     asked, began = torch.tensor(tokenizer(question).input_ids), time.time()
     if not len(asked):
-        raise sta.UsageError("--question: no tokens in it")
-    if len(ids) < CHUNK or not SPAN <= budget < len(ids):
-        raise sta.UsageError(f"--budget {budget}: want {SPAN} or more, and a text longer than that "
-                             f"and than a chunk of {CHUNK} tokens; this one has {len(ids)}")
+        raise sta.UsageError("--question: no tokens in it; ask something")
+    if not SPAN <= budget < len(ids) or len(ids) < CHUNK:
+        raise sta.UsageError(f"--budget {budget}, a text of {len(ids):,} tokens: want {SPAN} or "
+                             f"more, and more text than that and than a chunk, {CHUNK}")
     index, words = scan(model, saes, ids), words_of(tokenizer, ids)
     scanned, size = time.time(), sum(x.nbytes for pair in index.values() for x in pair)
     scores = search(model, tokenizer, saes, index, words, asked)
@@ -169,9 +168,8 @@ def contexts(rows, n, tokenizer):
                [encode(row["question"] + "?") for row in group], [encode(p[-1]) for p in parts])
 
 def others(model, ids, layers, asked):
-    """Yields of each question {method: scores (n_spans,)}: the attention that its queries, less
-    their mean, would pay without RoPE, which S3 approximates; the cosine of residual streams, less
-    their mean; chance."""
+    """Yields of each question {method: scores (n_spans,)}: attention without RoPE, its queries less
+    their mean, which S3 approximates; the cosine of residual streams, less their mean; chance."""
     parts, chance = [found for _, found in chunks(model, ids, layers)], np.random.default_rng(0)
     text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
             for layer in layers}
@@ -181,16 +179,14 @@ def others(model, ids, layers, asked):
             k, text_q, text_stream = text[layer]
             logits = torch.einsum("thgd,nhd->thgn", q - text_q.mean(0), k) / k.shape[2] ** 0.5
             dense = dense + logits.softmax(-1).sum((0, 1, 2)).cpu().numpy()
-            mean = text_stream.mean(0)
-            near = near + F.cosine_similarity(text_stream - mean, stream.mean(0) - mean,
-                                              dim=-1).cpu().numpy()
+            text_stream, own = (x - text_stream.mean(0) for x in (text_stream, stream.mean(0)))
+            near = near + F.cosine_similarity(text_stream, own, dim=-1).cpu().numpy()
         dense, near = of_spans(dense), of_spans(near)
         yield {"dense q k": dense, "residual": near, "chance": chance.random(len(dense))}
 
 def try_on(model, tokenizer, saes, rows, n):
-    """n passages at a time -> {what: [a figure of each question]}. recall: the share of the right
-    passage's tokens that are returned; hit: whether half of what is returned is the right
-    passage's; loss of its last sentence (nats a token) after several contexts."""
+    """n passages at a time -> {what: [its figure for each question]}: recall of the right passage's
+    tokens; hit, whether they are half of what is returned; loss of its last sentence (nats)."""
     found = {}
     for ids, owner, asked, last in contexts(rows, n, tokenizer):
         index, words = scan(model, saes, ids), words_of(tokenizer, ids)
@@ -205,10 +201,9 @@ def try_on(model, tokenizer, saes, rows, n):
                      "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
             if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
                 tried["full context"] = ids
-            requests = [(context.tolist(), last[i].tolist()) for context in tried.values()]
+            wanted = evaluate.Question([(x.tolist(), last[i].tolist()) for x in tried.values()], [], 0)
             with evaluate.through_hooks(model, {}, 1) as forward:
-                totals = evaluate.loglikelihoods(forward, [evaluate.Question(requests, [], 0)],
-                                                 model, "losses")
+                totals = evaluate.loglikelihoods(forward, [wanted], model, "losses")
             for name, (total, _) in zip(tried, totals):
                 found.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
     return found
