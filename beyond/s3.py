@@ -201,9 +201,10 @@ def try_on(model, tokenizer, saes, rows, n):
                      "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
             if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
                 tried["full context"] = ids
-            wanted = evaluate.Question([(x.tolist(), last[i].tolist()) for x in tried.values()], [], 0)
+            asks = [(context.tolist(), last[i].tolist()) for context in tried.values()]
             with evaluate.through_hooks(model, {}, 1) as forward:
-                totals = evaluate.loglikelihoods(forward, [wanted], model, "losses")
+                totals = evaluate.loglikelihoods(forward, [evaluate.Question(asks, [], 0)],
+                                                 model, "losses")
             for name, (total, _) in zip(tried, totals):
                 found.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
     return found
