@@ -31,8 +31,7 @@ import sta
 import train_sae
 
 BUDGET, BATCH, HELD_TOKENS = sta.Budget(), 1024, 8192  # rows a step; for choosing the rate
-RATES = (0.00125, 0.0025, 0.005, 0.01)
-UNITS = ("head", "layer")
+RATES = (0.002, 0.004, 0.008)
 
 # ------------------------------------------------------------------ one SAE for a layer
 class LayerBudget:
@@ -125,15 +124,14 @@ def draw(result):
             some = [p for p in result["points"]
                     if (p["layer"], p["unit"], p["encoder"]) == (layer, unit, encoder)]
             size = [p["n_latents"] * p["tokens"] for p in some]
-            label = f"{encoder}, SAE of a {unit}"
-            column[0].plot(size, [(p["fvu_key"] + p["fvu_val"]) / 2 for p in some], color=colour,
-                           marker=marker, ls="", label=label)
+            fvu = [(p["fvu_key"] + p["fvu_val"]) / 2 for p in some]
+            column[0].plot(size, fvu, color=colour, marker=marker, ls="",
+                           label=f"{encoder}, SAE of a {unit}")
             column[1].errorbar(size, [p["delta_ce"] for p in some], color=colour, marker=marker,
                                ls="", yerr=[1.96 * (p["delta_ce_stderr"] or 0) for p in some])
-            for p, x in zip(some, size):
-                column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, (
-                    p["fvu_key"] + p["fvu_val"]) / 2), fontsize=6, xytext=(4, 2),
-                    textcoords="offset points")
+            for p, x, y in zip(some, size, fvu):
+                column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, y),
+                                   fontsize=6, xytext=(4, 2), textcoords="offset points")
         column[0].set_title(f"layer {layer}", fontsize=10)
         column[1].axhline(result["target"], color="grey", ls=":")
         column[1].annotate(f"{result['target']:.5f}: all layers within 2 % of dense",
@@ -155,7 +153,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
     add("--layer", default="2", help="layers: 12,25 (default 2)")
-    add("--unit", default="head", choices=UNITS, help="what an SAE sees (default head)")
+    add("--unit", default="head", choices=["head", "layer"], help="what an SAE sees (default head)")
     add("--points", default="256:100000,512:100000,512:200000", help="latents:tokens, ...")
     add("--text", help="to train on (default: tiny's own, else WikiText-103)")
     add("--tokens", type=int, default=1_000_000, help="of it at most (default a million)")
@@ -188,8 +186,8 @@ def training_rows(args, layers, device):
     """{(layer, kind): (tokens, H, D)} of the text to train on."""
     model, tokenizer, _ = sta.load_model(args.model, *device, args.layer, no_deeper=True)
     text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    return sta.harvest(model, sta.token_windows(text, tokenizer, model, None, 512, args.tokens),
-                       layers)
+    return sta.harvest(model, sta.token_windows(text, tokenizer, model, None, 512, args.tokens,
+                                                least=2 + 2 * HELD_TOKENS // 512), layers)
 
 def train_points(args, rows, todo):
     """Yields ({layer, lr, ...}, {name: SAE}, spread) of each (layer, latents, tokens)."""
@@ -199,14 +197,14 @@ def train_points(args, rows, todo):
         step_tokens, saes = max(1, BATCH // k.shape[1]), {}
         for name, (x, atoms) in sites_of(k, v, args.unit).items():
             if (name, n_latents) not in rates:
-                rates[name, n_latents] = choose_rate(x, atoms, n_latents, fewest, step_tokens,
-                                                     args.seed)
+                rates[name, n_latents] = choose_rate(
+                    x, atoms, n_latents, fewest, step_tokens, args.seed)
             saes[name] = train(x[:-HELD_TOKENS], atoms, n_latents, rates[name, n_latents], tokens,
                                step_tokens, args.seed)
         yield {"layer": layer, "unit": args.unit, "n_latents": n_latents, "tokens": tokens,
                "text": args.text, "text_tokens": len(k) - HELD_TOKENS, "seed": args.seed,
                "lr": {name: rates[name, n_latents] for name in saes},
-               "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()},
+               "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()}
                }, saes, spread_of(k, v)
 
 def main(argv=None):
@@ -215,8 +213,7 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(args.model, *device, args.layer)
     shape, n_layers = sta.kv_shape(model.get_decoder().config), len(model.get_decoder().layers)
     path = args.out / f"{sta.slug(args.model)}-scaling.json"
-    result = {"model": args.model, "target": math.log(1.02) / n_layers, "points": [],
-              "sums": []}
+    result = {"model": args.model, "target": math.log(1.02) / n_layers, "points": [], "sums": []}
     if path.exists():
         with sta.explain(f"{path}: not a result of beyond.scaling; delete it"):
             result = json.loads(path.read_text())
