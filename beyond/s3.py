@@ -12,7 +12,6 @@ squared; all add up. Fused with BM25 by ranks. Source: the abstract of arXiv 260
 leaves them open: layers (by recall on other questions, then --layer), mean, weights, spans.
 """
 import argparse
-import contextlib
 import itertools
 import json
 import re
@@ -28,26 +27,25 @@ import sta
 
 CHUNK, OVERLAP, SPAN, STRIDE = 512, 64, 32, 16  # tokens
 N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
+METHODS = ("s3", "dense", "residual")  # each with its own best layers
 PASSAGES, SHARES = (10, 30, 100), (0.02, 0.05, 0.1)  # in a context; of its tokens, returned
 
 # ------------------------------------------------------------------ the scan
 def read(model, ids, layers):
     """{layer: [keys (T, H, D), queries (T, H, group, D), both before RoPE, and the residual stream
     (T, width)]} of token ids (T,)."""
-    (n_kv, head_dim), queries = sta.kv_shape(model.get_decoder().config), {}
-    with contextlib.ExitStack() as hooks:
-        keys = hooks.enter_context(sta.capture(model, layers))
-        for layer in layers:
-            def keep(module, args, y, layer=layer):
-                queries[layer] = y[0].reshape(len(ids), n_kv, -1, head_dim)
-            with sta.explain("no projection of queries; want llama, mistral, qwen2 or qwen3"):
-                attention = model.get_decoder().layers[layer].self_attn
-                module = getattr(attention, "q_norm", attention.q_proj)
-            hooks.callback(module.register_forward_hook(keep).remove)
-        streams = model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=False,
-                                      output_hidden_states=True).hidden_states
-    return {layer: [x.float() for x in (keys[layer, "key"][0], queries[layer], streams[layer][0])]
-            for layer in layers}
+    decoder, found = model.get_decoder(), {}
+    H, D = sta.kv_shape(decoder.config)
+    with sta.capture(model, layers) as keys:
+        streams = decoder(input_ids=ids[None].to(model.device), use_cache=False,
+                          output_hidden_states=True).hidden_states
+    for layer in layers:
+        block = decoder.layers[layer]
+        with sta.explain("no projection of queries; want llama, mistral, qwen2 or qwen3"):
+            q = block.self_attn.q_proj(block.input_layernorm(streams[layer])[0])
+            q = getattr(block.self_attn, "q_norm", torch.nn.Identity())(q.unflatten(-1, (H, -1, D)))
+        found[layer] = [x.float() for x in (keys[layer, "key"][0], q, streams[layer][0])]
+    return found
 
 def chunks(model, ids, layers):
     """Token ids (n,) -> yields (position, what `read` finds there) chunk by chunk."""
@@ -82,7 +80,8 @@ def coactivation(index, sae, q, n_tokens):
     along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
     latent = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
     df = start[latent + 1] - start[latent]  # of how many tokens
-    weight, score = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1)), 0
+    weight = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1))
+    score = np.zeros(n_tokens)
     for one in np.ndindex(latent.shape[:3]):  # a query
         hits = [positions[start[f]:start[f + 1]] for f in latent[one]]
         score += np.bincount(np.concatenate(hits), np.repeat(weight[one], df[one]), n_tokens) ** 2
@@ -105,17 +104,19 @@ def bm25(words, asked):
         score = score + np.log(1 + (len(tf) - df + 0.5) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
     return score
 
-def search(model, tokenizer, saes, index, words, question):
-    """{method: scores (n_spans,)} of a question (token ids) on a text of these words: each layer's;
-    s3, their sum; bm25; both fused [reciprocal ranks, Cormack 2009]."""
-    own = read(model, question, list(saes))
-    found = {layer: of_spans(coactivation(index[layer], sae, own[layer][1], len(words)))
-             for layer, sae in saes.items()}
-    found["s3"] = sum(found.values())
-    found["bm25"] = bm25(words, words_of(tokenizer, question))
-    found["fused"] = sum(1 / (61 + np.argsort(np.argsort(-found[name], kind="stable")))
-                         for name in ("s3", "bm25"))
-    return found
+def search(model, saes, index, question, n_tokens):
+    """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens."""
+    return {("s3", layer): of_spans(coactivation(index[layer], saes[layer], q, n_tokens))
+            for layer, (_, q, _) in read(model, question, list(saes)).items()}
+
+def combine(found, chosen, bm25s):
+    """{(method, layer): scores} -> {name: scores}: for each name of chosen the sum of those; bm25;
+    s3 and bm25 fused [reciprocal ranks, Cormack 2009]."""
+    scores = {name: sum(found[pair] for pair in pairs) for name, pairs in chosen.items()}
+    scores["bm25"] = bm25s
+    scores["fused"] = sum(1 / (61 + np.argsort(np.argsort(-scores[name], kind="stable")))
+                          for name in ("s3", "bm25") if name in scores)
+    return scores
 
 def best_spans(score, budget):
     """Scores (n_spans,) -> starts of the best spans that do not overlap, best first, of `budget`
@@ -138,7 +139,8 @@ def answer(model, tokenizer, saes, ids, question, budget):
                              f"more, and more text than that and than a chunk, {CHUNK}")
     index, words = scan(model, saes, ids), words_of(tokenizer, ids)
     scanned, size = time.time(), sum(x.nbytes for pair in index.values() for x in pair)
-    scores = search(model, tokenizer, saes, index, words, asked)
+    scores = combine(search(model, saes, index, asked, len(ids)), {"s3": [
+        ("s3", layer) for layer in saes]}, bm25(words, words_of(tokenizer, asked)))
     spans, places = best_spans(scores["fused"], budget)
     print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
           f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
@@ -168,31 +170,32 @@ def contexts(rows, n, tokenizer):
                [encode(row["question"] + "?") for row in group], [encode(p[-1]) for p in parts])
 
 def others(model, ids, layers, asked):
-    """Yields of each question {method: scores (n_spans,)}: attention without RoPE, its queries less
-    their mean, which S3 approximates; the cosine of residual streams, less their mean; chance."""
-    parts, chance = [found for _, found in chunks(model, ids, layers)], np.random.default_rng(0)
+    """Yields of each question {(method, layer): scores (n_spans,)}: attention without RoPE, its
+    queries less their mean, which S3 approximates; cosine of residual streams, less their mean."""
+    parts = [found for _, found in chunks(model, ids, layers)]
     text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
             for layer in layers}
     for question in asked:
-        dense = near = 0
+        found = {}
         for layer, (_, q, stream) in read(model, question, layers).items():
             k, text_q, text_stream = text[layer]
             logits = torch.einsum("thgd,nhd->thgn", q - text_q.mean(0), k) / k.shape[2] ** 0.5
-            dense = dense + logits.softmax(-1).sum((0, 1, 2)).cpu().numpy()
+            found["dense", layer] = of_spans(logits.softmax(-1).sum((0, 1, 2)).cpu().numpy())
             text_stream, own = (x - text_stream.mean(0) for x in (text_stream, stream.mean(0)))
-            near = near + F.cosine_similarity(text_stream, own, dim=-1).cpu().numpy()
-        dense, near = of_spans(dense), of_spans(near)
-        yield {"dense q k": dense, "residual": near, "chance": chance.random(len(dense))}
+            found["residual", layer] = of_spans(
+                F.cosine_similarity(text_stream, own, dim=-1).cpu().numpy())
+        yield found
 
-def try_on(model, tokenizer, saes, rows, n):
+def try_on(model, tokenizer, saes, rows, n, chosen):
     """n passages at a time -> {what: [its figure for each question]}: recall of the right passage's
     tokens; hit, whether they are half of what is returned; loss of its last sentence (nats)."""
-    found = {}
+    found, chance = {}, np.random.default_rng(0)
     for ids, owner, asked, last in contexts(rows, n, tokenizer):
         index, words = scan(model, saes, ids), words_of(tokenizer, ids)
-        for i, scores in enumerate(others(model, ids, list(saes), asked)):
-            right = owner == i
-            scores |= search(model, tokenizer, saes, index, words, asked[i])
+        for i, by_layer in enumerate(others(model, ids, list(saes), asked)):
+            right, bm25s = owner == i, bm25(words, words_of(tokenizer, asked[i]))
+            by_layer |= search(model, saes, index, asked[i], len(ids))
+            scores = combine(by_layer, chosen, bm25s) | {"chance": chance.random(len(bm25s))}
             for share, (method, score) in itertools.product(SHARES, scores.items()):
                 hits = right[best_spans(score, share * len(ids))[1]]
                 for what, x in (("recall", hits.sum() / right.sum()), ("hit", hits.mean() >= 0.5)):
@@ -214,12 +217,16 @@ def evaluate_on(model, tokenizer, saes, rows):
     rows = list({row["passage"]: row for row in rows  # each passage once, of two sentences
                  if re.search(r"[.!?]\s+\S", row["passage"])}.values())
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    found = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1])
-    recall = {layer: np.mean(found[f"recall by {layer} at 5%"]) for layer in saes}
-    print("recall at 5 % by layer:", ", ".join(f"{i} {x:.3f}" for i, x in recall.items()))
-    saes, table = {layer: saes[layer] for layer in sorted(recall, key=recall.get)[-N_LAYERS:]}, []
+    single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
+    found, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single), {}
+    for method in METHODS:
+        recall = {layer: np.mean(found[f"recall by {method} {layer} at 5%"]) for layer in saes}
+        print(f"{method}, layer: recall", ", ".join(f"{i}: {x:.3f}" for i, x in recall.items()))
+        chosen[method] = [(method, layer) for layer in sorted(recall, key=recall.get)[-N_LAYERS:]]
+    chosen["dense, s3's layers"] = [("dense", layer) for _, layer in chosen["s3"]]
+    saes, table = {i: saes[i] for i in sorted({i for x in chosen.values() for _, i in x})}, []
     for n in PASSAGES:
-        found = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n)
+        found = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n, chosen)
         for what, x in found.items():
             bm25s = found.get(re.sub("by .* at", "by bm25 at", what), x)
             row = {"mean": evaluate.mean_stderr(x),
@@ -227,7 +234,7 @@ def evaluate_on(model, tokenizer, saes, rows):
             print(f"{n:3} passages, {len(x)} questions: {what:28}", ", ".join(
                 f"{name} {value:.3f} ±{error:.3f}" for name, (value, error) in row.items()))
             table.append({"passages": n, "questions": len(x), "what": what, **row})
-    return {"recall_by_layer": recall, "layers": list(saes), "table": table}
+    return {"chosen": chosen, "table": table}
 
 @torch.no_grad()
 def main(argv=None):
