@@ -146,8 +146,8 @@ def answer(model, tokenizer, saes, ids, question, budget):
           f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
     for i in spans:
-        shown = " ".join(f"{x} {scores[x][i // STRIDE]:.3g}" for x in ("fused", "s3", "bm25"))
-        print(f"  {i:,}: {shown}  {tokenizer.decode(ids[i:i + SPAN])!r}")
+        print(f"  {i:,}:", *(f"{name} {x[i // STRIDE]:.3g}," for name, x in scores.items()),
+              repr(tokenizer.decode(ids[i:i + SPAN])))
     end = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False).input_ids
     for name, context in (("spans", ids[places]), ("last tokens", ids[-budget:])):
         prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)
@@ -172,11 +172,10 @@ def contexts(rows, n, tokenizer):
 def others(model, ids, layers, asked):
     """Yields of each question {(method, layer): scores (n_spans,)}: attention without RoPE, its
     queries less their mean, which S3 approximates; cosine of residual streams, less their mean."""
-    parts = [found for _, found in chunks(model, ids, layers)]
+    parts, found = [part for _, part in chunks(model, ids, layers)], {}
     text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
             for layer in layers}
     for question in asked:
-        found = {}
         for layer, (_, q, stream) in read(model, question, layers).items():
             k, text_q, text_stream = text[layer]
             logits = torch.einsum("thgd,nhd->thgn", q - text_q.mean(0), k) / k.shape[2] ** 0.5
@@ -184,7 +183,7 @@ def others(model, ids, layers, asked):
             text_stream, own = (x - text_stream.mean(0) for x in (text_stream, stream.mean(0)))
             found["residual", layer] = of_spans(
                 F.cosine_similarity(text_stream, own, dim=-1).cpu().numpy())
-        yield found
+        yield dict(found)
 
 def try_on(model, tokenizer, saes, rows, n, chosen):
     """n passages at a time -> {what: [its figure for each question]}: recall of the right passage's

@@ -916,7 +916,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert script(s3, *run, "--budget", 256) == 0
     out, tokenizer = capsys.readouterr().out, sta.load_model("tiny")[1]
     place = len(tokenizer("\n".join(lines[:20])).input_ids)
-    starts = [int(x.replace(",", "")) for x in re.findall(r"^  ([\d,]+): fused", out, re.M)]
+    starts = [int(x.replace(",", "")) for x in re.findall(r"^  ([\d,]+): s3", out, re.M)]
     assert len(starts) == 8 and any(-32 < start - place < 48 for start in starts), (place, starts)
     assert "from the spans:" in out and "bytes a token" in out
     for more, message in (
