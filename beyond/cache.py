@@ -5,19 +5,20 @@
 
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
-        print(cache_bytes(cache))
 
 Exact are the first `sink` real tokens of a sequence and its newest `recent`; older ones are codes.
 Keys are coded as before RoPE and turned again when they are read. Of a chunk of several tokens, all
 see its older ones as codes. Greedy, sampled and beam search, padding on the left, crops and chunks
 work, for the types in ROTARY with plain RoPE. The row: chunk by chunk, bytes as measured, exact
-tokens in the model's dtype. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
+tokens in the model's dtype. --generate writes results/<model>-cache.json: seconds and bytes.
+Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
 import argparse
 import contextlib
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import time
 import types
@@ -168,14 +169,12 @@ def compress(model, codecs, sink=1, recent=RECENT):
     def end(decoder, args, output):
         cache.now = None
 
-    hooks = [decoder.register_forward_pre_hook(begin, with_kwargs=True),
-             decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
-             decoder.register_forward_hook(end)]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for hook in (decoder.register_forward_pre_hook(begin, with_kwargs=True),
+                     decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
+                     decoder.register_forward_hook(end)):
+            hooks.callback(hook.remove)
         yield cache
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 # ------------------------------------------------------------------ the row, and --generate
 @contextlib.contextmanager
@@ -206,8 +205,8 @@ def rows(model, tokenizer, saes, args, before):
 
 @torch.no_grad()
 def write_on(model, tokenizer, rows, own, sink):
-    """The prompt continued greedily, with the cache of each row, and its cost."""
-    inputs = tokenizer(own.generate, return_tensors="pt").to(model.device)
+    """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
+    inputs, found = tokenizer(own.generate, return_tensors="pt").to(model.device), []
     n = inputs.input_ids.shape[1]
     for row in rows:
         at = []  # times: at the start, then at each new token
@@ -216,12 +215,15 @@ def write_on(model, tokenizer, rows, own, sink):
                 contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
             ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=own.new_tokens,
                                  do_sample=False, streamer=clock)[0, n:]
-        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then "
-              f"{1000 * (at[-1] - at[1]) / max(1, len(ids) - 1):.1f} ms a token; cache "
+        ms = 1000 * (at[-1] - at[1]) / max(1, len(ids) - 1)
+        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms a token; cache "
               f"{cache_bytes(cache):,} bytes\n  {own.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
+        found.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
+                      "bytes": cache_bytes(cache)})
     if n + len(ids) <= own.recent:
         print(f"nothing was coded: no token is {own.recent} old; see --recent")
+    return found
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -244,7 +246,9 @@ def main(argv=None):
     rows = [evaluate.Row("dense", {})] + [
         row for row in evaluate.more_rows([dual], model, tokenizer, saes, args)
         if stored(row) and re.search(args.only, row.name)]
-    write_on(model, tokenizer, rows, own, args.sink)
+    found = {"caches": write_on(model, tokenizer, rows, own, args.sink)}
+    sta.write_atomic(args.out / f"{sta.slug(name)}-cache.json", json.dumps(
+        found | evaluate.provenance(model), indent=1))
 
 if __name__ == "__main__":
     sta.run(main)

@@ -194,8 +194,9 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
     assert rows["cache"]["bytes_per_token"] == a_token + sinks
     assert rows["cache"]["break_even_tokens"] is None  # float32 layers are larger than bf16
 
-def test_writing_on(trained, capsys):
-    argv = ["--saes", trained, "--generate", "The President of", "--new-tokens", 12]
+def test_writing_on(trained, tmp_path, capsys):
+    argv = ["--saes", trained, "--generate", "The President of", "--new-tokens", 12, "--out",
+            tmp_path]
     assert script(cache, *argv, "--recent", 2) == 0
     model, tokenizer, _ = sta.load_model("tiny")
     inputs = tokenizer("The President of", return_tensors="pt")
@@ -205,7 +206,9 @@ def test_writing_on(trained, capsys):
     dense, codes = re.findall(r": . tokens in .* ms a token; cache ([0-9,]+) bytes", printed)
     assert text in printed
     assert int(codes.replace(",", "")) < int(dense.replace(",", ""))
-    assert "nothing was coded" not in printed
+    cost = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"][1]
+    assert cost["name"] == "dual" and cost["bytes"] == int(codes.replace(",", ""))
+    assert cost["prefill_s"] > 0 and cost["token_ms"] > 0 and "nothing was coded" not in printed
     assert script(cache, *argv) == 0
     assert "nothing was coded: no token is 128 old" in capsys.readouterr().out
 
