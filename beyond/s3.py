@@ -25,7 +25,7 @@ import torch.nn.functional as F
 import evaluate
 import sta
 
-CHUNK, OVERLAP, SPAN, STRIDE = 512, 64, 32, 16  # tokens
+CHUNK, OVERLAP, SPAN = 512, 64, 32  # tokens
 N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
 METHODS = ("s3", "dense", "residual")  # each with its own best layers
 PASSAGES, SHARES = (10, 30, 100), (0.02, 0.05, 0.1)  # in a context; of its tokens, returned
@@ -88,8 +88,8 @@ def coactivation(index, sae, q, n_tokens):
     return score / max(score.mean(), 1e-9)
 
 def of_spans(x):
-    """Numbers (n,) of tokens -> their sums (n_spans,) in the spans at 0, STRIDE, ..."""
-    return np.lib.stride_tricks.sliding_window_view(x, SPAN)[::STRIDE].sum(1)
+    """Numbers (n,) of tokens -> their sums (n_spans,) over spans of SPAN, the tail dropped."""
+    return x[:len(x) // SPAN * SPAN].reshape(-1, SPAN).sum(1)
 
 def words_of(tokenizer, ids):
     """Each token's text (n,), in lower case."""
@@ -119,15 +119,10 @@ def combine(found, chosen, bm25s):
     return scores
 
 def best_spans(score, budget):
-    """Scores (n_spans,) -> starts of the best spans that do not overlap, best first, of `budget`
-    tokens in all but one at least; the places of their tokens, in the text's order."""
-    found = []
-    for i in np.argsort(-score, kind="stable") * STRIDE:
-        if all(abs(i - j) >= SPAN for j in found):
-            found.append(i)
-        if (len(found) + 1) * SPAN > budget:
-            break
-    return found, (np.sort(found)[:, None] + np.arange(SPAN)).flatten()
+    """Scores (n_spans,) -> the best spans, best first, of `budget` tokens in all, but one at least;
+    the places of their tokens, in the text's order."""
+    found = np.argsort(-score, kind="stable")[:max(1, int(budget // SPAN))]
+    return found, (SPAN * np.sort(found)[:, None] + np.arange(SPAN)).flatten()
 
 def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
@@ -146,8 +141,8 @@ def answer(model, tokenizer, saes, ids, question, budget):
           f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
     for i in spans:
-        print(f"  {i:,}:", *(f"{name} {x[i // STRIDE]:.3g}," for name, x in scores.items()),
-              repr(tokenizer.decode(ids[i:i + SPAN])))
+        print(f"  {SPAN * i:,}:", *(f"{name} {x[i]:.3g}," for name, x in scores.items()),
+              repr(tokenizer.decode(ids[SPAN * i:SPAN * (i + 1)])))
     end = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False).input_ids
     for name, context in (("spans", ids[places]), ("last tokens", ids[-budget:])):
         prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)

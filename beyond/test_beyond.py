@@ -907,10 +907,9 @@ def test_index_and_scores_against_loops(monkeypatch):
     assert s3.coactivation(index[1], saes[1], q, 40) == pytest.approx(expected, rel=1e-3)
     words = np.array(["a", "b", "c", "d"] * 24)
     found = s3.bm25(words, ["b", "e"])
-    tf, n = 8, len(found)
-    assert n == 5 and found == pytest.approx(math.log(1 + 0.5 / (n + 0.5)) * tf * 2.2 / (tf + 1.2))
+    assert found == pytest.approx([math.log(1 + 0.5 / 3.5) * 8 * 2.2 / 9.2] * 3)
     spans, places = s3.best_spans(np.array([3.0, 5, 4, 0, 2]), 70)
-    assert [16 * i for i in (1, 4)] == list(spans) and len(places) == 64
+    assert list(spans) == [1, 2] and list(places) == list(range(32, 96))
 
 def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     lines = [line for line in sta.read_text(None, "valid", "tiny").split("\n") if len(line) > 300]
