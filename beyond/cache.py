@@ -1,6 +1,6 @@
 """A cache for transformers that really stores codes: any codec of sta.py's interface.
 
-    python -m beyond.cache --generate "The President" --recent 16     # also with --rows, --only
+    python -m beyond.cache --generate "The President"     # also with --rows, --only
     python evaluate.py --rows additive,cache    # through it: dual, and what other --rows add
 
     with compress(model, codecs, sink=1, recent=128) as cache:
@@ -10,8 +10,8 @@ Exact are the first `sink` real tokens of a sequence and its newest `recent`; ol
 Keys are coded as before RoPE and turned again when they are read. Of a chunk of several tokens, all
 see its older ones as codes. Greedy, sampled and beam search, padding on the left, crops and chunks
 work, for the types in ROTARY with plain RoPE. The row: chunk by chunk, bytes as measured, exact
-tokens in the model's dtype. --generate writes results/<model>-cache.json: seconds and bytes.
-Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
+tokens in the model's dtype. --generate writes results/<model>-cache.json, too. Sources: arXiv
+2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
 import argparse
 import contextlib
@@ -207,9 +207,8 @@ def rows(model, tokenizer, saes, args, before):
 def write_on(model, tokenizer, rows, own, sink):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
     inputs, found = tokenizer(own.generate, return_tensors="pt").to(model.device), []
-    n = inputs.input_ids.shape[1]
     for row in rows:
-        at = []  # times: at the start, then at each new token
+        n, at = inputs.input_ids.shape[1], []  # times: at the start, then at each new token
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
         with compress(model, row.codecs, sink, own.recent) if row.codecs else \
                 contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
@@ -221,8 +220,6 @@ def write_on(model, tokenizer, rows, own, sink):
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
         found.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
                       "bytes": cache_bytes(cache)})
-    if n + len(ids) <= own.recent:
-        print(f"nothing was coded: no token is {own.recent} old; see --recent")
     return found
 
 def main(argv=None):
@@ -231,7 +228,7 @@ def main(argv=None):
     add = parser.add_argument
     add("--generate", default="The President of the United States", help="the prompt")
     add("--new-tokens", type=int, default=100, help="(default 100)")
-    add("--recent", type=int, default=RECENT, help=f"newest tokens kept exact (default {RECENT})")
+    add("--recent", type=int, default=16, help="newest tokens kept exact (default 16)")
     own, others = parser.parse_known_args(argv)
     args = evaluate.parse_args(others)
     for option, value, least in (("new-tokens", own.new_tokens, 1), ("recent", own.recent, 0)):
@@ -246,9 +243,9 @@ def main(argv=None):
     rows = [evaluate.Row("dense", {})] + [
         row for row in evaluate.more_rows([dual], model, tokenizer, saes, args)
         if stored(row) and re.search(args.only, row.name)]
-    found = {"caches": write_on(model, tokenizer, rows, own, args.sink)}
-    sta.write_atomic(args.out / f"{sta.slug(name)}-cache.json", json.dumps(
-        found | evaluate.provenance(model), indent=1))
+    costs = write_on(model, tokenizer, rows, own, args.sink)
+    costs = json.dumps({"caches": costs, **evaluate.provenance(model)}, indent=1)
+    sta.write_atomic(args.out / f"{sta.slug(name)}-cache.json", costs)
 
 if __name__ == "__main__":
     sta.run(main)

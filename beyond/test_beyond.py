@@ -208,9 +208,7 @@ def test_writing_on(trained, tmp_path, capsys):
     assert int(codes.replace(",", "")) < int(dense.replace(",", ""))
     cost = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"][1]
     assert cost["name"] == "dual" and cost["bytes"] == int(codes.replace(",", ""))
-    assert cost["prefill_s"] > 0 and cost["token_ms"] > 0 and "nothing was coded" not in printed
-    assert script(cache, *argv) == 0
-    assert "nothing was coded: no token is 128 old" in capsys.readouterr().out
+    assert cost["prefill_s"] > 0 and cost["token_ms"] > 0
 
 @pytest.mark.parametrize("argv,message", [
     (["--recent", "-1"], "--recent -1: want 0 or more"),
