@@ -33,7 +33,6 @@ import sta
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 ARGUMENT = ("cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
             else "past_key_values")  # its name before transformers 5.24
-RECENT, CHUNK = 128, 128  # of the row
 
 def rotate(x, cos, sin):
     """RoPE as these families have it: x (B, T, H, D); cos, sin (B, T, D) -> (B, T, H, D)."""
@@ -137,7 +136,7 @@ class CodedCache(Cache):
                           for layer in self.layers]  # transformers 5.17 fills those with zeros
 
 @contextlib.contextmanager
-def compress(model, codecs, sink=1, recent=RECENT):
+def compress(model, codecs, sink=1, recent=128):
     """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
     Raises UsageError for families whose RoPE it cannot undo, and for use without the cache."""
     decoder = model.get_decoder()
@@ -178,7 +177,7 @@ def compress(model, codecs, sink=1, recent=RECENT):
 
 # ------------------------------------------------------------------ the row, and --generate
 @contextlib.contextmanager
-def through_cache(model, row, sink, recent=RECENT, chunk=CHUNK):
+def through_cache(model, row, sink, recent=128, chunk=128):
     """A function ids (B, T) -> logits, chunk by chunk, in place of evaluate.through_hooks."""
     with compress(model, row.codecs, sink, recent) as cache:
         def forward(ids):
