@@ -10,6 +10,12 @@ mean, has as its latents the k atoms of its group's keys that it is most along. 
 for each query, alignment times inverse document frequency, summed over the latents they share and
 squared; all add up. Fused with BM25 by ranks. Source: the abstract of arXiv 2601.17702; ours, as it
 leaves them open: layers (by recall on other questions, then --layer), mean, weights, spans.
+
+Verdict (SmolLM2, layers 5, 9, 15; 30 passages, 5 % of their tokens): it finds the passage that a
+question is about (recall 0.56 ± 0.02) no worse than dense q k (0.51), better than BM25 (0.50) and
+residual streams (0.47), best fused with BM25 (0.58). Without the mean query it hardly beats chance.
+Its spans help the model less with the passage's last sentence (loss 3.98, without any context 4.31)
+than the passage does (3.37).
 """
 import argparse
 import itertools
@@ -227,7 +233,7 @@ def evaluate_on(model, tokenizer, saes, rows):
                    "less bm25's": evaluate.mean_stderr(np.subtract(x, bm25s, dtype=float))}
             print(f"{n:3} passages, {len(x)} questions: {what:28}", ", ".join(
                 f"{name} {value:.3f} ±{error:.3f}" for name, (value, error) in row.items()))
-            table.append({"passages": n, "questions": len(x), "what": what, **row})
+            table.append({"passages": n, "what": what, **row, "of each": np.round(x, 4).tolist()})
     return {"chosen": chosen, "table": table}
 
 @torch.no_grad()
