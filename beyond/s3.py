@@ -233,7 +233,8 @@ def evaluate_on(model, tokenizer, saes, rows):
                    "less bm25's": evaluate.mean_stderr(np.subtract(x, bm25s, dtype=float))}
             print(f"{n:3} passages, {len(x)} questions: {what:28}", ", ".join(
                 f"{name} {value:.3f} ±{error:.3f}" for name, (value, error) in row.items()))
-            table.append({"passages": n, "what": what, **row, "of each": np.round(x, 4).tolist()})
+            x = np.array(x, float).round(4).tolist()
+            table.append({"passages": n, "what": what, **row, "of each": x})
     return {"chosen": chosen, "table": table}
 
 @torch.no_grad()
