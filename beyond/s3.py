@@ -80,18 +80,20 @@ def scan(model, saes, ids):
     return index
 
 # ------------------------------------------------------------------ the search
-def coactivation(index, sae, q, n_tokens):
-    """Scores (n_tokens,), of mean 1, of one layer's index for queries q (T, H, group, D)."""
-    start, positions, mean = index
-    along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
-    latent = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
-    df = start[latent + 1] - start[latent]  # of how many tokens
-    weight = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1))
-    score = np.zeros(n_tokens)
-    for one in np.ndindex(latent.shape[:3]):  # a query
-        hits = [positions[start[f]:start[f + 1]] for f in latent[one]]
-        score += np.bincount(np.concatenate(hits), np.repeat(weight[one], df[one]), n_tokens) ** 2
-    return score / max(score.mean(), 1e-9)
+def search(model, saes, index, question, n_tokens):
+    """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens."""
+    found = {}
+    for layer, (_, q, _) in read(model, question, list(saes)).items():
+        (start, positions, mean), sae, score = index[layer], saes[layer], np.zeros(n_tokens)
+        along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
+        f = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
+        df = start[f + 1] - start[f]  # of how many tokens
+        weight = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1))
+        for one in np.ndindex(f.shape[:3]):  # a query
+            hits = np.concatenate([positions[start[i]:start[i + 1]] for i in f[one]])
+            score += np.bincount(hits, np.repeat(weight[one], df[one]), n_tokens) ** 2
+        found["s3", layer] = of_spans(score / max(score.mean(), 1e-9))
+    return found
 
 def of_spans(x):
     """Numbers (n,) of tokens -> their sums (n_spans,) over spans of SPAN, the tail dropped."""
@@ -109,11 +111,6 @@ def bm25(words, asked):
         df = (tf > 0).sum()
         score = score + np.log(1 + (len(tf) - df + 0.5) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
     return score
-
-def search(model, saes, index, question, n_tokens):
-    """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens."""
-    return {("s3", layer): of_spans(coactivation(index[layer], saes[layer], q, n_tokens))
-            for layer, (_, q, _) in read(model, question, list(saes)).items()}
 
 def combine(found, chosen, bm25s):
     """{(method, layer): scores} -> {name: scores}: for each name of chosen the sum of those; bm25;
@@ -161,8 +158,8 @@ def answer(model, tokenizer, saes, ids, question, budget):
 
 # ------------------------------------------------------------------ how well it finds
 def contexts(rows, n, tokenizer):
-    """BoolQ's rows -> yields (ids (T,) of n passages joined, without their last sentences; owner
-    (T,), each token's passage; the n questions; the n last sentences)."""
+    """BoolQ's rows -> yields (token ids (T,) of n passages without their last sentences; each
+    token's passage (T,); the n questions; the n last sentences)."""
     def encode(text): return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     for group in (rows[i:i + n] for i in range(0, len(rows) - n + 1, n)):
         parts = [re.split(r"(?<=[.!?])\s+", row["passage"].strip()) for row in group]
@@ -205,17 +202,17 @@ def try_on(model, tokenizer, saes, rows, n, chosen):
             if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
                 tried["full context"] = ids
             asks = [(context.tolist(), last[i].tolist()) for context in tried.values()]
-            with evaluate.through_hooks(model, {}, 1) as forward:
-                totals = evaluate.loglikelihoods(forward, [evaluate.Question(asks, [], 0)],
-                                                 model, "losses")
+            totals = evaluate.loglikelihoods(
+                lambda x: model(input_ids=x, use_cache=False).logits,
+                [evaluate.Question(asks, [], 0)], model, "losses")
             for name, (total, _) in zip(tried, totals):
                 found.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
     return found
 
 def evaluate_on(model, tokenizer, saes, rows):
     """BoolQ's rows: choose layers on some, print and return what is found on others."""
-    rows = list({row["passage"]: row for row in rows  # each passage once, of two sentences
-                 if re.search(r"[.!?]\s+\S", row["passage"])}.values())
+    rows = list({row["passage"]: row for row in rows if re.search(
+        r"[.!?]\s+\S", row["passage"])}.values())  # each passage once, of two sentences
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
     found, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single), {}
@@ -257,9 +254,8 @@ def main(argv=None):
         rows = [row for _, row in evaluate.task_rows("boolq", args.task_dir, args.limit)]
         result = evaluate.provenance(model) | evaluate_on(model, tokenizer, saes, rows)
         return sta.write_atomic(args.out / f"{sta.slug(name)}-s3.json", json.dumps(result))
-    text = sta.read_text(args.text, "valid", name)
-    ids = torch.tensor(tokenizer(text, verbose=False).input_ids)
-    answer(model, tokenizer, saes, ids, own.question, own.budget)
+    ids = tokenizer(sta.read_text(args.text, "valid", name), verbose=False).input_ids
+    answer(model, tokenizer, saes, torch.tensor(ids), own.question, own.budget)
 
 if __name__ == "__main__":
     sta.run(main)

@@ -902,7 +902,8 @@ def test_index_and_scores_against_loops(monkeypatch):
             total += max(along[m].item(), 0) * math.log(40 / max(1, has.sum())) * has
         expected += total ** 2
     expected /= expected.mean()
-    assert s3.coactivation(index[1], saes[1], q, 40) == pytest.approx(expected, rel=1e-3)
+    found = s3.search(model, saes, index, asked, 40)["s3", 1]
+    assert found == pytest.approx(s3.of_spans(expected), rel=1e-3)
     words = np.array(["a", "b", "c", "d"] * 24)
     found = s3.bm25(words, ["b", "e"])
     assert found == pytest.approx([math.log(1 + 0.5 / 3.5) * 8 * 2.2 / 9.2] * 3)
