@@ -176,10 +176,11 @@ def read(folder, layer, mark):
                      f"beyond.{'additive' if folder.name == 'additive' else 'calibrate'}"):
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            metadata = file.metadata()
-    if metadata["fingerprint"] != mark:
+            fingerprint = file.metadata()["fingerprint"]
+            settings = json.loads(file.metadata()["settings"])
+    if fingerprint != mark:
         raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
-    return tensors, json.loads(metadata["settings"])
+    return tensors, settings
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""

@@ -921,7 +921,8 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert len(starts) == 8 and any(-32 < start - place < 48 for start in starts), (place, starts)
     assert "from the spans:" in out and "bytes a token" in out
     for more, message in (
-            (["--question", ""], "--question: no tokens"), (["--budget", 9], "--budget 9, .* want 32 or"),
+            (["--question", ""], "--question: no tokens"),
+            (["--budget", 9], "--budget 9, .* want 32 or"),
             (["--budget", 10 ** 6], "more text than that"),
             (["--saes", tmp_path], "no SAEs; first run")):
         assert script(s3, *run, *more) == 2
