@@ -94,14 +94,14 @@ def main(argv=None):
     settings = {"tokens": windows.numel(), "seed": args.seed,
                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
     found = statistics(model, windows, layers, seed=args.seed)
-    folder = args.out / sta.slug(args.model) / "calibration"
+    folder, mark = args.out / sta.slug(args.model) / "calibration", sta.fingerprint(model)
     for layer, (mean, covariance, G) in found.items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise sta.UsageError(f"layer {layer}: a gradient is not finite; use --dtype float32")
         sta.write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
             {name: tensor.float().cpu() for name, tensor in tensors.items()},
-            {"fingerprint": sta.fingerprint(model), "settings": json.dumps(settings)}))
+            {"fingerprint": mark, "settings": json.dumps(settings)}))
     print(f"{folder}: {len(layers)} layers, {windows.numel():,} tokens; next: python -m "
           f"beyond.additive --model {args.model}, or evaluate.py --rows rivals")
 
