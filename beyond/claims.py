@@ -62,13 +62,13 @@ class ReluCode:
             both.append((sae.scale * (x + sae.b_dec)).view(*counts.shape, -1))
         return tuple(both)
 
-def train_l1(folder, model_name):
-    """The folder of the L1 SAEs beside that of the Top-K SAEs; trained if they are not there."""
-    settings = sta.load_sae(next(folder.glob("layer*.key")))[1]["settings"]
+def train_l1(folder, model_name, layers):
+    """The folder of the L1 SAEs beside that of the Top-K SAEs; those of the layers are trained if
+    one is not there."""
+    settings = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
     root = folder.parent / "l1"
-    if not any((root / sta.slug(model_name)).glob("layer*.key")):
-        layers = ",".join(map(str, settings["layers"]))
-        argv = ["--model", model_name, "--out", str(root), "--layer", layers]
+    if not all((root / sta.slug(model_name) / f"layer{i}.key").exists() for i in layers):
+        argv = ["--model", model_name, "--out", str(root), "--layer", ",".join(map(str, layers))]
         for option, value in settings.items():
             if option not in ("layers", "processes", "text_sha256") and value != "default":
                 argv += ["--" + option.replace("_", "-"), str(value)]
@@ -84,7 +84,7 @@ def rows(model, tokenizer, saes, args, before):
             found.append(evaluate.Row(f"dual {k},{v}", evaluate.dual_codecs(saes, k, v), (k, v),
                                       method="dual", with_tasks=False))
     folder, name = evaluate.find_saes(args.saes, args.model)
-    l1, _ = sta.load_saes(train_l1(folder, name), model, layers)
+    l1, _ = sta.load_saes(train_l1(folder, name, layers), model, layers)
     codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
     return [*found, evaluate.Row("l1", codecs)]
 
@@ -229,7 +229,7 @@ def main(argv=None):
     windows = sta.token_windows(sta.read_text(args.text, "valid", name), tokenizer, model,
                                 args.seq_len, 2048, 512)[:, :512]
     attention, layers = {}, result["layers"]
-    for row, where in (("l1", train_l1(folder, name)), ("dual", folder)):
+    for row, where in (("l1", train_l1(folder, name, layers)), ("dual", folder)):
         saes, _ = sta.load_saes(where, model, layers)
         codecs = evaluate.dual_codecs(saes, args.k_key, args.k_val)
         if row == "l1":

@@ -18,6 +18,7 @@ rows of the first layer held out from the text, in runs on the fewest tokens of 
 Non-goal: all layers at a larger size, which is train_sae.py --n-latents N --tokens N.
 """
 import argparse
+import importlib
 import json
 import math
 import pathlib
@@ -56,6 +57,11 @@ def spread_of(k, v):
                       for x in (k, v)])
 
 # ------------------------------------------------------------------ training
+def beside(name):
+    """The module beyond/<name>.py, or None: this file works without it."""
+    there = (sta.HERE / "beyond" / f"{name}.py").exists()
+    return importlib.import_module(f"beyond.{name}") if there else None
+
 def sites_of(k, v, unit):
     """Keys and values (tokens, H, D) -> {name: (rows (tokens, rows a token, D or P), atoms)}."""
     if unit == "head":
@@ -66,9 +72,9 @@ def sites_of(k, v, unit):
 def train(x, k, n_latents, lr, tokens, step_tokens, seed):
     """Rows x (N, rows a token, D) -> a TopKSAE trained as by train_sae.py, on `tokens` of them,
     step_tokens a step; from the beginning again, in another order, where N are fewer."""
-    x = x[:tokens]
+    x, sparse = x[:tokens], beside("sparse")  # the same gradients in half the time
     generator = torch.Generator().manual_seed(seed)
-    sae = sta.TopKSAE(x.shape[2], n_latents, k, generator)
+    sae = (sparse.SparseSAE if sparse else sta.TopKSAE)(x.shape[2], n_latents, k, generator)
     sae.centre(x[:32_768].flatten(0, 1).float())
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=(0.9, 0.99), fused=True)
     x, batch = x.flatten(0, 1), step_tokens * x.shape[1]  # (N, D)
@@ -105,12 +111,10 @@ def rows_of(model, tokenizer, saes, layer, unit, spread, shape):
     """What is measured of the SAEs {name: SAE} of one layer: [Row]."""
     if unit == "layer":
         return [evaluate.Row("one pass", {layer: LayerBudget(saes["layer"], spread, shape)})]
-    saes = {(layer, kind): sae for kind, sae in saes.items()}
+    saes, pursuit = {(layer, kind): sae for kind, sae in saes.items()}, beside("pursuit")
     rows = [evaluate.Row("one pass", evaluate.dual_codecs(saes, *BUDGET))]
-    if (sta.HERE / "beyond" / "pursuit.py").exists():
-        asked = argparse.Namespace(rows="pursuit", k_key=BUDGET.k_key, k_val=BUDGET.k_val)
-        rows = evaluate.more_rows(rows, model, tokenizer, saes, asked)
-    return rows
+    asked = argparse.Namespace(**BUDGET._asdict())
+    return rows + (pursuit.rows(model, tokenizer, saes, asked, rows) if pursuit else [])
 
 def draw(result):
     """fvu and rise against latents times tokens; a colour an encoder and unit, a panel a layer."""
@@ -179,7 +183,7 @@ def add_up(model, saes, windows, dense, kept):
     rows = [evaluate.Row(f"layer {layer}", {layer: codec}) for layer, codec in codecs.items()]
     *single, joint = (measure(model, row, windows, dense, kept)["delta_ce"]
                       for row in [*rows, evaluate.Row("all", codecs)])
-    print(f"single layers: {sum(single):.4f} nats in all; coded together: {joint:.4f}")
+    print(f"one by one: {sum(single):.4f} nats in all; together: {joint:.4f}")
     return {"layers": list(codecs), "single": single, "joint": joint}
 
 def training_rows(args, layers, device):
@@ -217,7 +221,8 @@ def main(argv=None):
     if path.exists():
         with sta.explain(f"{path}: not a result of beyond.scaling; delete it"):
             result = json.loads(path.read_text())
-    done = {(p["layer"], p["unit"], p["n_latents"], p["tokens"]) for p in result["points"]}
+    done = {tuple(p[x] for x in ("layer", "unit", "n_latents", "tokens", "seed"))
+            for p in result["points"]}
     text = sta.read_text(args.test_text, "valid", args.model)
     windows = sta.token_windows(text, tokenizer, model, None, 512, args.max_tokens)
     kept = {key: x[None] for key, x in sta.harvest(model, windows[:8], layers).items()}
@@ -234,7 +239,7 @@ def main(argv=None):
         return note(add_up(model, sta.load_saes(folder, model, layers)[0], windows, dense, kept),
                     "sums")
     todo = [(layer, *point) for point in args.points for layer in layers
-            if (layer, args.unit, *point) not in done]
+            if (layer, args.unit, *point, args.seed) not in done]
     rows = training_rows(args, layers, device) if todo else {}
     for point, saes, spread in train_points(args, rows, todo):
         for row in rows_of(model, tokenizer, saes, point["layer"], args.unit, spread, shape):
