@@ -157,7 +157,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
     add("--layer", default="2", help="layers: 12,25 (default 2)")
-    add("--unit", default="head", choices=["head", "layer"], help="what an SAE sees (default head)")
+    add("--unit", default="head,layer", help="what an SAE sees (default head,layer: both kinds)")
     add("--points", default="256:100000,512:100000,512:200000", help="latents:tokens, ...")
     add("--text", help="to train on (default: tiny's own, else WikiText-103)")
     add("--tokens", type=int, default=1_000_000, help="of it at most (default a million)")
@@ -171,6 +171,8 @@ def parse_args(argv=None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
+    if not set(args.unit.split(",")) <= {"head", "layer"}:
+        raise sta.UsageError(f"--unit {args.unit}: want head, layer or head,layer")
     with sta.explain(f"--points {args.points}: want latents:tokens, such as 1024:300000"):
         args.points = [tuple(map(int, point.split(":"))) for point in args.points.split(",")]
         if min(n for n, _ in args.points) < 2 * BUDGET.k_val:
@@ -194,18 +196,18 @@ def training_rows(args, layers, device):
                                                 least=2 + 2 * HELD_TOKENS // 512), layers)
 
 def train_points(args, rows, todo):
-    """Yields ({layer, lr, ...}, {name: SAE}, spread) of each (layer, latents, tokens)."""
+    """Yields ({layer, lr, ...}, {name: SAE}, spread) of each (layer, unit, latents, tokens)."""
     rates, fewest = {}, min(tokens for _, tokens in args.points)
-    for layer, n_latents, tokens in todo:
+    for layer, unit, n_latents, tokens in todo:  # of all layers, the first chooses the rate
         k, v = (rows[layer, kind] for kind in sta.KINDS)
         step_tokens, saes = max(1, BATCH // k.shape[1]), {}
-        for name, (x, atoms) in sites_of(k, v, args.unit).items():
+        for name, (x, atoms) in sites_of(k, v, unit).items():
             if (name, n_latents) not in rates:
                 rates[name, n_latents] = choose_rate(
                     x, atoms, n_latents, fewest, step_tokens, args.seed)
             saes[name] = train(x[:-HELD_TOKENS], atoms, n_latents, rates[name, n_latents], tokens,
                                step_tokens, args.seed)
-        yield {"layer": layer, "unit": args.unit, "n_latents": n_latents, "tokens": tokens,
+        yield {"layer": layer, "unit": unit, "n_latents": n_latents, "tokens": tokens,
                "text": args.text, "text_tokens": len(k) - HELD_TOKENS, "seed": args.seed,
                "lr": {name: rates[name, n_latents] for name in saes},
                "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()}
@@ -238,13 +240,14 @@ def main(argv=None):
         folder = evaluate.find_saes(args.saes, args.model)[0] or args.saes
         return note(add_up(model, sta.load_saes(folder, model, layers)[0], windows, dense, kept),
                     "sums")
-    todo = [(layer, *point) for point in args.points for layer in layers
-            if (layer, args.unit, *point, args.seed) not in done]
+    todo = [(layer, unit, *point)
+            for point in args.points for unit in args.unit.split(",") for layer in layers
+            if (layer, unit, *point, args.seed) not in done]
     rows = training_rows(args, layers, device) if todo else {}
     for point, saes, spread in train_points(args, rows, todo):
-        for row in rows_of(model, tokenizer, saes, point["layer"], args.unit, spread, shape):
+        for row in rows_of(model, tokenizer, saes, point["layer"], point["unit"], spread, shape):
             found = measure(model, row, windows, dense, kept)
-            print(f"layer {point['layer']}, {args.unit}, {point['n_latents']:,} latents, "
+            print(f"layer {point['layer']}, {point['unit']}, {point['n_latents']:,} latents, "
                   f"{point['tokens']:,} tokens, {row.name}: fvu_K {found['fvu_key']:.4f} fvu_V "
                   f"{found['fvu_val']:.4f} delta CE {found['delta_ce']:+.5f}", flush=True)
             note({**point, "encoder": row.name, "test_text": args.test_text, **found,

@@ -851,7 +851,7 @@ def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "HELD_TOKENS", 512)
     monkeypatch.setattr(scaling, "RATES", (1e-5, 0.01))
     argv = ["--tokens", 8192, "--max-tokens", 512, "--out", tmp_path]
-    heads = [*argv, "--points", "64:2000,64:30000"]
+    heads = [*argv, "--points", "64:2000,64:30000", "--unit", "head"]
     assert script(scaling, *heads) == 0
     assert script(scaling, *argv, "--points", "192:2000", "--unit", "layer") == 0
     assert script(scaling, *argv, "--layer", "1-2", "--add-up", "--saes", trained) == 0
@@ -868,6 +868,8 @@ def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
     assert plots.plt.imread(tmp_path / "tiny-scaling.png").std() > 0.05
     assert script(scaling, "--points", "64") == 2
     assert_one_line(capsys.readouterr().err, "--points 64: want latents:tokens")
+    assert script(scaling, "--unit", "token") == 2
+    assert_one_line(capsys.readouterr().err, "--unit token: want head, layer or head,layer")
 
 # ---------------------------------------------------------------- s3.py
 
