@@ -187,7 +187,7 @@ def harvest(model, windows, layers, sink=1):
             model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
             for key, x in captured.items():
                 parts.setdefault(key, []).append(x[:, sink:].flatten(0, 1))  # (B*(T-sink), H, D)
-    rows = {key: torch.cat(x) for key, x in parts.items()}
+    rows = {key: torch.cat(parts.pop(key)) for key in list(parts)}  # one at a time: half the memory
     for (layer, kind), x in rows.items():
         if not x.isfinite().all():
             raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")

@@ -10,12 +10,11 @@ rise of the model's loss with this one layer coded, by the SAE's own encoder and
 dictionary, by beyond/pursuit.py. After every point results/<model>-scaling.json and a picture; what
 the file has is not measured again.
 
-Unit "layer": one SAE of the keys and values of all heads side by side, each kind in units of its
-spread, P = 2 H D numbers, k = H (k_key + k_val) atoms: the same bytes. A step then has 1 / H of the
-rows, so that there are as many steps. Peak learning rates: of RATES the one with the least fvu on
-rows of the first layer held out from the text, in runs on the fewest tokens of the grid.
+Unit "layer": one SAE of the keys and values of all heads, beyond/layer_sae.py, of the same bytes.
+Peak learning rates: of RATES the one with the least fvu on rows of the first layer held out from
+the text, in runs on the fewest tokens of the grid.
 --add-up: how well the rises of single layers, summed, tell the rise with all of them coded.
-Non-goal: all layers at a larger size, which is train_sae.py --n-latents N --tokens N.
+Non-goal: all layers at a larger size, which train_sae.py and beyond/layer_sae.py do.
 """
 import argparse
 import importlib
@@ -34,28 +33,6 @@ import train_sae
 BUDGET, BATCH, HELD_TOKENS = sta.Budget(), 1024, 8192  # rows a step; for choosing the rate
 RATES = (0.002, 0.004, 0.008)
 
-# ------------------------------------------------------------------ one SAE for a layer
-class LayerBudget:
-    """A codec of one layer: the k atoms of one SAE for the keys and values of all heads."""
-
-    def __init__(self, sae, spread, shape):
-        """spread (P,): the units of the SAE's rows; shape: (n_kv_heads, head_dim)."""
-        self.sae, self.spread, self.shape = sae, spread, shape
-
-    def encode(self, k, v):
-        x = torch.cat([k.flatten(-2), v.flatten(-2)], -1) / self.spread  # (..., P)
-        z, idx = self.sae.encode(x, self.sae.k)
-        return z.half(), idx.short()
-
-    def decode(self, stored):
-        x = self.sae.decode(stored[0].float(), stored[1].int()) * self.spread  # (..., P)
-        return x.unflatten(-1, (2, *self.shape)).unbind(-3)
-
-def spread_of(k, v):
-    """(P,): the root mean square of the numbers of all keys (tokens, H, D), and of all values."""
-    return torch.cat([(x.float() - x.float().mean(0)).square().mean().sqrt().expand(x[0].numel())
-                      for x in (k, v)])
-
 # ------------------------------------------------------------------ training
 def beside(name):
     """The module beyond/<name>.py, or None: this file works without it."""
@@ -63,11 +40,14 @@ def beside(name):
     return importlib.import_module(f"beyond.{name}") if there else None
 
 def sites_of(k, v, unit):
-    """Keys and values (tokens, H, D) -> {name: (rows (tokens, rows a token, D or P), atoms)}."""
+    """Keys and values (tokens, H, D) -> {name: (rows (tokens, rows a token, D or P), atoms, the
+    rows' units)}."""
     if unit == "head":
-        return {kind: (x, atoms) for kind, x, atoms in zip(sta.KINDS, (k, v), BUDGET)}
-    x = torch.cat([k.flatten(1), v.flatten(1)], 1).float() / spread_of(k, v)  # (tokens, P)
-    return {"layer": (x[:, None], k.shape[1] * sum(BUDGET))}
+        return {kind: (x, atoms, None) for kind, x, atoms in zip(sta.KINDS, (k, v), BUDGET)}
+    layer_sae = beside("layer_sae")
+    x = layer_sae.side_by_side(k, v)  # (tokens, P)
+    spread = layer_sae.spread_of(x)
+    return {"layer": ((x / spread)[:, None], k.shape[1] * sum(BUDGET), spread)}
 
 def train(x, k, n_latents, lr, tokens, step_tokens, seed):
     """Rows x (N, rows a token, D) -> a TopKSAE trained as by train_sae.py, on `tokens` of them,
@@ -103,14 +83,15 @@ def measure(model, row, windows, dense, kept, sink=1):
     """A Row -> the columns of evaluate.py's table."""
     with evaluate.through_hooks(model, row.codecs, sink) as forward:
         losses = evaluate.window_losses(forward, windows, model, row.name)
-    found = {**evaluate.compare(losses, dense),
-             **evaluate.fidelity_and_bytes(row, kept, model.get_decoder().config)}
-    return {name: x for name, x in found.items() if name not in ("window_ce", "by_layer")}
+    return {**evaluate.compare(losses, dense),
+            **evaluate.fidelity_and_bytes(row, kept, model.get_decoder().config)}
 
-def rows_of(model, tokenizer, saes, layer, unit, spread, shape):
+def rows_of(model, tokenizer, saes, layer):
     """What is measured of the SAEs {name: SAE} of one layer: [Row]."""
-    if unit == "layer":
-        return [evaluate.Row("one pass", {layer: LayerBudget(saes["layer"], spread, shape)})]
+    if "layer" in saes:
+        codec = beside("layer_sae").LayerBudget(
+            saes["layer"], saes["layer"].k, sta.kv_shape(model.get_decoder().config))
+        return [evaluate.Row("one pass", {layer: codec})]
     saes, pursuit = {(layer, kind): sae for kind, sae in saes.items()}, beside("pursuit")
     rows = [evaluate.Row("one pass", evaluate.dual_codecs(saes, *BUDGET))]
     asked = argparse.Namespace(**BUDGET._asdict())
@@ -137,16 +118,14 @@ def draw(result):
                 column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, y),
                                    fontsize=6, xytext=(4, 2), textcoords="offset points")
         column[0].set_title(f"layer {layer}", fontsize=10)
-        column[1].axhline(result["target"], color="grey", ls=":")
-        column[1].annotate(f"{result['target']:.5f}: all layers within 2 % of dense",
-                           (0.02, result["target"]), xycoords=("axes fraction", "data"),
-                           xytext=(0, 3), textcoords="offset points", fontsize=8, color="dimgrey")
+        column[1].axhline(result["target"], color="grey", ls=":", label="all within 2 % of dense")
         column[1].set(xscale="log", yscale="log", xlabel="latents x tokens")
         for panel in column:
             panel.grid(alpha=0.25, which="both")
     panels[0, 0].set_ylabel("FVU, mean of keys and values")
     panels[1, 0].set_ylabel("rise in loss, this layer alone coded (nats)")
-    panels[0, 0].legend(fontsize=8)
+    for panel in panels[:, 0]:
+        panel.legend(fontsize=8)
     figure.suptitle(f"{pathlib.Path(result['model']).name}: larger dictionaries, more text")
     return figure
 
@@ -173,6 +152,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if not set(args.unit.split(",")) <= {"head", "layer"}:
         raise sta.UsageError(f"--unit {args.unit}: want head, layer or head,layer")
+    if "layer" in args.unit and not beside("layer_sae"):
+        raise sta.UsageError("--unit layer: needs beyond/layer_sae.py; want --unit head")
     with sta.explain(f"--points {args.points}: want latents:tokens, such as 1024:300000"):
         args.points = [tuple(map(int, point.split(":"))) for point in args.points.split(",")]
         if min(n for n, _ in args.points) < 2 * BUDGET.k_val:
@@ -196,30 +177,32 @@ def training_rows(args, layers, device):
                                                 least=2 + 2 * HELD_TOKENS // 512), layers)
 
 def train_points(args, rows, todo):
-    """Yields ({layer, lr, ...}, {name: SAE}, spread) of each (layer, unit, latents, tokens)."""
+    """Yields ({layer, lr, ...}, {name: SAE}) of each (layer, unit, latents, tokens)."""
     rates, fewest = {}, min(tokens for _, tokens in args.points)
     for layer, unit, n_latents, tokens in todo:  # of all layers, the first chooses the rate
         k, v = (rows[layer, kind] for kind in sta.KINDS)
         step_tokens, saes = max(1, BATCH // k.shape[1]), {}
-        for name, (x, atoms) in sites_of(k, v, unit).items():
+        for name, (x, atoms, spread) in sites_of(k, v, unit).items():
             if (name, n_latents) not in rates:
                 rates[name, n_latents] = choose_rate(
                     x, atoms, n_latents, fewest, step_tokens, args.seed)
             saes[name] = train(x[:-HELD_TOKENS], atoms, n_latents, rates[name, n_latents], tokens,
                                step_tokens, args.seed)
+            if spread is not None:
+                saes[name] = beside("layer_sae").for_rows(saes[name], spread)
         yield {"layer": layer, "unit": unit, "n_latents": n_latents, "tokens": tokens,
                "text": args.text, "text_tokens": len(k) - HELD_TOKENS, "seed": args.seed,
                "lr": {name: rates[name, n_latents] for name in saes},
                "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()}
-               }, saes, spread_of(k, v)
+               }, saes
 
 def main(argv=None):
     args = parse_args(argv)
     device = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(args.model, *device, args.layer)
-    shape, n_layers = sta.kv_shape(model.get_decoder().config), len(model.get_decoder().layers)
     path = args.out / f"{sta.slug(args.model)}-scaling.json"
-    result = {"model": args.model, "target": math.log(1.02) / n_layers, "points": [], "sums": []}
+    result = {"model": args.model, "points": [], "sums": [],
+              "target": math.log(1.02) / len(model.get_decoder().layers)}  # nats a layer
     if path.exists():
         with sta.explain(f"{path}: not a result of beyond.scaling; delete it"):
             result = json.loads(path.read_text())
@@ -244,8 +227,8 @@ def main(argv=None):
             for point in args.points for unit in args.unit.split(",") for layer in layers
             if (layer, unit, *point, args.seed) not in done]
     rows = training_rows(args, layers, device) if todo else {}
-    for point, saes, spread in train_points(args, rows, todo):
-        for row in rows_of(model, tokenizer, saes, point["layer"], point["unit"], spread, shape):
+    for point, saes in train_points(args, rows, todo):
+        for row in rows_of(model, tokenizer, saes, point["layer"]):
             found = measure(model, row, windows, dense, kept)
             print(f"layer {point['layer']}, {point['unit']}, {point['n_latents']:,} latents, "
                   f"{point['tokens']:,} tokens, {row.name}: fvu_K {found['fvu_key']:.4f} fvu_V "

@@ -2,6 +2,7 @@
 
 They share the small models and the short run of test_sta.py: python -m pytest -q
 """
+import argparse
 import importlib
 import itertools
 import json
@@ -36,10 +37,10 @@ def load(name):
             pytest.skip(f"beyond/{name}.py is not there")
     return Missing()
 
-NAMES = ("additive", "atoms", "benchmark", "cache", "calibrate", "claims", "hierarchy", "pursuit",
-         "rivals", "s3", "samples", "scaling", "sparse", "texts")
-(additive, atoms, benchmark, cache, calibrate, claims, hierarchy, pursuit, rivals, s3, samples,
- scaling, sparse, texts) = map(load, NAMES)
+NAMES = ("additive", "atoms", "benchmark", "cache", "calibrate", "claims", "hierarchy",
+         "layer_sae", "pursuit", "rivals", "s3", "samples", "scaling", "sparse", "texts")
+(additive, atoms, benchmark, cache, calibrate, claims, hierarchy, layer_sae, pursuit, rivals, s3,
+ samples, scaling, sparse, texts) = map(load, NAMES)
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
@@ -829,30 +830,51 @@ def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
                       for out in (tmp_path, trained))
     assert log[-1]["fvu_val"] == pytest.approx(dense_log[-1]["fvu_val"], rel=0.05)
 
-# ---------------------------------------------------------------- scaling.py
+# ---------------------------------------------------------------- layer_sae.py
 
-def test_one_sae_for_a_layer():
-    """Learns what it is given, takes the dual budget's bytes, and gives back the units."""
+def test_one_sae_for_a_layer_codes_keys_and_values_alike():
+    """Kinds of other spreads are learned equally well, at the dual budget's bytes."""
     factors = rows_of(2000, 8).relu()
     k, v = (scale * (factors @ rows_of(8, 32, seed=seed)).view(2000, 2, 16)
             for scale, seed in ((5.0, 1), (0.1, 2)))
-    (x, atoms_), = scaling.sites_of(k, v, "layer").values()
-    assert x.shape == (2000, 1, 64) and atoms_ == 2 * 24
-    torch.testing.assert_close(x.std((0, 1), correction=0).view(2, 32).square().mean(1),
-                               torch.ones(2))
-    sae = scaling.train(x, atoms_, 64, 0.005, 200_000, 512, seed=0)
-    codec = scaling.LayerBudget(sae, scaling.spread_of(k, v), (2, 16))
+    x = layer_sae.side_by_side(k, v)
+    assert x.shape == (2000, 64)
+    parts = (x / layer_sae.spread_of(x)).view(2000, 2, 32).var(0, correction=0).mean(1)
+    torch.testing.assert_close(parts, torch.ones(2))
+    args = argparse.Namespace(n_latents=64, lr=0.005, seed=0)
+    sae, fvu = layer_sae.train(x.repeat(30, 1), 24, args, n_heads=2)
+    codec = layer_sae.LayerBudget(sae, 24, (2, 16))
     stored = codec.encode(k, v)
-    assert sum(part[0].nbytes for part in stored) == 2 * 24 * 4
+    assert sum(part[0].nbytes for part in stored) == 24 * 4
     for target, found in zip((k, v), codec.decode(stored)):
-        assert sta.fidelity(target, found)["fvu"] < 0.1
+        assert found.shape == target.shape and sta.fidelity(target, found)["fvu"] < 0.1
+    assert fvu < 0.1
+
+def test_layer_saes_on_disk_and_in_the_table(tmp_path, capsys):
+    argv = ["--tokens", 4096, "--n-latents", 64, "--out", tmp_path, "--layer"]
+    assert script(layer_sae, *argv, "1") == script(layer_sae, *argv, "0-5") == 0
+    assert "5 of 6 layers to train" in capsys.readouterr().out
+    assert script(evaluate, "--rows", "layer_sae", "--saes", tmp_path, "--model", "tiny",
+                  "--max-tokens", 1024, "--limit", 20, "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    dense, whole, half, quarter = result["rows"]
+    assert [row["name"] for row in result["rows"][1:]] == ["layer SAE 48", "layer SAE 24",
+                                                           "layer SAE 12"]
+    assert whole["bytes_share"] == 0.1875 == 4 * quarter["bytes_share"]
+    assert dense["ce"] < whole["ce"] < half["ce"] < quarter["ce"]
+    assert script(layer_sae, *argv, "1", "--lr", 0.1) == 2
+    assert_one_line(capsys.readouterr().err, "layer1 was trained with lr = 0.004, not 0.1")
+    assert script(layer_sae, "--n-latents", 32) == 2
+    assert_one_line(capsys.readouterr().err, "--n-latents 32: want 48")
+
+# ---------------------------------------------------------------- scaling.py
 
 def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "HELD_TOKENS", 512)
     monkeypatch.setattr(scaling, "RATES", (1e-5, 0.01))
     argv = ["--tokens", 8192, "--max-tokens", 512, "--out", tmp_path]
     heads = [*argv, "--points", "64:2000,64:30000", "--unit", "head"]
-    assert script(scaling, *heads) == 0
+    assert layer_sae.BATCH and script(scaling, *heads) == 0  # skips where there is no layer_sae.py
     assert script(scaling, *argv, "--points", "192:2000", "--unit", "layer") == 0
     assert script(scaling, *argv, "--layer", "1-2", "--add-up", "--saes", trained) == 0
     before = (tmp_path / "tiny-scaling.json").stat().st_mtime_ns
