@@ -115,11 +115,16 @@ def draw(result):
             column[1].errorbar(size, [p["delta_ce"] for p in some], color=colour, marker=marker,
                                ls="", yerr=[1.96 * (p["delta_ce_stderr"] or 0) for p in some])
             for p, x, y in zip(some, size, fvu):
-                column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, y),
-                                   fontsize=6, xytext=(4, 2), textcoords="offset points")
+                if (unit, encoder) == min(styles):  # the others have the same points
+                    above = p["tokens"] == min(q["tokens"] for q in some)
+                    column[0].annotate(f"{p['n_latents']:,}\n{p['tokens'] / 1e6:g}M", (x, y),
+                                       (0, 6 if above else -24), textcoords="offset points",
+                                       fontsize=7, ha="center")
         column[0].set_title(f"layer {layer}", fontsize=10)
-        column[1].axhline(result["target"], color="grey", ls=":", label="all within 2 % of dense")
-        column[1].set(xscale="log", yscale="log", xlabel="latents x tokens")
+        column[1].axhline(result["target"], color="grey", ls=":",
+                          label="of each layer: all within 2 % of dense")
+        column[0].set_ylim(0, 1.2 * column[0].get_ylim()[1])
+        column[1].set(xscale="log", xlabel="latents x tokens")
         for panel in column:
             panel.grid(alpha=0.25, which="both")
     panels[0, 0].set_ylabel("FVU, mean of keys and values")
