@@ -7,7 +7,8 @@ atoms, for P5, and P1's rival: ReLU autoencoders with an L1 penalty, steered unt
 are active on average as the SAE has atoms; trained first, to saes/l1/, if they are not there. Then
 measures what coded keys do to attention, prints the verdicts, writes <model>-claims.json,
 -shrinkage.png and -attention.png beside evaluate.py's <model>.json. clear: two standard errors;
-those over layers say how layers vary, not how runs would. Non-goals: P7 (a table), P8 (hierarchy).
+those over layers say how layers vary, not how runs would. P6 is judged at the SAEs' own size, which
+hardly matters: beyond/scaling.py. Non-goals: P7 (a table), P8 (hierarchy).
 """
 import json
 import sys

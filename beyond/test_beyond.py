@@ -805,6 +805,11 @@ def test_two_texts_in_one_picture(tmp_path, capsys):
         "| home / abroad | 6 % | 18 % |\n|---|---|---|\n| a | 1.044 / 1.194 | 1.031 / 1.181 |\n"
         "| b | 1.044 / 1.194 | 1.031 / - |\n")
     assert plots.plt.imread(tmp_path / "both.png").std() > 0.05
+    more = json.loads(paths[0].read_text())  # another row on the first text
+    more["rows"][1:] = [{**more["rows"][1], "method": "c"}]
+    (tmp_path / "more.json").write_text(json.dumps(more))
+    assert script(texts, *paths, tmp_path / "more.json", "--out", tmp_path / "both") == 0
+    assert "| c | 1.044 / - |  |\n" in capsys.readouterr().out
     paths[1].write_text("{}")
     assert script(texts, *paths) == 2
     assert_one_line(capsys.readouterr().err, "abroad.json: not a result of evaluate.py")

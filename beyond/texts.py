@@ -3,9 +3,10 @@
     python -m beyond.texts figures/in-domain/M.json figures/other-prose/M.json --out figures/M-texts
 
 Codes that are fitted on one kind of text may not carry over to another, so both stand side by side.
-The files are evaluate.py's, of one model; the picture is that of plots.py: the rise in perplexity
-against per cent of bf16, with 95 % intervals. The table, in Markdown: a row a method, a column a
-share of bf16 in whole per cent, cut; a cell has the ratio to dense perplexity on each text.
+The files are evaluate.py's, of one model; those of one text count as one. The picture is that of
+plots.py: the rise in perplexity against per cent of bf16, with 95 % intervals. The table, in
+Markdown: a row a method, a column a share of bf16 in whole per cent, cut; a cell has the ratio to
+dense perplexity on each text.
 Non-goal: statistics across seeds.
 """
 import argparse
@@ -17,6 +18,15 @@ import sta
 
 def name_of(result):
     return pathlib.Path(result["config"]["text"] or "its own text").stem
+
+def merge(results):
+    """Results on the same text become one, with the rows of all."""
+    found = {}
+    for result in results:
+        first = found.setdefault((name_of(result), result["tokens"]), result)
+        if first is not result:
+            first["rows"] += result["rows"][1:]  # without another dense
+    return list(found.values())
 
 def draw(results):
     """A figure, a panel a result, on one scale."""
@@ -62,6 +72,7 @@ def main(argv=None):
     models = sorted({result["model"] for result in results})
     if len(models) > 1:
         raise sta.UsageError(f"results of {len(models)} models: {', '.join(models)}; want one")
+    results = merge(results)
     print("\n".join(table(results)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     plots.save(draw(results), args.out.with_name(args.out.name + ".png"))
