@@ -123,12 +123,14 @@ def draw(result):
         column[0].set_title(f"layer {layer}", fontsize=10)
         column[1].axhline(result["target"], color="grey", ls=":",
                           label="of each layer: all within 2 % of dense")
-        column[0].set_ylim(0, 1.2 * column[0].get_ylim()[1])
         column[1].set(xscale="log", xlabel="latents x tokens")
+        column[1].tick_params(which="minor", labelbottom=False)
         for panel in column:
             panel.grid(alpha=0.25, which="both")
     panels[0, 0].set_ylabel("FVU, mean of keys and values")
     panels[1, 0].set_ylabel("rise in loss, this layer alone coded (nats)")
+    panels[0, 0].set_ylim(0, 1.3 * panels[0, 0].get_ylim()[1])  # room for the legends
+    panels[1, 0].set_ylim(top=1.2 * panels[1, 0].get_ylim()[1])
     for panel in panels[:, 0]:
         panel.legend(fontsize=8)
     figure.suptitle(f"{pathlib.Path(result['model']).name}: larger dictionaries, more text")
