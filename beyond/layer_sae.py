@@ -10,6 +10,8 @@ values, side by side, are one vector x of P = 2 H D numbers, each kind in units 
 an SAE keeps k = H (k_key + k_val) of its latents: the bytes of the dual budget, shared out between
 keys and values as each token needs. The rest of the recipe is train_sae.py's; a step has 1 / H of
 the rows, so that there are as many steps. All rows are in memory: 4 H D bytes a token and layer.
+Verdict (SmolLM2, 300,000 tokens): 1.106 of dense perplexity where the dual budget has 1.435, on
+other prose 1.538 and 2.309; at half the bytes 1.337, not competitive with additive codes (1.003).
 Non-goals: pursuit (72 searches among 4,096 atoms a token), resuming within a layer.
 """
 import argparse
