@@ -92,15 +92,14 @@ def rows(model, tokenizer, saes, args, before):
     config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
     folder, mark = args.saes / sta.slug(name) / "layer_sae", sta.fingerprint(model)
     layers = sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers)
-    found = {layer: read(folder / f"layer{layer}", mark)[0].to(model.device) for layer in layers}
-    once = sum(p.nbytes for sae in found.values() for p in sae.parameters())
-    rows = []
+    trained = {layer: read(folder / f"layer{layer}", mark)[0].to(model.device) for layer in layers}
+    once, found = sum(p.nbytes for sae in trained.values() for p in sae.parameters()), []
     for part in (1, 2, 4):
         codecs = {layer: LayerBudget(sae, sae.k // part, sta.kv_shape(config))
-                  for layer, sae in found.items()}
-        rows.append(evaluate.Row(f"layer SAE {codecs[layers[0]].k}", codecs, once_bytes=once,
-                                 method="layer SAE"))
-    return rows
+                  for layer, sae in trained.items()}
+        found.append(evaluate.Row(f"layer SAE {codecs[layers[0]].k}", codecs, once_bytes=once,
+                                  method="layer SAE"))
+    return found
 
 # ------------------------------------------------------------------ the run
 def main(argv=None):

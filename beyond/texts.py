@@ -1,6 +1,6 @@
 """One model's codes on several kinds of text: a picture, a panel a text, and a table of all.
 
-    python -m beyond.texts figures/in-domain/M.json figures/other-prose/M.json --out figures/M-texts
+    python -m beyond.texts figures/{,layer-sae/}{in-domain,other-prose}/M.json --out figures/M-texts
 
 Codes that are fitted on one kind of text may not carry over to another, so both stand side by side.
 The files are evaluate.py's, of one model; those of one text count as one. The picture is that of
