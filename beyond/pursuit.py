@@ -4,7 +4,9 @@
 
 Orthogonal matching pursuit [for KV caches: Lexico, arXiv 2412.08890]: k times the atom most in line
 with what is left, then least squares over all chosen. Same dictionary, bytes, atoms and decoder as
-the dual budget; the difference is the encoder's. It takes k matmuls instead of one.
+the dual budget; the difference is the encoder's. It takes k matmuls instead of one. Verdict
+(SmolLM2, SAEs of `beyond.sparse --tokens 1000000 --n-latents 4096 --lr 0.004`): 1.118 of dense
+perplexity where one pass has 1.431, on other prose 1.222 and 2.150.
 """
 import argparse
 
@@ -18,7 +20,8 @@ import sta
 def pursue(sae, x, k):
     """TopKSAE.encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, and idx."""
     target = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(2048)]  # stays in cache
+    n_rows = max(1, 2**21 // sae.n_latents)  # whose products with all atoms stay in cache
+    codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(n_rows)]
     z, idx = (torch.cat(parts).view(*x.shape[:-1], k) for parts in zip(*codes))
     return z, idx
 
