@@ -181,17 +181,18 @@ def capture(model, layers):
 def harvest(model, windows, layers, sink=1):
     """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
     `sink` tokens. Raises UsageError at a value that is not finite."""
-    parts = {}
+    rows = {}  # each made whole at once: pieces, joined at the end, would take twice the memory
     with capture(model, layers) as captured:
-        for batch in windows.split(max(1, 4096 // windows.shape[1])):
-            model.get_decoder()(input_ids=batch.to(model.device), use_cache=False)
-            for key, x in captured.items():
-                parts.setdefault(key, []).append(x[:, sink:].flatten(0, 1))  # (B*(T-sink), H, D)
-    rows = {key: torch.cat(parts.pop(key)) for key in list(parts)}  # one at a time: half the memory
+        for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
+            model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
+            for key, x in captured.items():  # (B, T, H, D)
+                if key not in rows:
+                    rows[key] = x.new_empty(len(windows), *x[0, sink:].shape)
+                rows[key][batch] = x[:, sink:]
     for (layer, kind), x in rows.items():
         if not x.isfinite().all():
             raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
-    return rows
+    return {key: x.flatten(0, 1) for key, x in rows.items()}
 
 # ------------------------------------------------------------------ 3. the budget curve
 @torch.no_grad()
