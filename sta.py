@@ -313,7 +313,6 @@ def fuse(codecs):
         return codecs
     roundtrip = torch.compile(lambda codec, k, v: codec.decode(codec.encode(k, v)),
                               fullgraph=True, dynamic=True)
-
     def fused(codec): return lambda k, v, live: roundtrip(codec, k, v)
     return {layer: codec if callable(codec) else fused(codec) for layer, codec in codecs.items()}
 
