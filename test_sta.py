@@ -71,7 +71,6 @@ def script(module, *argv):
     return 0
 
 # ---------------------------------------------------------------- 1. the Top-K SAE
-
 def test_code_is_that_of_a_python_loop():
     sae, x = small_sae().double(), rows_of(7).double()
     z, idx = sae.encode(x, 5)
@@ -155,7 +154,6 @@ def test_atoms_stay_unit_and_training_reduces_the_error():
     assert sae.loss(x, 4).item() < 0.8 * before
 
 # ---------------------------------------------------------------- 2-4. hooks, elbow, budgets
-
 def test_fidelity_equals_numpy():
     x, x_hat = rows_of(64), rows_of(64, seed=3)
     a, b = x.numpy().astype(float), x_hat.numpy().astype(float)
@@ -276,7 +274,6 @@ def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
         torch.testing.assert_close(found, expected.view(5, 3, 2, 16), atol=1e-6, rtol=1e-6)
 
 # ---------------------------------------------------------------- 5. the fast path
-
 def check_fuse(device):
     """Values, over layers, budgets and numbers of rows; few graphs serve them all."""
     torch._dynamo.reset()
@@ -318,7 +315,6 @@ def test_compiled_path_equals_eager_on_cuda():
     check_fuse("cuda")
 
 # ---------------------------------------------------------------- 6. files
-
 METADATA = {"model": "small", "fingerprint": "f", "settings": {}}
 
 def test_saved_sae_is_the_same_function(tmp_path):
@@ -366,7 +362,6 @@ def test_windows_are_the_text_cut_once():
     assert sta.token_windows(text, tokenizer, model, None, 2048, 1, least=2).shape == (2, 256)
 
 # ---------------------------------------------------------------- the scripts, on tiny
-
 SHORT = ["--tokens", 16_384, "--n-latents", 64, "--batch-rows", 512, "--layer", "1-2"]
 
 @pytest.fixture(scope="session")
@@ -496,7 +491,6 @@ def test_plots(evaluated, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
 
 # ---------------------------------------------------------------- zero-shot
-
 ARC = {"question": "Why?", "choices": {"text": ["a", "bc"], "label": ["1", "2"]}, "answerKey": "2"}
 FORMATS = {  # a hub row and what lm-eval 0.4.13 makes of it: contexts, choices, label
     "piqa": ({"goal": "tea", "sol1": "hot", "sol2": "cold", "label": 1},
@@ -577,7 +571,6 @@ def test_paired_comparison():
         [row["delta_ce"] - 1.96 * stderr, row["delta_ce"] + 1.96 * stderr])
 
 # ---------------------------------------------------------------- bad input
-
 @pytest.mark.parametrize("argv,message", [
     (["--model", "gpt5"], "--model gpt5: want a folder, one of tiny, yi-6b"),
     (["--model", "no-one/nothing"], "--model no-one/nothing: .* or a hub id that is reachable"),
@@ -643,8 +636,10 @@ def test_training_that_diverges(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "an SAE is no longer finite; start again with a --lr")
     assert not list(tmp_path.rglob("*.safetensors"))
 
-def test_activation_that_is_not_finite():
-    model = small_model("llama")
+def test_harvest_keeps_the_order_and_wants_finite_numbers():
+    model, ids = small_model("llama"), tokens_of(70, 64)  # more tokens than a batch's 4,096
+    alone = torch.cat([sta.harvest(model, window[None], [1])[1, "value"] for window in ids])
+    torch.testing.assert_close(sta.harvest(model, ids, [1])[1, "value"], alone)
     model.model.layers[1].self_attn.v_proj.weight[0, 0] = float("nan")
     with pytest.raises(sta.UsageError, match="layer 1: a value is not finite; use --dtype"):
-        sta.harvest(model, tokens_of(2, 8), [0, 1])
+        sta.harvest(model, ids, [0, 1])
