@@ -44,7 +44,6 @@ NAMES = ("additive", "atoms", "benchmark", "cache", "calibrate", "claims", "hier
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
-
 CACHED = ["llama", "mistral", "qwen2", "qwen3"]
 
 class Exact:
@@ -220,7 +219,6 @@ def test_bad_input_of_the_cache(argv, message, capsys):
     assert_one_line(capsys.readouterr().err, message)
 
 # ---------------------------------------------------------------- calibrate.py
-
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory):
     """A folder with the calibration of tiny."""
@@ -273,7 +271,6 @@ def test_calibration_is_of_the_text(calibrated):
     assert np.linalg.eigvalsh(found["metric"]).min() > 0
 
 # ---------------------------------------------------------------- rivals.py
-
 @pytest.mark.parametrize("bits", [2, 4])
 def test_quantise_against_a_loop(bits):
     x = rows_of(2 * 70 * 3, 64).view(2, 70, 3, 64) * torch.logspace(-1, 1, 64)
@@ -382,7 +379,6 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
 
 # ---------------------------------------------------------------- pursuit.py
-
 def test_pursuit_against_least_squares():
     sae, x = small_sae().double(), rows_of(5).double()
     atoms_, (z, idx) = sae.W_dec.detach().numpy(), pursuit.pursue(sae, x, 4)
@@ -409,7 +405,6 @@ def test_row_of_pursuit(trained, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "--rows pursuit: needs SAEs")
 
 # ---------------------------------------------------------------- claims.py
-
 def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     sae, x = claims.L1SAE(16, 40, 4, torch.Generator().manual_seed(0)), rows_of(512)
     sae.centre(x)
@@ -505,7 +500,6 @@ def test_attention_change_is_that_of_hugging_face_attention():
     assert model.config._attn_implementation == "sdpa"
 
 # ---------------------------------------------------------------- atoms.py
-
 def test_strongest_tokens_are_those_of_a_sort():
     z = torch.relu(rows_of(6, 50))  # six latents, fifty tokens
     found = atoms.Strongest(6)
@@ -581,7 +575,6 @@ def test_first_stage_of_an_additive_code_in_the_page(trained, tmp_path):
     assert 0 < check["atoms_live"] <= 1 and 100 < check["live"] <= 256
 
 # ---------------------------------------------------------------- hierarchy.py
-
 def test_hierarchy_finds_what_was_put_in():
     """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun
     from a verb; text of made-up words in forty windows."""
@@ -629,7 +622,6 @@ def test_codes_for_p8(trained, capsys):
     assert_one_line(capsys.readouterr().err, "P8 takes the SAEs of three layers or more")
 
 # ---------------------------------------------------------------- benchmark.py
-
 def test_benchmark_rows():
     """Plausible times and memory; the caches' bytes are those of their tensors."""
     row = benchmark.time_steps((16, 64, 4, 256), torch.device("cpu"), compiled=False)
@@ -644,7 +636,6 @@ def test_benchmark_rows():
     assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 4 * 300
 
 # ---------------------------------------------------------------- additive.py
-
 def learned_layer(n=9000):
     """A layer of two heads of sixteen, P = 64, learned from rows of a few directions."""
     x = rows_of(n, 20) @ rows_of(20, 64, seed=1) + rows_of(n, 64, seed=2) / 10
@@ -772,7 +763,6 @@ def test_other_codes_through_the_cache():
     assert row.bytes_per_token - dense - exact == pytest.approx(24 + 200 / 8, rel=0.01)
 
 # ---------------------------------------------------------------- samples.py, texts.py
-
 def test_a_broader_text(tmp_path, capsys):
     """Windows of the text, and between them the model's own: other samples from another seed."""
     argv = ["--tokens", 2048, "--own", 0.5, "--seq-len", 128]
@@ -815,7 +805,6 @@ def test_two_texts_in_one_picture(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "abroad.json: not a result of evaluate.py")
 
 # ---------------------------------------------------------------- sparse.py
-
 @pytest.mark.parametrize("k", [1, 5, 40])
 def test_sparse_gradient_is_that_of_plain_autograd(k):
     plain, x = small_sae().double(), rows_of(30).double()
@@ -836,7 +825,6 @@ def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
     assert log[-1]["fvu_val"] == pytest.approx(dense_log[-1]["fvu_val"], rel=0.05)
 
 # ---------------------------------------------------------------- layer_sae.py
-
 def test_one_sae_for_a_layer_codes_keys_and_values_alike():
     """Kinds of other spreads are learned equally well, at the dual budget's bytes."""
     factors = rows_of(2000, 8).relu()
@@ -873,7 +861,6 @@ def test_layer_saes_on_disk_and_in_the_table(tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "--n-latents 32: want 48")
 
 # ---------------------------------------------------------------- scaling.py
-
 def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "HELD_TOKENS", 512)
     monkeypatch.setattr(scaling, "RATES", (1e-5, 0.01))
@@ -899,7 +886,6 @@ def test_a_grid_of_sizes_and_texts(trained, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "--unit token: want head, layer or head,layer")
 
 # ---------------------------------------------------------------- s3.py
-
 def test_index_and_scores_against_loops(monkeypatch):
     monkeypatch.setattr(s3, "CHUNK", 16)
     monkeypatch.setattr(s3, "OVERLAP", 4)
@@ -970,7 +956,6 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert found["loss after the right passage"] < found["loss after nothing"]
 
 # ---------------------------------------------------------------- all
-
 @pytest.mark.parametrize("name", NAMES)
 def test_help_needs_nothing(name, capsys):
     module = load(name)
