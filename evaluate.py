@@ -7,9 +7,9 @@
 Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
 lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
-Writes results/<model>.json: what was run; the rows, with the columns that `compare`,
-`fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs, layer by layer.
-Non-goals: lm-eval's word perplexity, few-shot prompts.
+Writes results/<model>.json, after every row: what was run; the rows, with the columns that
+`compare`, `fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs.
+Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs in sta.reconstruct.
 """
 import argparse
 import contextlib
@@ -51,11 +51,11 @@ def parse_args(argv=None, description=__doc__):
                         "(default: tiny's own, else none)")
     add("--task-dir", type=pathlib.Path, help="<task>.jsonl with the hub's columns (else the hub)")
     # how much
-    add("--seq-len", type=int, help="tokens a window (default 2048, or the model's limit)")
+    add("--seq-len", type=int, help="tokens per window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
     add("--limit", type=int, help="rows of each task (default all)")
-    add("--k-key", type=int, default=8, help="atoms a key (default 8)")
-    add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--k-key", type=int, default=8, help="atoms per key (default 8)")
+    add("--k-val", type=int, default=16, help="atoms per value (default 16)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
@@ -67,38 +67,49 @@ def parse_args(argv=None, description=__doc__):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
                                  "or more")
+    with sta.explain(f"--only {args.only}: no regular expression"):
+        re.compile(args.only)
     return args
 
-def find_saes(root, model_name):
-    """The folder of the newest SAEs, of that model if one is named, or None; the model's name."""
-    below = sta.slug(model_name) if model_name else "*"
-    found = [path for folder in (root, *root.glob(below))
-             for path in folder.glob("layer*.key/cfg.json")]
-    if not found:
-        return None, model_name
-    newest = max(found, key=lambda path: path.stat().st_mtime).parent
-    return newest.parent, model_name or sta.load_sae(newest)[1]["model"]
+def find_fitted(root, model_name):
+    """--saes, --model -> (the folder of what is fitted to a model: root, or one below it; whether
+    it has SAEs; the model's name). Without a name: that of the newest SAEs, or None."""
+    folders = [root, *sorted(root.glob(sta.slug(model_name) if model_name else "*"))]
+    saes = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
+    if saes:
+        newest = max(saes, key=lambda path: path.stat().st_mtime).parent
+        return newest.parent, True, model_name or sta.load_sae(newest)[1]["model"]
+    fitted = [path for folder in folders for path in folder.glob("*/layer*.safetensors")]
+    return fitted[0].parent.parent if fitted else folders[-1], False, model_name
 
 # ------------------------------------------------------------------ the rows of the table
 @dataclasses.dataclass
 class Row:
     """One way to keep the cache: its codecs for sta.reconstruct, and what they take."""
     name: str
-    codecs: dict  # {layer: codec or function}
-    budget: tuple = (None, None)  # atoms a key and a value, where that means something
-    layer_bytes: float | None = None  # a token, of codecs that are functions and store nothing
+    codecs: dict  # {layer: codec}
+    budget: tuple = (None, None)  # atoms per key and per value, where that means something
     once_bytes: int = 0  # kept once, whatever the number of tokens: dictionaries
     method: str | None = None  # a curve of the pictures; default: the name
     with_tasks: bool = True
     enter: Callable | None = None  # in place of through_hooks; sets bytes_per_token at its end
     bytes_per_token: float | None = None  # of the whole model
 
-def only(kind, codec):
-    """A function for sta.reconstruct that codes one kind and leaves the other as it is."""
-    def replace(k, v, live):
-        k_hat, v_hat = codec.decode(codec.encode(k, v))
-        return (k_hat, v) if kind == "key" else (k, v_hat)
-    return replace
+class OneKind:
+    """The codec of keys alone, or of values alone: the other kind stays as it is, in bf16.
+    bytes_per_token: of one layer, as every codec states it that has a roundtrip of its own."""
+
+    def __init__(self, kind, codec, shape):
+        """kind: "key" or "value"; shape: (n_kv_heads, head_dim)."""
+        self.kind, self.codec = kind, codec
+        token = torch.zeros(1, *shape, device=codec.key_sae.W_dec.device)
+        parts = [part.nbytes for part in codec.encode(token, token)]  # two of keys, two of values
+        coded = sum(parts[:2] if kind == "key" else parts[2:])
+        self.bytes_per_token = coded + 2 * token.numel()
+
+    def roundtrip(self, keys, values, live):
+        keys_hat, values_hat = sta.roundtrip(self.codec, keys, values, live)
+        return (keys_hat, values) if self.kind == "key" else (keys, values_hat)
 
 def dictionary_bytes(saes, *kinds):
     return sum(p.nbytes for (_, kind), sae in saes.items() if kind in kinds
@@ -110,32 +121,41 @@ def dual_codecs(saes, k_key, k_val):
             for (layer, kind), sae in saes.items() if kind == "value"}
 
 def paper_rows(saes, shape, k_key, k_val):
-    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms a key and a value -> [Row]: dense; keys,
+    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; keys,
     values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total."""
+    rows, most = [Row("dense", {})], min((sae.n_latents for sae in saes.values()), default=0)
     if not saes:
-        return [Row("dense", {})]
-    dual, rows = dual_codecs(saes, k_key, k_val), [Row("dense", {})]
-    token = torch.zeros(1, *shape, device=next(iter(saes.values())).W_dec.device)
-    parts = [x.nbytes for x in next(iter(dual.values())).encode(token, token)]  # 2 of K, 2 of V
-    as_it_is = 2 * token.numel()  # the other kind, in bf16
-    for kind, budget, coded in (("key", (k_key, None), parts[:2]),
-                                ("value", (None, k_val), parts[2:])):
-        rows.append(Row(f"{kind}s", {layer: only(kind, codec) for layer, codec in dual.items()},
-                        budget, sum(coded) + as_it_is, dictionary_bytes(saes, kind)))
+        return rows
+    for option, k in (("--k-key", k_key), ("--k-val", k_val)):
+        if not 1 <= k <= most:
+            raise sta.UsageError(f"{option} {k}: want 1 to n_latents = {most}")
+    dual = dual_codecs(saes, k_key, k_val)
+    for kind, budget in (("key", (k_key, None)), ("value", (None, k_val))):
+        codecs = {layer: OneKind(kind, codec, shape) for layer, codec in dual.items()}
+        rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind)))
     half = (k_key + k_val) // 2
     for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
                          ("reverse", (k_val, k_key))):
         rows.append(Row(name, dual_codecs(saes, *budget), budget,
-                        once_bytes=dictionary_bytes(saes, *sta.KINDS)))
+                        dictionary_bytes(saes, *sta.KINDS)))
     return rows
+
+def coded_layers(model, saes, args):
+    """The layers that rows of beyond/ code: those of the SAEs, else those of --layer."""
+    n_layers = model.get_decoder().config.num_hidden_layers
+    return sorted({layer for layer, _ in saes}) or sta.parse_layers(args.layer or "all", n_layers)
 
 def more_rows(rows, model, tokenizer, saes, args):
     """[Row], and those that the files of beyond/ named by --rows add to them."""
     rows = list(rows)
     for name in filter(None, args.rows.split(",")):
-        if not (sta.HERE / "beyond" / f"{name}.py").exists():
+        if not (name.isidentifier() and (sta.HERE / "beyond" / f"{name}.py").exists()):
             raise sta.UsageError(f"--rows {name}: there is no beyond/{name}.py")
-        rows += importlib.import_module(f"beyond.{name}").rows(model, tokenizer, saes, args, rows)
+        with sta.explain(f"--rows {name}: a package is missing"):
+            module = importlib.import_module(f"beyond.{name}")
+        if not hasattr(module, "rows"):
+            raise sta.UsageError(f"--rows {name}: beyond/{name}.py is a script, and adds no rows")
+        rows += module.rows(model, tokenizer, saes, args, rows)
     return rows
 
 # ------------------------------------------------------------------ perplexity
@@ -163,12 +183,16 @@ def mean_stderr(values):
     x = torch.as_tensor(values, dtype=torch.float64)
     return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
 
+def exp(x):
+    """e to the x; infinity where math.exp raises OverflowError."""
+    return torch.as_tensor(x, dtype=torch.float64).exp().item()
+
 def compare(losses, dense):
     """Columns of a row that come from window losses, paired with dense's over windows."""
     mean, stderr = mean_stderr(losses - dense)
-    bounds = [math.exp(mean + sign * 1.96 * (stderr or 0)) for sign in (-1, 1)]
-    return {"perplexity": math.exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
-            "delta_ce_stderr": stderr, "ratio": math.exp(mean), "ratio_ci95": bounds,
+    low, ratio, high = (exp(mean + factor * (stderr or 0)) for factor in (-1.96, 0, 1.96))
+    return {"perplexity": exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
+            "delta_ce_stderr": stderr, "ratio": ratio, "ratio_ci95": [low, high],
             "window_ce": [round(x, 6) for x in losses.tolist()]}
 
 # ------------------------------------------------------------------ zero-shot, as lm-eval has it
@@ -190,7 +214,7 @@ def winogrande(row):  # the options are in the contexts; what follows them is sc
     contexts = [before + row["option1"], before + row["option2"]]
     return contexts, [after.strip()] * 2, int(row["answer"]) - 1
 
-# name: (data set, config, split, row -> (context, or one a choice; choices; label))
+# name: (data set, config, split, row -> (context, or one per choice; choices; label))
 TASKS = {
     "piqa": ("baber/piqa", None, "validation", lambda row: (
         f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])),
@@ -201,13 +225,11 @@ TASKS = {
     "boolq": ("aps/super_glue", "boolq", "validation", lambda row: (
         f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"])),
     "openbookqa": ("allenai/openbookqa", "main", "test", lambda row: lettered(
-        row["question_stem"], row)),
-    "lambada_openai": ("EleutherAI/lambada_openai", "default", "test", lambda row: (
-        row["text"].rsplit(" ", 1)[0], row["text"].rsplit(" ", 1)[1:], 0))}
+        row["question_stem"], row))}
 
 class Question(NamedTuple):
     """A task's row, tokenised."""
-    requests: list  # (context ids, continuation ids), one a choice
+    requests: list  # (context ids, continuation ids), one per choice
     lengths: list  # characters of each choice
     label: int
 
@@ -234,9 +256,9 @@ def encode_pair(tokenizer, context, continuation):
     continuation = context[len(bare):] + continuation
     if not bare:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return [start], tokenizer(continuation, add_special_tokens=False)["input_ids"]
-    ids = tokenizer(bare)["input_ids"]
-    return ids, tokenizer(bare + continuation)["input_ids"][len(ids):]
+        return [start], sta.encode(tokenizer, continuation, special=False)
+    ids = sta.encode(tokenizer, bare)
+    return ids, sta.encode(tokenizer, bare + continuation)[len(ids):]
 
 def load_task(spec, task_dir, limit, tokenizer, max_length):
     """--tasks entry -> [Question]. A context loses its left end where the whole is longer than
@@ -249,13 +271,18 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
             contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
                 row["context"], row["choices"], row["label"])
             question = Question([], [len(choice) for choice in choices], int(label))
-            if not 0 <= question.label < len(choices):
+            if not 0 <= question.label < len(choices) or len(choices) < 2:
                 raise ValueError(f"label {label}, but {len(choices)} choices, numbered from 0")
             for i, choice in enumerate(choices):
                 context = contexts if isinstance(contexts, str) else contexts[i]
                 ids, rest = encode_pair(tokenizer, context, " " + choice)
-                if not (choice.strip() and 0 < len(rest) <= max_length):
-                    raise ValueError(f"choice {i} is blank, or over {max_length} tokens")
+                if not choice.strip():
+                    raise ValueError(f"choice {i} is blank")
+                if not rest:
+                    raise ValueError(f"choice {i} has no token of its own: one spans the join of "
+                                     "context and choice")
+                if len(rest) > max_length:
+                    raise ValueError(f"choice {i} is over {max_length} tokens")
                 room = max_length + 1 - len(rest)  # the last token is not read, only predicted
                 n_cut += len(ids) > room
                 question.requests.append((ids[-room:], rest))
@@ -266,11 +293,20 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
         print(f"{spec}: {n_cut} contexts cut on the left, to the model's {max_length} tokens")
     return questions
 
+def load_tasks(specs, *rest):
+    """--tasks -> {name: [Question]}; a .jsonl file's name is its stem."""
+    specs = [spec for spec in specs.split(",") if spec]
+    names = [pathlib.Path(spec).stem for spec in specs]
+    for name in names:
+        if names.count(name) > 1:
+            raise sta.UsageError(f"--tasks: {names.count(name)} of them are named {name}; rename")
+    return {name: load_task(spec, *rest) for name, spec in zip(names, specs)}
+
 @torch.no_grad()
 def loglikelihoods(forward, questions, model, name):
-    """[(sum of log p over the continuation, whether it is the greedy one)] of all requests."""
+    """[sum of log p over the continuation] of all requests."""
     requests = [request for question in questions for request in question.requests]
-    by_input, by_length, found = {}, {}, [None] * len(requests)
+    by_input, by_length, totals = {}, {}, [None] * len(requests)
     for i, (context, rest) in enumerate(requests):  # one input, several choices of one token
         by_input.setdefault((*context, *rest[:-1]), []).append(i)
     for ids in by_input:
@@ -282,65 +318,58 @@ def loglikelihoods(forward, questions, model, name):
                 for i in by_input[ids]:
                     rest = torch.tensor(requests[i][1], device=logits.device)
                     log_p = logits[-len(rest):].float().log_softmax(-1)  # (len(rest), V)
-                    total = log_p.gather(-1, rest[:, None]).double().sum().item()
-                    found[i] = total, bool((log_p.argmax(-1) == rest).all())
-    return found
+                    totals[i] = log_p.gather(-1, rest[:, None]).double().sum().item()
+    return totals
 
-def score_task(questions, found, dense):
-    """Columns of a task: n; acc, whether the choice of the largest log-likelihood is right (of one
-    choice: whether it is the greedy one); acc_norm, the same per character; delta_acc, from dense;
-    each with _stderr; right, acc by row; ppl, of one choice. dense: dense's columns, or None."""
-    right, norm, rest = [], [], iter(found)
+def score_task(questions, totals, dense):
+    """Columns of a task: n; acc, whether the choice of the largest log-likelihood is right;
+    acc_norm, the same per character; delta_acc, from dense; each with _stderr; right, acc by row.
+    totals: of `loglikelihoods`; dense: dense's columns, or None."""
+    right, norm, rest = [], [], iter(totals)
     for question in questions:
-        totals, greedy = zip(*itertools.islice(rest, len(question.lengths)))
-        per_character = [total / n for total, n in zip(totals, question.lengths)]
-        best = totals.index(max(totals))
-        right.append(best == question.label if len(totals) > 1 else greedy[0])
+        sums = list(itertools.islice(rest, len(question.lengths)))
+        per_character = [total / n for total, n in zip(sums, question.lengths)]
+        right.append(sums.index(max(sums)) == question.label)
         norm.append(per_character.index(max(per_character)) == question.label)
     gain = [int(a) - int(b) for a, b in zip(right, dense["right"] if dense else right)]
     columns = {"n": len(right), "right": right}
     for metric, values in (("acc", right), ("acc_norm", norm), ("delta_acc", gain)):
         columns[metric], columns[f"{metric}_stderr"] = mean_stderr(values)
-    if len(found) == len(questions):  # LAMBADA
-        columns |= {"acc_norm": None, "acc_norm_stderr": None,
-                    "ppl": math.exp(-sum(total for total, _ in found) / len(found))}
     return columns
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
-def fidelity_and_bytes(row, kept, config):
+def fidelity_and_bytes(row, vectors, config):
     """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
     tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer} of a row,
-    on kept {(layer, kind): (B, T, H, D)}. Layers that are not coded stay in bf16."""
+    on dense vectors {(layer, kind): (B, T, H, D)}. Layers that are not coded stay in bf16."""
     n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
     total, by_layer = (n_layers - len(row.codecs)) * dense, {}
     for layer, codec in row.codecs.items():
-        k, v = (kept[layer, kind].float() for kind in sta.KINDS)
-        if callable(codec):
-            live = torch.ones(k.shape[:2], dtype=torch.bool, device=k.device)
-            (k_hat, v_hat), size = codec(k, v, live), row.layer_bytes
+        keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
+        if hasattr(codec, "roundtrip"):
+            total += codec.bytes_per_token
         else:
-            stored = codec.encode(k, v)
-            k_hat, v_hat = codec.decode(stored)
-            size = sum(part.nbytes for part in stored) / k.shape[:2].numel()
-        total += size
-        by_layer[layer] = {f"{name}_key": x for name, x in sta.fidelity(k, k_hat).items()}
-        by_layer[layer] |= {f"{name}_val": x for name, x in sta.fidelity(v, v_hat).items()}
+            total += sum(x.nbytes for x in codec.encode(keys, values)) / keys.shape[:2].numel()
+        live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        keys_hat, values_hat = sta.roundtrip(codec, keys, values, live)
+        by_layer[layer] = {f"{name}_key": x for name, x in sta.fidelity(keys, keys_hat).items()}
+        by_layer[layer] |= {f"{name}_val": x for name, x in sta.fidelity(values, values_hat).items()}
     exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0, "rel_norm_key": 1.0,
              "rel_norm_val": 1.0}
-    means = {column: sum(found[column] for found in by_layer.values()) / len(by_layer)
-             for column in next(iter(by_layer.values()))} if by_layer else exact
+    means = {column: sum(columns[column] for columns in by_layer.values()) / len(by_layer)
+             for column in exact} if by_layer else exact
     total = total if row.bytes_per_token is None else row.bytes_per_token
     saved = n_layers * dense - total
     return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense),
             "once_bytes": row.once_bytes, "break_even_tokens":
             round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
 
-def find_curves(saes, kept):
+def find_curves(saes, vectors):
     """{layer: {key: curve, value: curve, elbow_key, elbow_val}}, printed as counts of elbows."""
     curves, elbows = {}, {kind: [] for kind in sta.KINDS}
     for (layer, kind), sae in saes.items():
-        curve = sta.budget_curve(sae, kept[layer, kind].flatten(0, 2).float())
+        curve = sta.budget_curve(sae, vectors[layer, kind].flatten(0, 2).float())
         elbows[kind].append(sta.elbow(curve))
         curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind[:3]}": elbows[kind][-1]})
     for kind, ks in elbows.items():
@@ -365,83 +394,103 @@ def print_tasks(rows, width):
         for row in (row for row in rows if row["tasks"]):
             x = row["tasks"][task]
             cells = [f"{name} {100 * x[name]:6.2f} ±{100 * (x[name + '_stderr'] or 0):5.2f}"
-                     for name in ("acc", "acc_norm", "delta_acc") if x[name] is not None]
+                     for name in ("acc", "acc_norm", "delta_acc")]
             print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score(model, rows, windows, tasks, kept, sink):
-    """Print the tables -> the rows of the JSON. kept: the dense model's keys and values."""
-    done, dense, width = [], None, max(8, *(len(row.name) for row in rows))
-    print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
-          "fvu_V  cos_K  cos_V")
+def score(model, rows, windows, tasks, vectors, sink):
+    """Yields the JSON's rows one by one. vectors: the dense model's keys and values."""
+    dense, dense_tasks = None, {}
     for row in rows:
         enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
         with enter(model) as forward:
             losses = window_losses(forward, windows, model, row.name)
-            found = {name: loglikelihoods(forward, questions, model, row.name)
-                     for name, questions in tasks.items() if row.with_tasks}
+            totals = {name: loglikelihoods(forward, questions, model, row.name)
+                      for name, questions in tasks.items() if row.with_tasks}
         dense = losses if dense is None else dense  # the first row
         if not dense.isfinite().all():
             raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
                                  "bfloat16")
-        scores = {name: score_task(tasks[name], found[name], done[0]["tasks"][name] if done
-                                   else None) for name in found}
-        done.append({"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-                     "k_val": row.budget[1], **compare(losses, dense), "tasks": scores,
-                     **fidelity_and_bytes(row, kept, model.get_decoder().config)})
-        print_row(done[-1], width)
-    for row in (row for row in done if row["break_even_tokens"]):
-        print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with them "
-              f"smaller than bf16 from {row['break_even_tokens']:,} tokens on")
-    print_tasks(done, width)
-    return done
+        scores = {name: score_task(tasks[name], totals[name], dense_tasks.get(name))
+                  for name in totals}
+        dense_tasks = dense_tasks or scores
+        yield {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
+               "k_val": row.budget[1], **compare(losses, dense), "tasks": scores,
+               **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
 def provenance(model):
     """What a reader needs to run it again."""
-    commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
-                            capture_output=True).stdout.strip()
+    try:
+        commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
+                                capture_output=True).stdout.strip()
+    except OSError:
+        commit = None  # no git on this machine
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit,
+    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit or None,
+            "marks": sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": transformers.__version__,
             "date": time.ctime()}
 
+def result_path(out, name, about, ending=""):
+    """The path of a model's result, asked for before anything is computed. Raises UsageError if it
+    cannot be written, or is there already, of another model. about: what `provenance` returned."""
+    sta.check_out(out)
+    path = out / f"{sta.slug(name)}{ending}.json"
+    if path.exists():
+        with sta.explain(f"{path}: no result of this version; delete it or choose another --out"):
+            marks = json.loads(path.read_text())["marks"]
+        if not sta.same_marks(marks, about["marks"]):
+            raise sta.UsageError(f"{path}: of another model of that name; choose another --out")
+    return path
+
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
     args = parse_args(argv)
-    folder, name = find_saes(args.saes, args.model)
-    if folder is None and not (args.rows and name):
+    folder, has_saes, name = find_fitted(args.saes, args.model)
+    if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
                              f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
+    sta.check_out(args.out)
     device, dtype = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
-    config, saes, trained = model.get_decoder().config, {}, {"settings": None}
-    if folder:
+    config, saes, trained, about = model.get_decoder().config, {}, {}, provenance(model)
+    path = result_path(args.out, name, about)
+    if has_saes:
         saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
         layers = sorted({layer for layer, _ in saes})
-    text = sta.read_text(args.text, "valid", name)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    pieces = sta.read_text(args.text, "valid", name)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    if args.sink >= windows.shape[1]:
+        raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
-    tasks = {pathlib.Path(spec).stem: load_task(
-        spec, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
-        for spec in specs.split(",") if spec}
+    tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
     rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val), model,
                      tokenizer, saes, args)
     rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
-    print(f"{name}{f' with the SAEs of {folder}' if folder else ''}: {len(layers)} of "
+    print(f"{name}{f' with the SAEs of {folder}' if saes else ''}: {len(layers)} of "
           f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "
           f"of {windows.shape[1]}")
     few = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
-    kept = {key: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
-            for key, x in sta.harvest(model, few, layers, args.sink).items()}
-    found = score(model, rows, windows, tasks, kept, args.sink)
-    runs = sorted(folder.glob("run-*.json")) if folder else []
+    vectors = {key: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
+               for key, x in sta.harvest(model, few, layers, args.sink).items()}
+    runs = sorted(folder.glob("run-*.json")) if saes else []
     result = {
-        "model": name, "saes": folder, "layers": layers, "n_layers": config.num_hidden_layers,
-        "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
-        "config": vars(args), "sae_settings": trained["settings"], **provenance(model),
-        "rows": found, "curves": find_curves(saes, kept),
-        "training": [json.loads(run.read_text()) for run in runs]}
-    path = args.out / f"{sta.slug(name)}.json"
+        "model": name, "saes": folder if saes else None, "layers": layers,
+        "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
+        "seq_len": windows.shape[1], "config": vars(args), "sae_settings": trained.get("settings"),
+        **about, "rows": [], "curves": {}, "training": [json.loads(run.read_text()) for run in runs]}
+    width = max(8, *(len(row.name) for row in rows))
+    print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
+          "fvu_V  cos_K  cos_V")
+    for row in score(model, rows, windows, tasks, vectors, args.sink):
+        print_row(row, width)
+        result["rows"].append(row)  # into the file at once, lest an interrupted run loses it
+        sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
+    for row in (row for row in result["rows"] if row["break_even_tokens"]):
+        print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with them "
+              f"smaller than bf16 from {row['break_even_tokens']:,} tokens on")
+    print_tasks(result["rows"], width)
+    result["curves"] = find_curves(saes, vectors)
     sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
     print(f"wrote {path}")
     return path

@@ -17,12 +17,18 @@ Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and 
 What the paper's text leaves open is marked `not in paper`. Non-goal: training the model itself.
 """
 import contextlib
-import hashlib
+import functools
+import inspect
+import itertools
 import json
+import logging
 import os
 import pathlib
 import re
 import sys
+import tempfile
+import time
+import types
 import warnings
 from typing import NamedTuple
 
@@ -121,54 +127,87 @@ class TopKSAE(nn.Module):
         self.b_enc[self.dead()] += 1e-3
 
 # ------------------------------------------------------------------ 2. where keys and values live
+# The modules that make a key or a value: a projection, and a norm after it where there is one.
+PARTS = {"key": ("query_key_value", "qkv_proj", "k_proj", "k_norm", "k_layernorm", "key_layernorm"),
+         "value": ("query_key_value", "qkv_proj", "v_proj", "v_norm")}
+
 def kv_shape(config):
     """(n_kv_heads, head_dim) of a Hugging Face text config."""
     n_heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return getattr(config, "num_key_value_heads", None) or n_heads, head_dim
 
-def kv_sites(model):
-    """{(layer, kind): (module, view)} of a Hugging Face decoder: view(the module's output) is that
-    layer's keys or values (B, T, H, D), in the output's own memory, before RoPE reads them; keys
-    after any k_norm. not in paper, which says "projections": RoPE would turn one semantic key into
-    one copy a position. Raises UsageError for other model types; Yi is of type llama."""
-    config = model.get_decoder().config
+def per_head(config, name, part, x, y):
+    """The keys (part 1) or values (part 2) in the output y of the module called name, of which x is
+    the input: a view (B, T, H, D)."""
     H, D = kv_shape(config)
-    n_query = config.num_attention_heads * D
+    if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
+        return y.unflatten(-1, (H, 3, D))[..., part, :]
+    if name == "qkv_proj":  # Phi-3: the queries of all heads, all keys, all values
+        sizes = config.num_attention_heads * D, H * D, H * D
+        return y.split(sizes, -1)[part].unflatten(-1, (H, D))
+    if y.dim() == 3:  # (B, T, H*D)
+        return y.unflatten(-1, (H, D))
+    # of a norm: (B, T, H, D), or else (B, H, T, D), which the input shows where H = T
+    heads_first = y.shape[1] == H and (y.shape[2] != H or x.stride(1) < x.stride(2))
+    return y.transpose(1, 2) if heads_first else y
 
-    def split(y): return y.view(*y.shape[:2], H, D)  # of (B, T, H*D) or (B, T, H, D)
-    def heads_first(y): return y.transpose(1, 2)  # of (B, H, T, D)
-    def neox_key(y): return y.unflatten(-1, (H, 3, D))[..., 1, :]  # each head's query, key, value
-    def neox_value(y): return y.unflatten(-1, (H, 3, D))[..., 2, :]
-    def phi_key(y): return split(y[..., n_query:n_query + H * D])  # all queries, keys, values
-    def phi_value(y): return split(y[..., n_query + H * D:])
-
-    plain = ("k_proj", split), ("v_proj", split)
-    normed = ("k_norm", split), ("v_proj", split)
-    families = {
-        "llama": plain, "mistral": plain, "qwen2": plain, "qwen3": normed, "olmo2": normed,
-        "gemma3_text": (("k_norm", heads_first), ("v_proj", split)),
-        "gpt_neox": (("query_key_value", neox_key), ("query_key_value", neox_value)),
-        "phi3": (("qkv_proj", phi_key), ("qkv_proj", phi_value))}
-    if config.model_type not in families:
-        raise UsageError(f"model type {config.model_type!r} is not supported; supported types: "
-                         f"{', '.join(families)} (add yours to kv_sites in sta.py)")
-    attention = "attention" if config.model_type == "gpt_neox" else "self_attn"
-    return {(i, kind): (getattr(getattr(layer, attention), name), view)
-            for i, layer in enumerate(model.get_decoder().layers)
-            for kind, (name, view) in zip(KINDS, families[config.model_type])}
+def kv_sites(model):
+    """{(layer, kind): (modules, view)} of a Hugging Face decoder of any type, found by the names in
+    PARTS: view(input, output) of the last module is the layer's keys or values (B, T, H, D), in the
+    output's own memory, before RoPE reads them. not in paper, which says "projections": RoPE would
+    turn one semantic key into one copy per position. Raises UsageError where layers lack them."""
+    decoder, sites = model.get_decoder(), {}
+    for module in decoder.modules():
+        children, layer = dict(module.named_children()), len(sites) // 2
+        names = {kind: [name for name in PARTS[kind] if name in children] for kind in KINDS}
+        for part, kind in enumerate(KINDS, 1):
+            if all(names.values()):
+                view = functools.partial(per_head, decoder.config, names[kind][-1], part)
+                sites[layer, kind] = [children[name] for name in names[kind]], view
+    if len(sites) != 2 * decoder.config.num_hidden_layers:
+        raise UsageError(
+            f"model type {decoder.config.model_type!r} is not supported: {len(sites) // 2} of its "
+            f"modules, for {decoder.config.num_hidden_layers} layers, make keys and values")
+    return sites
 
 @contextlib.contextmanager
-def watch(model, layers, see):
-    """Inside, see(layer, kind, x) is called with the keys and the values x (B, T, H, D) of each of
-    the layers as soon as they are there. The hooks are removed on every way out."""
+def watch(model, layers, see, begin=lambda call: None):
+    """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
+    the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
+    UsageError: no such layer; a call, or no call, without them, as of a model compiled before."""
+    decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
+    wanted = {(layer, kind) for layer in layers for kind in KINDS}
+    for layer, _ in sorted(wanted - sites.keys()):
+        raise UsageError(f"layer {layer}: the model has layers 0 to {len(sites) // 2 - 1}")
+
+    def start(decoder, args, kwargs):
+        nonlocal n_calls
+        n_calls += 1
+        missing.update(wanted)
+        bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
+        begin({**bound.arguments, **bound.kwargs})
+
+    def hook(site, view, module, args, y):
+        if site in missing:  # else this is no part of a call of the decoder
+            missing.remove(site)
+            see(*site, view(args[0], y))
+
+    def end(decoder, args, output):
+        if missing:
+            raise UsageError(f"layer {min(missing)[0]}: keys or values went by unseen; is the "
+                             "model compiled?")
+
     with contextlib.ExitStack() as hooks:
-        for (layer, kind), (module, view) in kv_sites(model).items():
-            def hook(module, args, y, layer=layer, kind=kind, view=view):
-                see(layer, kind, view(y))
-            if layer in layers:
-                hooks.callback(module.register_forward_hook(hook).remove)
+        hooks.callback(decoder.register_forward_pre_hook(start, with_kwargs=True).remove)
+        for site in sorted(wanted):
+            modules, view = sites[site]
+            see_site = functools.partial(hook, site, view)
+            hooks.callback(modules[-1].register_forward_hook(see_site).remove)
+        hooks.callback(decoder.register_forward_hook(end).remove)
         yield
+    if wanted and n_calls == 0:
+        raise UsageError("the model was not called, or compiled and called before; do not compile")
 
 @contextlib.contextmanager
 def capture(model, layers):
@@ -176,6 +215,30 @@ def capture(model, layers):
     rows = {}
     with watch(model, layers, lambda layer, kind, x: rows.update({(layer, kind): x.detach()})):
         yield rows
+
+@torch.no_grad()
+def check_sites(model):
+    """Raises UsageError unless attention reads what `watch` sees, and before RoPE: the lengths of
+    random keys and values, written over it, must reach the model's own cache."""
+    decoder, written = model.get_decoder(), {}
+    has_rope = any("rotary" in name for name, _ in decoder.named_modules())
+
+    def overwrite(layer, kind, x):  # (1, 5, H, D)
+        moved = (x - x[:, :1]).abs().max() > 0.1 * x.abs().max()
+        if (layer, kind) == (0, "key") and moved and has_rope:  # of one token, five times
+            raise ValueError("its keys are seen only after RoPE")
+        growing = torch.arange(1, 6, device=x.device)[:, None, None]
+        written[layer, kind] = x.copy_(growing * torch.randn_like(x)).float()
+
+    with explain(f"model type {decoder.config.model_type!r} is not supported"):
+        with watch(model, range(decoder.config.num_hidden_layers), overwrite):
+            output = decoder(input_ids=torch.full((1, 5), 7, device=model.device), use_cache=True)
+        cache = output["cache" if "cache" in output else "past_key_values"]  # before 5.24
+        for (layer, kind), x in written.items():
+            kept = getattr(cache.layers[layer], f"{kind}s").transpose(1, 2).float()  # (B, T, H, D)
+            ratio = kept.norm(dim=-1) / x.norm(dim=-1)  # RoPE may stretch all keys alike
+            if kept.shape != x.shape or (ratio / ratio.mean() - 1).abs().max() > 0.02:
+                raise ValueError(f"layer {layer}: attention reads other {kind}s than are seen")
 
 @torch.no_grad()
 def harvest(model, windows, layers, sink=1):
@@ -242,11 +305,11 @@ class DualBudget:
     def __init__(self, key_sae, value_sae, budget=Budget()):
         self.key_sae, self.value_sae, self.budget = key_sae, value_sae, budget
 
-    def encode(self, k, v):
+    def encode(self, keys, values):
         """Keys before RoPE and values, (..., H, D) each -> the tensors (..., n) to be stored: fp16
         coefficients and int16 indices of the keys, then of the values; n = H times the budget."""
-        z_key, idx_key = self.key_sae.encode(k, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = self.value_sae.encode(v, self.budget.k_val)  # (..., H, k_val)
+        z_key, idx_key = self.key_sae.encode(keys, self.budget.k_key)  # (..., H, k_key)
+        z_val, idx_val = self.value_sae.encode(values, self.budget.k_val)  # (..., H, k_val)
         return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
                 z_val.flatten(-2).half(), idx_val.flatten(-2).short())
 
@@ -257,67 +320,94 @@ class DualBudget:
         return (self.key_sae.decode(z_key.float(), idx_key.int()),
                 self.value_sae.decode(z_val.float(), idx_val.int()))
 
+def roundtrip(codec, keys, values, live):
+    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), token by token. One
+    that looks across tokens has a `roundtrip` of its own instead, and leaves out those that are not
+    live (B, T); it sees one call of the model at a time, so a token decoded alone is a group."""
+    if hasattr(codec, "roundtrip"):
+        return codec.roundtrip(keys, values, live)
+    return codec.decode(codec.encode(keys, values))
+
+def live_tokens(call, sink):
+    """The tokens of a call of the decoder that a codec may touch, (B, T) bool: not padding, which
+    the mask tells, in any form that transformers takes; not sinks, those at a position below `sink`
+    by position_ids (which begin again in packed texts), else by the tokens that they see."""
+    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
+    past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
+    B, T = tokens.shape[:2]
+    with explain("attention_mask: want 1 and 0 of (batch, tokens), or (batch, heads, tokens, tokens)"
+                 ", boolean or to be added to logits"):
+        if isinstance(mask, dict):  # by type of layer
+            mask = mask.get("full_attention", next(iter(mask.values())))
+        if mask is None:
+            mask = torch.ones(B, past + T)
+        if mask.dim() == 2 and mask.min() >= 0 and mask.shape[1] >= past + T:
+            real = mask.bool()[:, past:past + T]
+            position = mask.bool().cumsum(-1)[:, past:past + T] - 1
+        elif mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+            sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4  # (B, T, slots)
+            slot = min(past, sees.shape[2] - T)  # of the first of these tokens
+            real, position = sees.diagonal(slot, 1, 2), sees.tril(slot).sum(-1) - 1
+        else:
+            raise ValueError(f"{mask.dtype} {list(mask.shape)} for {past} + {T} tokens")
+        if call.get("position_ids") is not None:
+            position = call["position_ids"].to(real.device)
+        return (real & (position >= sink)).expand(B, T).to(tokens.device)
+
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with decoded keys and values, in prefill and decode alike; its own
-    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec, or a function
-    (k, v, live) -> (k_hat, v_hat)}, of float32 (B, T, H, D). The first `sink` tokens of a sequence
-    stay exact (not in paper: their norms are extreme, arXiv 2309.17453); live (B, T) is False there
-    and at padding: a function across tokens must skip those. Raises UsageError: no such layer."""
-    call, waiting, n_layers = {}, {}, model.get_decoder().config.num_hidden_layers
-    for layer in codecs.keys() - set(range(n_layers)):
-        raise UsageError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
+    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
+    The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
+    2309.17453). Raises UsageError as `watch` and `live_tokens` do. In time:
 
-    def note_call(decoder, args, kwargs):
-        mask = kwargs.get("attention_mask")
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))  # before 5.24
-        call["mask"] = mask if isinstance(mask, torch.Tensor) and mask.dim() == 2 else None
-        call["past"] = 0 if cache is None else cache.get_seq_length()
+        the decoder is called          begin: which of the new tokens are live?
+        a layer's k_proj, k_norm       note: keys are there
+                  v_proj               note: values too; both are coded and decoded, and written
+                                       over the projections' outputs, where tokens are live
+                  RoPE, cache, attention read what was written; then the next layer's k_proj"""
+    now, waiting = {}, {}
+
+    def begin(call):
+        now["live"] = live_tokens(call, sink)
         waiting.clear()
 
-    def find_live(k):
-        real = call["mask"]  # (B, past + T)
-        if real is None:
-            real = torch.ones(len(k), call["past"] + k.shape[1])
-        return ((real.cumsum(-1) > sink) & real.bool())[:, -k.shape[1]:].to(k.device)  # (B, T)
+    def note(layer, kind, x):
+        waiting[kind] = x
+        if len(waiting) == 2:  # which of the two comes first depends on the type of model
+            replace(codecs[layer], waiting.pop("key"), waiting.pop("value"))
 
-    def replace(layer, kind, x):
-        waiting[layer, kind] = x  # (B, T, H, D)
-        if not all((layer, kind) in waiting for kind in KINDS):
-            return  # which of the two comes first depends on the family
-        k, v = (waiting.pop((layer, kind)) for kind in KINDS)
-        codec, live = codecs[layer], find_live(k)
-        if callable(codec):
-            k_hat, v_hat = codec(k.float(), v.float(), live)
-        else:
-            k_hat, v_hat = codec.decode(codec.encode(k.float(), v.float()))
-        for x, x_hat in ((k, k_hat), (v, v_hat)):
-            # x is a view of the projection's output: attention goes on with what is written here
-            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))
+    def replace(codec, keys, values):
+        live = now["live"].to(keys.device)
+        for x, x_hat in zip((keys, values), roundtrip(codec, keys.float(), values.float(), live)):
+            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))  # (B, T, H, D)
 
-    handle = model.get_decoder().register_forward_pre_hook(note_call, with_kwargs=True)
-    try:
-        with watch(model, codecs, replace):
-            yield
-    finally:
-        handle.remove()
+    with watch(model, codecs, note, begin):
+        yield
 
 # ------------------------------------------------------------------ 5. the fast path
 def fuse(codecs):
-    """{layer: codec} -> {layer: function} for `reconstruct`: encode and decode in one compiled
-    graph, shared by all layers, for CUDA. Warns, and returns the codecs, if nothing compiles."""
-    try:  # on the device that is there
+    """{layer: codec} -> the same with encode and decode in one compiled graph, shared by all
+    layers, for CUDA. Warns, and returns the codecs, if nothing compiles here."""
+    try:
         torch.compile(torch.sin)(torch.zeros(1).to("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
         warnings.warn(f"nothing is compiled ({type(error).__name__}); computing step by step")
         return codecs
-    roundtrip = torch.compile(lambda codec, k, v: codec.decode(codec.encode(k, v)),
-                              fullgraph=True, dynamic=True)
-    def fused(codec): return lambda k, v, live: roundtrip(codec, k, v)
-    return {layer: codec if callable(codec) else fused(codec) for layer, codec in codecs.items()}
+    compiled = torch.compile(lambda codec, keys, values: codec.decode(codec.encode(keys, values)),
+                             fullgraph=True, dynamic=True)
+
+    def fused(codec):
+        return types.SimpleNamespace(roundtrip=lambda keys, values, live: compiled(
+            codec, keys, values))
+
+    return {layer: codec if hasattr(codec, "roundtrip") else fused(codec)
+            for layer, codec in codecs.items()}
 
 # ------------------------------------------------------------------ 6. models, text, files
 HERE = pathlib.Path(__file__).resolve().parent
+PIECE, STRIP = 1 << 16, 256  # characters of text that are read at a time; beside a cut, to try it
 MODELS = {"tiny": str(HERE / "tiny"), "yi-6b": "01-ai/Yi-6B",
           "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
           "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
@@ -326,21 +416,25 @@ WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
             "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
 
 def run(main):
-    """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130."""
-    sys.stdout.reconfigure(line_buffering=True)  # a log file shows each line at once
+    """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130; a reader of
+    its output that went away, as `| head` does, in 141."""
+    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # logs; terminals without ±
     try:
         main()
     except (UsageError, KeyboardInterrupt) as error:
         message = str(error) or "interrupted; the last checkpoint, if any, is kept"
         print("error:", " ".join(message.split())[:500], file=sys.stderr)
         sys.exit(2 if isinstance(error, UsageError) else 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
+        sys.exit(141)
 
 @contextlib.contextmanager
 def explain(message):
     """Whatever goes wrong inside becomes a UsageError: the message, then the cause."""
     try:
         yield
-    except UsageError:
+    except (UsageError, BrokenPipeError):
         raise
     except Exception as error:
         raise UsageError(f"{message} ({type(error).__name__}: {error})") from None
@@ -351,11 +445,11 @@ def pick_device(device=None, dtype=None):
     best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
-    found = best if device in (None, "cuda") else device
-    dtype = dtype or ("float32" if found == "cpu" else "bfloat16")
-    print(f"device {found} ({'asked for' if device else 'the best that was found'}); model in "
+    picked = best if device in (None, "cuda") else device
+    dtype = dtype or ("float32" if picked == "cpu" else "bfloat16")
+    print(f"device {picked} ({'asked for' if device else 'the best that was found'}); model in "
           f"{dtype}, SAEs in float32")
-    return found, getattr(torch, dtype)
+    return picked, getattr(torch, dtype)
 
 def parse_layers(spec, n_layers):
     """'all', '12', '0-7' or '3,9' -> sorted layer numbers, each below n_layers."""
@@ -374,60 +468,110 @@ def slug(name):
 def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=False):
     """--model, `pick_device`, --layer -> (model in eval mode, tokenizer, layer numbers).
     name: a key of MODELS, a hub id or a folder; no_deeper: load no layer above the last chosen."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, logging
-    logging.set_verbosity_error()  # else a table of the layers left out on purpose
-    logging.disable_progress_bar()
+    import transformers
+    transformers.logging.set_verbosity_error()  # else a table of the layers left out on purpose
+    transformers.logging.disable_progress_bar()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try
     source = MODELS.get(name, name)
     with explain(f"--model {name}: want a folder, one of {', '.join(MODELS)}, or a hub id that is "
-                 "reachable and not gated"):
-        config = AutoConfig.from_pretrained(source)
+                 "reachable and not gated, without code of its own"):
+        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         text = config.get_text_config()
         layers = parse_layers(layers, text.num_hidden_layers)
         if no_deeper:
             text.num_hidden_layers = layers[-1] + 1
             text.layer_types = (getattr(text, "layer_types", None) or [])[:layers[-1] + 1] or None
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True,
+        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
             device_map="auto" if device == "auto" else None)  # auto needs the package accelerate
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
-    model = model if device == "auto" else model.to(device)
-    return model.eval().requires_grad_(False), tokenizer, layers
+    model = (model if device == "auto" else model.to(device)).eval().requires_grad_(False)
+    check_sites(model)
+    return model, tokenizer, layers
 
-def read_text(spec, split, model_name, max_chars=1 << 30):
-    """--text -> str: a UTF-8 file, or a hub data set owner/name[:config[:split]], its documents
-    joined by blank lines. None: tiny's own text, else WikiText; split is "train" or "valid"."""
+def read_text(spec, split, model_name):
+    """--text -> yields the text in pieces: a UTF-8 file, or a hub data set
+    owner/name[:config[:split[:column]]], a blank line after each document. None: tiny's own text,
+    else WikiText; split is "train" or "valid"."""
     if spec is None:
         spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
-    name, config, part = (spec.split(":") + [None, None])[:3]
-    text = ""
-    with explain(f"--text {spec}: no UTF-8 file, and not to be had as a data set owner/name"):
-        like_a_file = re.search(r"\.[a-z]\w*$", name) or not re.fullmatch(r"[\w-]+/[\w.-]+", name)
-        if os.path.isfile(spec) or like_a_file:
-            text = open(spec, encoding="utf-8").read(max_chars)
-        else:
-            from datasets import load_dataset  # optional: pip install datasets
-            for row in load_dataset(name, config, split=part or "train", streaming=True):
-                text += row["text"] + "\n\n"
-                if len(text) > max_chars:
-                    break
-    return text
+    like_a_file = re.search(r"\.[a-z]\w*$", spec) or not re.match(r"[\w-]+/[\w.-]+(:|$)", spec)
+    if not (os.path.isfile(spec) or like_a_file):
+        return (yield from hub_documents(spec))
+    with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8") as file:
+        while piece := file.read(PIECE):
+            yield piece
 
-def token_windows(text, tokenizer, model, seq_len, default, max_tokens, least=1):
-    """Text -> token ids (n, seq_len): disjoint windows, the tail dropped, of about max_tokens, but
-    at least `least` of them. Special tokens stand at the beginning of the text only: the GPTQ
-    convention for perplexity. seq_len None: `default`, or the model's limit. Raises UsageError."""
+def hub_documents(spec):
+    """Yields a data set's documents, streamed. Where the stream breaks off it is taken up again, up
+    to three times without a new document in between."""
+    name, config, split, column = (spec.split(":") + [""] * 3)[:4]
+    n_read, failures = 0, 0
+    while True:
+        try:
+            from datasets import load_dataset  # optional: pip install datasets
+            rows = load_dataset(name, config or None, split=split or "train", streaming=True)
+            for row in itertools.islice(rows, n_read, None):
+                yield row[column or "text"] + "\n\n"
+                n_read, failures = n_read + 1, 0
+            return
+        except (KeyError, TypeError):
+            raise UsageError(f"--text {spec}: no text in column {column or 'text'!r} of "
+                             f"{', '.join(row)}; want owner/name:config:split:column") from None
+        except Exception as error:  # of many kinds: a network's, a server's, a file's
+            failures += 1
+            if n_read == 0 or failures > 3:
+                raise UsageError(f"--text {spec}: no file; as a data set it broke off after "
+                                 f"{n_read:,} documents ({type(error).__name__}: {error})") from None
+            time.sleep(failures)
+
+def encode(tokenizer, text, special=True):
+    """Token ids of a text; with special tokens before it, unless it begins with BOS [as lm-eval]."""
+    bos = tokenizer.bos_token or tokenizer.eos_token
+    special = special and not (bos and text.startswith(bos))
+    return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+
+def tokenize(pieces, tokenizer, n):
+    """A text in pieces -> the first n token ids (n,), or all of fewer: those of one call on the
+    whole text, of which no more is read than they need. A long text is cut before white space where
+    the halves have the tokens of the whole, which is tried on a strip on either side."""
+    def after(text):  # the ids of a text that goes on: its beginning is not the text's
+        return encode(tokenizer, "\n" + text, False)[len(encode(tokenizer, "\n", False)):]
+
+    def find_cut(text):
+        for place in reversed(list(re.finditer(r"\s", text[STRIP:-STRIP]))[-500:]):
+            left, right = text[place.start():][:STRIP], text[place.start() + STRIP:][:STRIP]
+            if after(left) + after(right) == after(left + right):
+                return place.start() + STRIP
+        return 0
+
+    text, ids, ids_of = "", [torch.empty(0, dtype=torch.long)], functools.partial(encode, tokenizer)
+    for piece in itertools.chain(pieces, [None]):  # None: the end
+        text += piece or ""
+        cut = len(text) if piece is None else find_cut(text) if len(text) >= PIECE else 0
+        if cut:
+            ids.append(torch.tensor(ids_of(text[:cut]), dtype=torch.long))
+            text, ids_of = text[cut:], after
+        if sum(map(len, ids)) >= n:
+            break
+    return torch.cat(ids)[:n]
+
+def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=1):
+    """Text in pieces -> token ids (n, seq_len): disjoint windows, the tail dropped, of about
+    max_tokens, but at least `least` of them. Special tokens stand at the beginning of the text
+    only: the GPTQ convention for perplexity. seq_len None: `default`, or the model's limit."""
     limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
     seq_len = min(default, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
         raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
-    ids = tokenizer(text, verbose=False).input_ids
-    n = min(len(ids), max(max_tokens, least * seq_len)) // seq_len
+    ids = tokenize(pieces, tokenizer, max(max_tokens, least * seq_len))
+    n = len(ids) // seq_len
     if n < least:
         raise UsageError(f"text of {len(ids)} tokens: too short for {least} windows of {seq_len}; "
                          "give more text or a smaller --seq-len")
-    return torch.tensor(ids[:n * seq_len]).view(n, seq_len)
+    return ids[:n * seq_len].view(n, seq_len)
 
 def write_atomic(path, data):
     """Write bytes or str under a temporary name, then rename: the file is the old or the new."""
@@ -438,10 +582,34 @@ def write_atomic(path, data):
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
         os.replace(temporary, path)
 
-def fingerprint(model):
-    """A hash of the first value projection: tells models of one shape apart."""
-    weight = kv_sites(model)[0, "value"][0].weight.bfloat16().cpu().view(torch.int16)
-    return hashlib.sha256(weight.numpy().tobytes()).hexdigest()[:12]
+def check_out(out):
+    """Raises UsageError now, rather than after hours, if nothing can be written in --out."""
+    with explain(f"--out {out}: cannot write there"):
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+
+@torch.no_grad()
+def model_marks(model, layers):
+    """What tells models apart -> {str(layer): {dtype, sums}}: of each parameter that makes the
+    layer's keys or values, 16 sums of its weights, each weight times a number of its own."""
+    sites, marks = kv_sites(model), {}
+    for layer in layers:
+        modules = dict.fromkeys(module for kind in KINDS for module in sites[layer, kind][0])
+        parameters = [p.cpu().double().flatten() for module in modules for p in module.parameters()]
+        sums = [[float(f"{part.sum():.6g}") for part in (
+            p * torch.arange(len(p)).cos()).tensor_split(16)] for p in parameters]
+        marks[str(layer)] = {"dtype": str(next(iter(modules)).weight.dtype), "sums": sums}
+    return marks
+
+def same_marks(a, b):
+    """Whether two marks are of one model, in the layers that both hold: equal, or, if loaded in
+    two dtypes, nearly so. Rounding to bfloat16 changes 16 sums by 0.2 % of their length."""
+    for layer in a.keys() & b.keys():
+        x, y = (torch.tensor(mark[layer]["sums"], dtype=torch.float64) for mark in (a, b))
+        tolerance = 1e-5 if a[layer]["dtype"] == b[layer]["dtype"] else 0.008
+        if x.shape != y.shape or not ((x - y).norm(dim=1) <= tolerance * x.norm(dim=1)).all():
+            return False
+    return not a.keys().isdisjoint(b)
 
 def save_sae(folder, sae, metadata):
     """cfg.json and sae_weights.safetensors in the layout of SAELens 6. The scale is folded into
@@ -467,14 +635,15 @@ def load_sae(folder):
 def load_saes(folder, model, layers=None):
     """({(layer, kind): TopKSAE}, each where the model has its layer; the metadata of one of them).
     Raises UsageError if one is absent, corrupt, or of another model."""
-    folder, mark, saes, sites = pathlib.Path(folder), fingerprint(model), {}, kv_sites(model)
-    found = sorted(int(path.name[5:-4]) for path in folder.glob("layer*.key"))
-    for layer in layers or found or [0]:
-        if layer not in found:
-            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {found}")
+    folder, saes, sites = pathlib.Path(folder), {}, kv_sites(model)
+    there = sorted(int(path.name[5:-4]) for path in folder.glob("layer*.key")
+                   if re.fullmatch(r"layer\d+\.key", path.name))
+    for layer in layers or there or [0]:
+        if layer not in there or (layer, "key") not in sites:
+            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {there}")
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
-            if metadata.get("fingerprint") != mark:
+            if not same_marks(metadata.get("marks", {}), model_marks(model, [layer])):
                 raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, kind] = sae.to(sites[layer, kind][0].weight.device)
+            saes[layer, kind] = sae.to(sites[layer, kind][0][0].weight.device)
     return saes, metadata

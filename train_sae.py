@@ -41,13 +41,13 @@ def parse_args(argv=None, description=__doc__):
     # how much
     add("--tokens", type=int, help="to train on; a shorter text is read again (default 200,000 "
                                    "for tiny, else 10 million)")
-    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
+    add("--seq-len", type=int, help="tokens per window (default 512, or the model's limit)")
     add("--batch-rows", type=int, default=1024,
-        help="rows a step; a token gives one for each kv head (default 1024)")
+        help="rows per step; a token gives one for each kv head (default 1024)")
     # the SAEs
     add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
-    add("--k-key", type=int, default=8, help="atoms a key (default 8)")
-    add("--k-val", type=int, default=16, help="atoms a value (default 16)")
+    add("--k-key", type=int, default=8, help="atoms per key (default 8)")
+    add("--k-val", type=int, default=16, help="atoms per value (default 16)")
     add("--lr", type=float, default=0.005, help="Adam's peak rate (default 0.005)")
     add("--seed", type=int, default=0)
     # where
@@ -110,7 +110,7 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
             for kind, k in zip(sta.KINDS, (args.k_key, args.k_val))}
     sites = sta.kv_sites(model)
     for key, sae in saes.items():
-        sae.to(sites[key][0].weight.device)
+        sae.to(sites[key][0][0].weight.device)
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=True)
     state = folder / "unfinished.safetensors"
@@ -229,18 +229,19 @@ def expect_same(path, then, now):
 
 def check_folder(folder, layers, settings, resume):
     """True if this very run is finished there. Raises UsageError rather than overwrite."""
-    if (folder / "unfinished.safetensors").exists() and not resume:
+    unfinished = (folder / "unfinished.safetensors").exists()
+    if unfinished and not resume:
         raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
                              "--out, or delete unfinished.safetensors")
     paths = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS]
     done = [path for path in paths if (path / "cfg.json").exists()]
     for path in done:
-        expect_same(path, sta.load_sae(path)[1]["settings"], settings)
-    return len(done) == len(paths)
+        expect_same(path, sta.load_sae(path)[1].get("settings", {}), settings)
+    return len(done) == len(paths) and not unfinished
 
-def save_trained(folder, model, saes, held_rows, settings, args):
+def save_trained(folder, marks, saes, held_rows, settings, args):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
-    n_rows, mark = len(next(iter(held_rows.values()))), sta.fingerprint(model)
+    n_rows = len(next(iter(held_rows.values())))
     print(f"held out ({n_rows:,} rows each; dead: fired by none of them)")
     print("            cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
     for layer in sorted({layer for layer, _ in saes}):
@@ -250,7 +251,7 @@ def save_trained(folder, model, saes, held_rows, settings, args):
             point = sta.budget_curve(sae, held_rows[layer, kind].float(), [sae.k])[0]
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
             sta.save_sae(folder / f"layer{layer}.{kind}", sae, {
-                "model": args.model, "fingerprint": mark, "layer": layer, "kind": kind,
+                "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer, "kind": kind,
                 "held_out": point, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py --saes {folder}"
@@ -258,6 +259,7 @@ def save_trained(folder, model, saes, held_rows, settings, args):
 
 def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
     args = parse_args(argv, description)
+    sta.check_out(args.out)
     rank, n_ranks = join_processes()
     device, dtype = sta.pick_device(args.device, args.dtype)
     if n_ranks > 1 and device == "auto":
@@ -266,10 +268,12 @@ def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
         torch.set_float32_matmul_precision("high")  # TF32
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
                                               no_deeper=True)
-    text = sta.read_text(args.text, "train", args.model, max_chars=8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
     folder = args.out / sta.slug(args.model)
-    settings = {name: getattr(args, name) for name in (
+    marks = sta.model_marks(model, layers)
+    settings = {"model_sha256": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]}
+    settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr", "seed")}
     settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],  # torch.
                  "processes": n_ranks, "text": args.text or "default",
@@ -280,7 +284,7 @@ def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
     saes, held_rows, log = train(model, windows, layers, args, folder, settings, make_sae)
     if rank == 0:
-        save_trained(folder, model, saes, held_rows, settings, args)
+        save_trained(folder, marks, saes, held_rows, settings, args)
         sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
             {"model": args.model, "settings": settings, "log": log}))
         (folder / "unfinished.safetensors").unlink(missing_ok=True)

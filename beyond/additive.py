@@ -36,9 +36,9 @@ N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16, of the rows
 
 # ------------------------------------------------------------------ axes
-def side_by_side(k, v):
+def side_by_side(keys, values):
     """Keys and values (..., H, D) -> x (..., P), float32."""
-    return torch.cat([k.flatten(-2), v.flatten(-2)], -1).float()
+    return torch.cat([keys.flatten(-2), values.flatten(-2)], -1).float()
 
 def principal_axes(x, metric):
     """Rows x (N, P) -> mean (P,), W (P, P), W^-1: y = (x - mean) W has uncorrelated numbers,
@@ -137,9 +137,9 @@ class Additive:
             learned["mean"], learned["W"][:, :n_axes], learned["inverse"][:n_axes])
         self.shape, self.kept = shape, [self.mean, self.W, self.inverse, *self.atoms.values()]
 
-    def encode(self, k, v):
+    def encode(self, keys, values):
         """Keys before RoPE and values (..., H, D) -> one tensor of bytes (..., sum of stages)."""
-        x = side_by_side(k, v)  # (..., P)
+        x = side_by_side(keys, values)  # (..., P)
         y = (x.flatten(0, -2) - self.mean) @ self.W  # (N, Q)
         codes = [torch.cat([beam_search(part, atoms)[0]
                             for part in y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)])
@@ -168,27 +168,26 @@ def share_out(curves, n_bytes):
     return collections.Counter(place for _, place in sorted(gains, reverse=True)[:n_bytes])
 
 # ------------------------------------------------------------------ files, rows
-def read(folder, layer, mark):
-    """(tensors, settings) of a layer in saes/<model>/additive or .../calibration; mark: the
-    model's fingerprint."""
+def read(folder, model, layer):
+    """(tensors, settings) of a layer in saes/<model>/additive or .../calibration."""
     path = folder / f"layer{layer}.safetensors"
     with sta.explain(f"{path}: missing or corrupt; delete it and run python -m "
                      f"beyond.{'additive' if folder.name == 'additive' else 'calibrate'}"):
         with safetensors.safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            fingerprint = file.metadata()["fingerprint"]
+            marks = json.loads(file.metadata()["marks"])
             settings = json.loads(file.metadata()["settings"])
-    if fingerprint != mark:
+    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
         raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
     return tensors, settings
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
-    shape, learned, curves, found = sta.kv_shape(config), {}, {}, []
-    folder, mark = args.saes / sta.slug(name) / "additive", sta.fingerprint(model)
-    for layer in sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers):
-        tensors, settings = read(folder, layer, mark)
+    config, learned, curves, found = model.get_decoder().config, {}, {}, []
+    shape, folder = sta.kv_shape(config), evaluate.find_fitted(args.saes, args.model)[0]
+    folder = folder / "additive"
+    for layer in evaluate.coded_layers(model, saes, args):
+        tensors, settings = read(folder, model, layer)
         learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
         curves |= {(layer, int(key[5:])): x for key, x in tensors.items() if key[:5] == "left."}
     for share in (share for share in SHARES if share <= settings["most"]):
@@ -218,20 +217,21 @@ def main(argv=None):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
+    sta.check_out(args.out)
     model, tokenizer, layers = sta.load_model(
         args.model, *sta.pick_device(args.device, args.dtype), args.layer)
-    text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens)
     n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
-    folder, mark = args.out / sta.slug(args.model) / "additive", sta.fingerprint(model)
-    calibration = {layer: read(folder.with_name("calibration"), layer, mark) for layer in layers}
+    folder = args.out / sta.slug(args.model) / "additive"
+    calibration = {layer: read(folder.with_name("calibration"), model, layer) for layer in layers}
     settings = {"tokens": windows.numel(), "seed": args.seed, "most": args.most,
                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12],
                 "calibration": calibration[layers[0]][1]}
     path = {layer: folder / f"layer{layer}.safetensors" for layer in layers}
     todo = [layer for layer in layers if not path[layer].exists()]
     for layer in set(layers) - set(todo):
-        train_sae.expect_same(path[layer], read(folder, layer, mark)[1], settings)
+        train_sae.expect_same(path[layer], read(folder, model, layer)[1], settings)
     print(f"{args.model}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
     rows = sta.harvest(model, windows, todo) if todo else {}
     for layer in tqdm(todo, desc="layers", disable=None):
@@ -240,7 +240,8 @@ def main(argv=None):
         learned = learn_layer(x, metric, n_stages, args.seed)
         sta.write_atomic(path[layer], safetensors.torch.save(
             {name: tensor.cpu() for name, tensor in learned.items()},
-            {"fingerprint": mark, "settings": json.dumps(settings)}))
+            {"marks": json.dumps(sta.model_marks(model, [layer])),
+             "settings": json.dumps(settings)}))
     print(f"{folder} is complete; next: python evaluate.py --rows additive --model {args.model}")
 
 if __name__ == "__main__":

@@ -130,14 +130,15 @@ def main(argv=None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
-    folder, name = evaluate.find_saes(args.saes, args.model)
-    if folder is None:
+    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    text = sta.read_text(args.text, "valid", name)
     model, tokenizer, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
                                               args.layer or "all")
     saes, _ = sta.load_saes(folder, model, layers if args.layer else None)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    pieces, about = sta.read_text(args.text, "valid", name), evaluate.provenance(model)
+    out = evaluate.result_path(args.out, name, about, "-atoms")
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     ks = {"key": args.k_key, "value": args.k_val, "stage1": 1}
     for layer in sorted({layer for layer, _ in saes}):
         if (path := folder / "additive" / f"layer{layer}.safetensors").exists():
@@ -148,13 +149,12 @@ def main(argv=None):
               f"{100 * row['atoms_live']:.0f} % of all {row['live']}; "
               f"{100 * row['random']:.0f} % of random directions")
     about = {"model": pathlib.Path(name).name, "tokens": windows.numel(), "k_key": args.k_key,
-             "k_val": args.k_val, **evaluate.provenance(model)}
+             "k_val": args.k_val, **about}
     data = json.dumps({**about, **page}, ensure_ascii=False)
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
     template = (sta.HERE / "beyond" / "atoms.html").read_text(encoding="utf-8")
-    for end, content in (("atoms.html", template.replace("DATA", data)),
-                         ("atoms.json", json.dumps({**about, "check": check}) + "\n")):
-        path = args.out / f"{sta.slug(name)}-{end}"
+    for path, content in ((out.with_suffix(".html"), template.replace("DATA", data)),
+                          (out, json.dumps({**about, "check": check}) + "\n")):
         sta.write_atomic(path, content)
         print(f"wrote {path}")
 

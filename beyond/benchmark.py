@@ -83,8 +83,8 @@ def time_steps(shape, device, compiled=True):
         graph = torch.compile(sae.loss)
         steps["compiled"] = lambda: step(graph)
         fused = sta.fuse({"": codec})[""]
-        if callable(fused):
-            codes["compiled"] = lambda: fused(half, half, None)
+        if fused is not codec:
+            codes["compiled"] = lambda: fused.roundtrip(half, half, None)
     with torch.no_grad():
         ms = timed({"matmul": lambda: torch.addmm(sae.b_enc, x, sae.W_enc), **codes}, device)
     return {"D": D, "M": M, "k": k, "rows": n_rows, "matmul_ms": ms.pop("matmul"), "code_ms": ms,
@@ -154,6 +154,7 @@ def main(argv=None):
     parser.add_argument("--device", help="cpu or cuda (default: cuda if any)")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("results"))
     args = parser.parse_args(argv)
+    sta.check_out(args.out)
     device = torch.device(sta.pick_device(args.device)[0])
     table = {}
     print("ms, medians      D    M  k  rows  matmul | step: eager compiled | codes: eager compiled "

@@ -42,8 +42,8 @@ def rotate(x, cos, sin):
 class CodedLayer(DynamicLayer):
     """One layer of CodedCache. Every tensor that it keeps has batch and tokens (B, T, ...) first:
     codes, what the codec stored of the oldest tokens; exact, keys after RoPE and values of the
-    newest; sinks, the same of the sequence's first tokens. slots: the positions (B, T) of all
-    tokens so far, kept by the first layer for all."""
+    newest; sinks, the same of the sequence's first tokens. slots, kept by the first layer for all:
+    the positions (B, T) of all tokens so far, and whether each is a sink."""
 
     def __init__(self, cache, codec):
         super().__init__()
@@ -74,6 +74,8 @@ class CodedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove):
         """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
+        if tokens_to_remove > 0:  # as transformers has it
+            raise ValueError(f"crop({tokens_to_remove}): want minus the number of tokens to forget")
         if self.is_initialized:
             left = max(0, self.get_seq_length() + tokens_to_remove)
             n_codes = min(left, self.n_codes())
@@ -85,7 +87,7 @@ class CodedLayer(DynamicLayer):
         """New keys (after RoPE) and values (B, H, T, D) -> all of them, as attention sees them."""
         if self.cache.now is None:
             raise sta.UsageError("this cache works only inside `with compress`")
-        cos, sin, first = (x.to(keys.device) for x in self.cache.now)  # (B, slots, D) twice, (B,)
+        cos, sin, is_sink = (x.to(keys.device) for x in self.cache.now)  # (B, slots, D), (B, slots)
         new = [x.transpose(1, 2) for x in (keys, values)]  # (B, T, H, D)
         if not self.is_initialized:
             self.exact = [x[:, :0] for x in new]
@@ -94,28 +96,27 @@ class CodedLayer(DynamicLayer):
         exact = [torch.cat([old, x], 1) for old, x in zip(self.exact, new)]
         start, n_old = self.n_codes(), max(0, exact[0].shape[1] - self.cache.recent)
         self.exact = [x[:, n_old:].clone() for x in exact]
-        sink_slots = first[:, None] + torch.arange(self.cache.sink, device=keys.device)  # (B, S)
+        row, slot = is_sink.nonzero(as_tuple=True)
+        i = is_sink.cumsum(1)[row, slot] - 1  # which of its row's sinks it is
         if n_old:
-            leaving = [x[:, :n_old] for x in exact]
-            row, i = ((sink_slots >= start) & (sink_slots < start + n_old)).nonzero(as_tuple=True)
+            leaving, now = [x[:, :n_old] for x in exact], (slot >= start) & (slot < start + n_old)
             for kept, x in zip(self.sinks, leaving):
-                kept[row, i] = x[row, sink_slots[row, i] - start]
+                kept[row[now], i[now]] = x[row[now], slot[now] - start]
             c, s = (x[:, start:start + n_old].float() for x in (cos, sin))
-            k = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
-            codes = self.codec.encode(k, leaving[1].float())
+            back = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
+            codes = self.codec.encode(back, leaving[1].float())
             old = self.codes or [x[:, :0] for x in codes]
             self.codes = [torch.cat(parts, 1) for parts in zip(old, codes)]
         if not self.codes:
             return [x.transpose(1, 2) for x in self.exact]
-        k, v = self.codec.decode(self.codes)  # (B, n_codes, H, D)
-        k = rotate(k, cos[:, :k.shape[1]].float(), sin[:, :k.shape[1]].float())
-        row, i = (sink_slots < k.shape[1]).nonzero(as_tuple=True)
-        found = []
-        for x, kept, recent in zip((k, v), self.sinks, self.exact):
+        keys, values = self.codec.decode(self.codes)  # (B, n_codes, H, D)
+        n = keys.shape[1]
+        keys, coded, whole = rotate(keys, cos[:, :n].float(), sin[:, :n].float()), slot < n, []
+        for x, kept, recent in zip((keys, values), self.sinks, self.exact):
             x = x.to(recent.dtype)
-            x[row, sink_slots[row, i]] = kept[row, i]
-            found.append(torch.cat([x, recent], 1).transpose(1, 2))  # (B, H, T, D)
-        return found
+            x[row[coded], slot[coded]] = kept[row[coded], i[coded]]
+            whole.append(torch.cat([x, recent], 1).transpose(1, 2))  # (B, H, T, D)
+        return whole
 
 def cache_bytes(cache):
     """Bytes of every tensor that a cache of transformers stores, codes or dense."""
@@ -135,45 +136,51 @@ class CodedCache(Cache):
         self.layers[:] = [layer if isinstance(layer, CodedLayer) else DynamicLayer()
                           for layer in self.layers]  # transformers 5.17 fills those with zeros
 
+def check_rope(model):
+    """Raises UsageError for types of model whose RoPE `rotate` cannot undo."""
+    config = model.get_decoder().config
+    rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
+    if config.model_type not in ROTARY or rope not in ("default", "linear", "llama3"):
+        raise sta.UsageError(f"the cache of codes takes {', '.join(ROTARY)} with plain RoPE; this "
+                             f"is {config.model_type} with {rope}")
+
 @contextlib.contextmanager
 def compress(model, codecs, sink=1, recent=128):
     """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
-    Raises UsageError for families whose RoPE it cannot undo, and for use without the cache."""
-    decoder = model.get_decoder()
-    config, rope = decoder.config, getattr(decoder.config, "rope_parameters", None) or {}
-    kind_of_rope = rope.get("rope_type", "default")
-    if config.model_type not in ROTARY or kind_of_rope not in ("default", "linear", "llama3"):
-        raise sta.UsageError(f"the cache of codes takes {', '.join(ROTARY)} with plain RoPE; this "
-                             f"is {config.model_type} with {kind_of_rope}")
-    cache, begun = CodedCache(sink, recent), {}
+    Raises UsageError as `check_rope` does, for absent layers, and for use without the cache."""
+    check_rope(model)
+    decoder, config, begun = model.get_decoder(), model.get_decoder().config, {}
+    cache = CodedCache(sink, recent)
+    for layer in codecs.keys() - set(range(config.num_hidden_layers)):
+        raise sta.UsageError(f"layer {layer}: the model has layers 0 to "
+                             f"{config.num_hidden_layers - 1}")
     cache.layers += [CodedLayer(cache, codecs[layer]) if layer in codecs else DynamicLayer()
                      for layer in range(config.num_hidden_layers)]
     holder = cache.layers[min(codecs)]  # of the positions
 
-    def begin(decoder, args, kwargs):
-        if kwargs.get("cache", kwargs.get("past_key_values")) is not cache:
+    def begin(call):
+        if call.get("cache", call.get("past_key_values")) is not cache:
             raise sta.UsageError(f"inside compress, give the model {ARGUMENT}=the cache")
-        begun["mask"] = kwargs.get("attention_mask")  # (B, slots), 0 at padding
-        if isinstance(begun["mask"], torch.Tensor) and begun["mask"].dim() != 2:
-            raise sta.UsageError("the cache of codes takes a mask (batch, tokens)")
+        begun["sinks"] = sta.live_tokens(call, 0) & ~sta.live_tokens(call, sink)  # (B, T)
 
     def turn(module, args, kwargs, output):  # of RoPE: the angles of all slots, (B, slots, D)
         new = kwargs.get("position_ids", args[-1]).int().expand(len(args[0]), -1)  # (B, T)
-        holder.slots = [torch.cat([*(x.to(new.device) for x in holder.slots), new], 1)]
-        first = torch.zeros(len(new), dtype=torch.long, device=new.device)
-        if isinstance(begun["mask"], torch.Tensor):
-            first = begun["mask"].long().argmax(1).to(new.device)  # the first real token's slot
-        cache.now = *module.forward(args[0], holder.slots[0]), first
+        old = holder.slots or [new[:, :0], begun["sinks"][:, :0]]
+        holder.slots = [torch.cat([x.to(y.device), y], 1)
+                        for x, y in zip(old, (new, begun["sinks"]))]
+        if holder.slots[1].sum(1).max() > sink:
+            raise sta.UsageError("the cache of codes takes one text per row; these are packed")
+        cache.now = *module.forward(args[0], holder.slots[0]), holder.slots[1]
 
     def end(decoder, args, output):
         cache.now = None
 
     with contextlib.ExitStack() as hooks:
-        for hook in (decoder.register_forward_pre_hook(begin, with_kwargs=True),
-                     decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
+        for hook in (decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
                      decoder.register_forward_hook(end)):
             hooks.callback(hook.remove)
-        yield cache
+        with sta.watch(model, [], None, begin):
+            yield cache
 
 # ------------------------------------------------------------------ the row, and --generate
 @contextlib.contextmanager
@@ -189,11 +196,12 @@ def through_cache(model, row, sink, recent=128, chunk=128):
             return logits
         yield forward
 
-def stored(row):  # those across tokens are functions
-    return row.codecs and not any(map(callable, row.codecs.values()))
+def stored(row):  # those that look across tokens have nothing to store
+    return row.codecs and not any(hasattr(codec, "roundtrip") for codec in row.codecs.values())
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: the dual budget, and what the --rows before this one added."""
+    check_rope(model)
     found = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
              for row in before if stored(row) and row.name not in ("uniform", "reverse")]
     for row in found:
@@ -205,9 +213,12 @@ def rows(model, tokenizer, saes, args, before):
 @torch.no_grad()
 def write_on(model, tokenizer, rows, own, sink):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
-    inputs, found = tokenizer(own.generate, return_tensors="pt").to(model.device), []
+    ids, costs = torch.tensor([sta.encode(tokenizer, own.generate)], device=model.device).long(), []
+    if ids.numel() == 0:
+        raise sta.UsageError("--generate: no tokens in it; give a beginning to go on from")
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for row in rows:
-        n, at = inputs.input_ids.shape[1], []  # times: at the start, then at each new token
+        n, at = inputs["input_ids"].shape[1], []  # times: at the start, then at each new token
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
         with compress(model, row.codecs, sink, own.recent) if row.codecs else \
                 contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
@@ -217,9 +228,9 @@ def write_on(model, tokenizer, rows, own, sink):
         print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms a token; cache "
               f"{cache_bytes(cache):,} bytes\n  {own.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
-        found.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
+        costs.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
                       "bytes": cache_bytes(cache)})
-    return found
+    return costs
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
@@ -233,18 +244,22 @@ def main(argv=None):
     for option, value, least in (("new-tokens", own.new_tokens, 1), ("recent", own.recent, 0)):
         if value < least:
             raise sta.UsageError(f"--{option} {value}: want {least} or more")
-    folder, name = evaluate.find_saes(args.saes, args.model)
-    if folder is None and not (args.rows and name):
+    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
-    saes = sta.load_saes(folder, model)[0] if folder else {}
-    dual = evaluate.Row("dual", evaluate.dual_codecs(saes, args.k_key, args.k_val))
-    rows = [evaluate.Row("dense", {})] + [
-        row for row in evaluate.more_rows([dual], model, tokenizer, saes, args)
-        if stored(row) and re.search(args.only, row.name)]
+    model, tokenizer, layers = sta.load_model(
+        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
+    check_rope(model)
+    about = evaluate.provenance(model)
+    path = evaluate.result_path(args.out, name, about, "-cache")
+    saes = sta.load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
+    dense, *paper = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), args.k_key,
+                                        args.k_val)
+    paper = [row for row in paper if row.name == "dual"]
+    rows = [dense] + [row for row in evaluate.more_rows(paper, model, tokenizer, saes, args)
+                      if stored(row) and re.search(args.only, row.name)]
     costs = write_on(model, tokenizer, rows, own, args.sink)
-    costs = json.dumps({"caches": costs, **evaluate.provenance(model)}, indent=1)
-    sta.write_atomic(args.out / f"{sta.slug(name)}-cache.json", costs)
+    sta.write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
 
 if __name__ == "__main__":
     sta.run(main)

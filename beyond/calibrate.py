@@ -43,15 +43,19 @@ def statistics(model, windows, layers, sink=1, seed=0):
     total, n, generator = {}, 0, torch.Generator().manual_seed(seed)
     x, error = {}, {}  # of one window, by layer
 
-    def probe(layer):
-        def add_zero(k, v, live):  # an error to which the loss has a gradient
-            x[layer] = torch.cat([k[live].flatten(1), v[live].flatten(1)], 1)  # (T - sink, P)
-            error[layer] = torch.zeros_like(x[layer], requires_grad=True)
-            e_k, e_v = error[layer].unflatten(1, (2, *k.shape[2:])).unbind(1)
-            return k.index_put((live,), k[live] + e_k), v.index_put((live,), v[live] + e_v)
-        return add_zero
+    class Probe:
+        """A codec that adds zero: an error to which the loss has a gradient."""
+        def __init__(self, layer):
+            self.layer = layer
 
-    with sta.reconstruct(model, {layer: probe(layer) for layer in layers}, sink):
+        def roundtrip(self, keys, values, live):
+            rows = torch.cat([keys[live].flatten(1), values[live].flatten(1)], 1)  # (T - sink, P)
+            x[self.layer], error[self.layer] = rows, torch.zeros_like(rows, requires_grad=True)
+            parts = error[self.layer].unflatten(1, (2, *keys.shape[2:])).unbind(1)
+            return [kind.index_put((live,), kind[live] + part)
+                    for kind, part in zip((keys, values), parts)]
+
+    with sta.reconstruct(model, {layer: Probe(layer) for layer in layers}, sink):
         for ids in tqdm(windows, desc="calibrating", disable=None):
             with torch.enable_grad():
                 logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
@@ -87,21 +91,23 @@ def main(argv=None):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     args = parser.parse_args(argv)
     args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
+    sta.check_out(args.out)
     model, tokenizer, layers = sta.load_model(
         args.model, *sta.pick_device(args.device, args.dtype), args.layer)
-    text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, args.tokens)
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens)
     settings = {"tokens": windows.numel(), "seed": args.seed,
                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
     found = statistics(model, windows, layers, seed=args.seed)
-    folder, mark = args.out / sta.slug(args.model) / "calibration", sta.fingerprint(model)
+    folder = args.out / sta.slug(args.model) / "calibration"
     for layer, (mean, covariance, G) in found.items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise sta.UsageError(f"layer {layer}: a gradient is not finite; use --dtype float32")
         sta.write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
             {name: tensor.float().cpu() for name, tensor in tensors.items()},
-            {"fingerprint": mark, "settings": json.dumps(settings)}))
+            {"marks": json.dumps(sta.model_marks(model, [layer])),
+             "settings": json.dumps(settings)}))
     print(f"{folder}: {len(layers)} layers, {windows.numel():,} tokens; next: python -m "
           f"beyond.additive --model {args.model}, or evaluate.py --rows rivals")
 

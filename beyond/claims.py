@@ -45,11 +45,11 @@ class ReluCode:
     def __init__(self, key_sae, value_sae):
         self.saes = key_sae, value_sae
 
-    def encode(self, k, v):
+    def encode(self, keys, values):
         """-> for keys, then values: coefficients fp16 (n,), indices int16 (n,), how many of them
         each vector has, int16 (..., H)."""
         stored = []
-        for x, sae in zip((k, v), self.saes):
+        for x, sae in zip((keys, values), self.saes):
             z = (x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc  # (..., H, M)
             stored += [z[z > 0].half(), (z > 0).nonzero()[:, -1].short(), (z > 0).sum(-1).short()]
         return tuple(stored)
@@ -71,7 +71,7 @@ def train_l1(folder, model_name, layers):
     if not all((root / sta.slug(model_name) / f"layer{i}.key").exists() for i in layers):
         argv = ["--model", model_name, "--out", str(root), "--layer", ",".join(map(str, layers))]
         for option, value in settings.items():
-            if option not in ("layers", "processes", "text_sha256") and value != "default":
+            if option not in ("layers", "processes", "text_sha256", "model_sha256") and value != "default":
                 argv += ["--" + option.replace("_", "-"), str(value)]
         train_sae.main(argv, L1SAE)
     return root / sta.slug(model_name)
@@ -80,11 +80,14 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     layers, found = sorted({layer for layer, _ in saes}), []
     for scale in (1 / 8, 1 / 4, 1 / 2, 2, 4):
-        k, v = int(scale * args.k_key), int(scale * args.k_val)
-        if min(k, v) >= 1 and max(k, v) <= min(sae.n_latents for sae in saes.values()):
-            found.append(evaluate.Row(f"dual {k},{v}", evaluate.dual_codecs(saes, k, v), (k, v),
-                                      method="dual", with_tasks=False))
-    folder, name = evaluate.find_saes(args.saes, args.model)
+        budget = int(scale * args.k_key), int(scale * args.k_val)
+        if min(budget) >= 1 and max(budget) <= min(sae.n_latents for sae in saes.values()):
+            codecs = evaluate.dual_codecs(saes, *budget)
+            found.append(evaluate.Row("dual {},{}".format(*budget), codecs, budget, method="dual",
+                                      with_tasks=False))
+    if not saes:
+        raise sta.UsageError("--rows claims: needs SAEs; first run: python train_sae.py")
+    folder, _, name = evaluate.find_fitted(args.saes, args.model)
     l1, _ = sta.load_saes(train_l1(folder, name, layers), model, layers)
     codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
     return [*found, evaluate.Row("l1", codecs)]
@@ -98,6 +101,7 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
     ids, columns, most = windows.to(model.device), {}, -1.0
+    shape = sta.kv_shape(model.get_decoder().config)
     seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
 
     def look():
@@ -109,7 +113,7 @@ def attention_change(model, tokenizer, codecs, windows, sink):
 
     dense = look()
     for layer, codec in codecs.items():
-        with sta.reconstruct(model, {layer: evaluate.only("key", codec)}, sink):
+        with sta.reconstruct(model, {layer: evaluate.OneKind("key", codec, shape)}, sink):
             maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T)
         # the logarithm of a weight is q.k, up to a number that all keys of a query share
         logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]
@@ -223,9 +227,13 @@ def draw_attention(result, found):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = evaluate.parse_args(argv, __doc__)
+    if args.only:
+        raise sta.UsageError(f"--only {args.only}: the verdicts take all rows; leave it out")
+    if not evaluate.find_fitted(args.saes, args.model)[1]:
+        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
     path = evaluate.main([*argv, "--rows", ",".join(filter(None, [args.rows, "claims"]))])
     result = json.loads(path.read_text())
-    folder, name = evaluate.find_saes(args.saes, args.model)
+    folder, _, name = evaluate.find_fitted(args.saes, args.model)
     model, tokenizer, _ = sta.load_model(name, *sta.pick_device(args.device, args.dtype))
     windows = sta.token_windows(sta.read_text(args.text, "valid", name), tokenizer, model,
                                 args.seq_len, 2048, 512)[:, :512]

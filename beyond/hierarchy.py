@@ -138,14 +138,15 @@ def main(argv=None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--out", type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")
     args = parser.parse_args(argv)
-    folder, name = evaluate.find_saes(args.saes, args.model)
-    if folder is None:
+    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    text = sta.read_text(args.text, "valid", name)
     model, tokenizer, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
                                               args.layer or "all")
     saes, _ = sta.load_saes(folder, model, layers if args.layer else None)
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    pieces, about = sta.read_text(args.text, "valid", name), evaluate.provenance(model)
+    out = evaluate.result_path(args.out, name, about, "-hierarchy")
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     ks = {"key": args.k_key, "value": args.k_val}
     if len({layer for layer, _ in saes}) < 3:
         raise sta.UsageError("P8 takes the SAEs of three layers or more")
@@ -153,11 +154,10 @@ def main(argv=None):
     words = [tokenizer.decode(i) for i in windows.flatten()]
     found = hierarchy(codes, windows, words)
     tell(found)
-    path = args.out / f"{sta.slug(name)}-hierarchy.json"
-    sta.write_atomic(path, json.dumps({
+    sta.write_atomic(out, json.dumps({
         "model": pathlib.Path(name).name, "tokens": windows.numel(), "k_key": args.k_key,
-        "k_val": args.k_val, **evaluate.provenance(model), "hierarchy": found}) + "\n")
-    print(f"wrote {path}")
+        "k_val": args.k_val, **about, "hierarchy": found}) + "\n")
+    print(f"wrote {out}")
 
 if __name__ == "__main__":
     sta.run(main)

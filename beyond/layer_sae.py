@@ -28,9 +28,9 @@ import train_sae
 BATCH = 1024  # heads a step, as in train_sae.py
 
 # ------------------------------------------------------------------ the codec
-def side_by_side(k, v):
+def side_by_side(keys, values):
     """Keys and values (..., H, D) -> x (..., P), float32."""
-    return torch.cat([k.flatten(-2), v.flatten(-2)], -1).float()
+    return torch.cat([keys.flatten(-2), values.flatten(-2)], -1).float()
 
 def spread_of(x):
     """Rows x (N, P) -> (P,): the root mean square of all keys' numbers, and of all values'."""
@@ -52,9 +52,9 @@ class LayerBudget:
         """shape: (n_kv_heads, head_dim)."""
         self.sae, self.k, self.shape = sae, k, shape
 
-    def encode(self, k, v):
+    def encode(self, keys, values):
         """-> coefficients fp16 and indices int16, (..., k) each."""
-        z, idx = self.sae.encode(side_by_side(k, v), self.k)
+        z, idx = self.sae.encode(side_by_side(keys, values), self.k)
         return z.half(), idx.short()
 
     def decode(self, stored):
@@ -80,19 +80,19 @@ def train(x, k, args, n_heads):
     sae = for_rows(sae, spread)
     return sae, sta.fidelity(held / spread, sae.decode(*sae.encode(held, k)) / spread)["fvu"]
 
-def read(folder, mark):
-    """(TopKSAE, settings) of saes/<model>/layer_sae/layer<i>; mark: the model's fingerprint."""
+def read(folder, model, layer):
+    """(TopKSAE, settings) of the folder's layer<i>."""
+    folder = folder / f"layer{layer}"
     sae, metadata = sta.load_sae(folder)
-    if metadata.get("fingerprint") != mark:
+    if not sta.same_marks(metadata.get("marks", {}), sta.model_marks(model, [layer])):
         raise sta.UsageError(f"{folder}: of another model; choose another --saes or --out")
     return sae, metadata["settings"]
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at the SAEs' k, a half and a quarter of it."""
-    config, name = model.get_decoder().config, evaluate.find_saes(args.saes, args.model)[1]
-    folder, mark = args.saes / sta.slug(name) / "layer_sae", sta.fingerprint(model)
-    layers = sorted({layer for layer, _ in saes}) or range(config.num_hidden_layers)
-    trained = {layer: read(folder / f"layer{layer}", mark)[0].to(model.device) for layer in layers}
+    config, layers = model.get_decoder().config, evaluate.coded_layers(model, saes, args)
+    folder = evaluate.find_fitted(args.saes, args.model)[0] / "layer_sae"
+    trained = {layer: read(folder, model, layer)[0].to(model.device) for layer in layers}
     once, found = sum(p.nbytes for sae in trained.values() for p in sae.parameters()), []
     for part in (1, 2, 4):
         codecs = {layer: LayerBudget(sae, sae.k // part, sta.kv_shape(config))
@@ -119,6 +119,7 @@ def main(argv=None):
     add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     args = parser.parse_args(argv)
+    sta.check_out(args.out)
     model, tokenizer, layers = sta.load_model(
         args.model, *sta.pick_device(args.device, args.dtype), args.layer, no_deeper=True)
     n_heads = sta.kv_shape(model.get_decoder().config)[0]
@@ -126,16 +127,16 @@ def main(argv=None):
     if not k <= args.n_latents <= 1 << 15:
         raise sta.UsageError(f"--n-latents {args.n_latents}: want {k} = n_kv_heads (k_key + k_val) "
                              f"to {1 << 15:,}")
-    text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    windows = sta.token_windows(text, tokenizer, model, None, 512, args.tokens, least=2)
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, None, 512, args.tokens, least=2)
     settings = {"tokens": windows.numel(), "n_latents": args.n_latents, "k": k, "lr": args.lr,
                 "seed": args.seed,
                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    folder, mark = args.out / sta.slug(args.model) / "layer_sae", sta.fingerprint(model)
+    folder = args.out / sta.slug(args.model) / "layer_sae"
     todo = [layer for layer in layers if not (folder / f"layer{layer}" / "cfg.json").exists()]
     for layer in set(layers) - set(todo):
         path = folder / f"layer{layer}"
-        train_sae.expect_same(path, read(path, mark)[1], settings)
+        train_sae.expect_same(path, read(folder, model, layer)[1], settings)
     print(f"{args.model}: {len(todo)} of {len(layers)} layers to train, {windows.numel():,} tokens")
     kept = sta.harvest(model, windows, todo) if todo else {}
     for layer in todo:
@@ -144,7 +145,7 @@ def main(argv=None):
         print(f"layer {layer:3}: fvu {fvu:.4f}, dead {len(sae.dead()) / sae.n_latents:.1%}",
               flush=True)
         sta.save_sae(folder / f"layer{layer}", sae, {
-            "model": args.model, "fingerprint": mark, "layer": layer, "kind": "layer",
+            "model": args.model, "marks": sta.model_marks(model, [layer]), "layer": layer, "kind": "layer",
             "held_out": {"fvu": fvu}, "settings": settings})
     print(f"{folder} is complete; next: python evaluate.py --rows layer_sae --model {args.model}")
 

@@ -43,9 +43,9 @@ def pick_atoms(target, atoms, k):
 class Pursuit(sta.DualBudget):
     """The dual budget with pursued codes; decoding is the same."""
 
-    def encode(self, k, v):
-        z_key, idx_key = pursue(self.key_sae, k, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = pursue(self.value_sae, v, self.budget.k_val)
+    def encode(self, keys, values):
+        z_key, idx_key = pursue(self.key_sae, keys, self.budget.k_key)  # (..., H, k_key)
+        z_val, idx_val = pursue(self.value_sae, values, self.budget.k_val)
         return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
                 z_val.flatten(-2).half(), idx_val.flatten(-2).short())
 

@@ -17,6 +17,7 @@ All are fitted on the text of beyond/calibrate.py, never on the text that is sco
 import argparse
 import functools
 import itertools
+import json
 import math
 
 import safetensors.torch
@@ -47,9 +48,18 @@ def quantise(x, live, kind, bits, group):
     rows = (levels * step + low).flatten(-2)[..., :rows.shape[-1]]
     return rows.transpose(1, 3) if kind == "key" else rows
 
-def grouped(k, v, live, bits, group):
-    """A function for sta.reconstruct."""
-    return quantise(k, live, "key", bits, group), quantise(v, live, "value", bits, group)
+class Grouped:
+    """A codec of one layer, simulated. In decode a token comes alone: it is a group of its own, and
+    its key is then exact, where KIVI would wait for the group to fill."""
+
+    def __init__(self, shape, bits, group):
+        """shape: (n_kv_heads, head_dim)."""
+        self.bits, self.group = bits, group
+        self.bytes_per_token = grouped_bytes(*shape, bits, group)
+
+    def roundtrip(self, keys, values, live):
+        return (quantise(keys, live, "key", self.bits, self.group),
+                quantise(values, live, "value", self.bits, self.group))
 
 def grouped_bytes(n_kv_heads, head_dim, bits, group):
     """Bytes a token of one layer: the levels, and an fp16 minimum and step a group."""
@@ -110,8 +120,8 @@ class Rotated:
         self.turn, self.scale = turn.Q.to(mean.device), math.sqrt(dim)
         self.levels = Levels(torch.full((dim,), bits, device=mean.device))
 
-    def encode(self, k, v):
-        x = torch.stack([k, v], -3) - self.mean  # (..., 2, H, D)
+    def encode(self, keys, values):
+        x = torch.stack([keys, values], -3) - self.mean  # (..., 2, H, D)
         norm = x.norm(dim=-1, keepdim=True).half()
         y = x @ self.turn / norm.float().clamp_min(1e-6) * self.scale
         return norm.flatten(-3), self.levels.encode(y).flatten(-3)
@@ -149,8 +159,8 @@ class Transform:
         self.W = (W[:, kept] / spread).float()  # (P, axes kept)
         self.inverse = (spread[:, None] * inverse[kept]).float()
 
-    def encode(self, k, v):
-        x = torch.cat([k.flatten(-2), v.flatten(-2)], -1)  # (..., P)
+    def encode(self, keys, values):
+        x = torch.cat([keys.flatten(-2), values.flatten(-2)], -1)  # (..., P)
         return (self.levels.encode((x - self.mean) @ self.W),)
 
     def decode(self, stored):
@@ -179,30 +189,28 @@ def transforms(fitted, shape, unit, metric):
     return at
 
 # ------------------------------------------------------------------ the rows
-def read(path, mark, device):
-    """{mean, covariance, metric} of a layer; mark: the model's fingerprint."""
+def read(path, model, layer):
+    """{mean, covariance, metric} of a layer of the model."""
+    device = model.device
     with sta.explain(f"{path}: missing or corrupt; run python -m beyond.calibrate"):
         with safetensors.safe_open(path, "pt", device=str(device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            fingerprint = file.metadata()["fingerprint"]
-    if fingerprint != mark:
+            marks = json.loads(file.metadata()["marks"])
+    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
         raise sta.UsageError(f"{path}: of another model; choose another --saes")
     return tensors
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     config = model.get_decoder().config
-    shape, name = sta.kv_shape(config), evaluate.find_saes(args.saes, args.model)[1]
-    layers = sorted({layer for layer, _ in saes}) or list(range(config.num_hidden_layers))
+    shape, layers = sta.kv_shape(config), evaluate.coded_layers(model, saes, args)
     found = []
     for bits, group in ((2, 32), (3, 32), (4, 32), (2, 128)):
-        codec = functools.partial(grouped, bits=bits, group=group)
-        found.append(evaluate.Row(f"grouped {bits} bits, {group}", dict.fromkeys(layers, codec),
-                                  layer_bytes=grouped_bytes(*shape, bits, group),
+        codecs = dict.fromkeys(layers, Grouped(shape, bits, group))
+        found.append(evaluate.Row(f"grouped {bits} bits, {group}", codecs,
                                   method=f"grouped {group}"))
-    folder, mark = args.saes / sta.slug(name) / "calibration", sta.fingerprint(model)
-    fitted = {layer: read(folder / f"layer{layer}.safetensors", mark, model.device)
-              for layer in layers}
+    folder = evaluate.find_fitted(args.saes, args.model)[0] / "calibration"
+    fitted = {layer: read(folder / f"layer{layer}.safetensors", model, layer) for layer in layers}
     for bits in (1, 2, 3):
         found.append(evaluate.Row(f"rotated {bits} bits", {
             layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers},

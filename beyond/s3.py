@@ -54,10 +54,13 @@ def read(model, ids, layers):
     return found
 
 def chunks(model, ids, layers):
-    """Token ids (n,) -> yields (position, what `read` finds there) chunk by chunk."""
-    for at in range(0, len(ids), CHUNK):
+    """Token ids (n,) -> yields (position, what `read` finds there) chunk by chunk, each with the
+    tokens before it no longer than the model's context."""
+    limit = model.get_decoder().config.max_position_embeddings
+    length = min(CHUNK, limit - OVERLAP)
+    for at in range(0, len(ids), length):
         before = min(at, OVERLAP)
-        found = read(model, ids[at - before:at + CHUNK], layers)
+        found = read(model, ids[at - before:at + length], layers)
         yield at, {layer: [x[before:] for x in parts] for layer, parts in found.items()}
 
 def scan(model, saes, ids):
@@ -80,10 +83,12 @@ def scan(model, saes, ids):
     return index
 
 # ------------------------------------------------------------------ the search
-def search(model, saes, index, question, n_tokens):
-    """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens."""
-    found = {}
+def search(model, saes, index, question, n_tokens, special=()):
+    """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens. The model
+    reads the special ids among them too, but they search for nothing."""
+    found, asks = {}, torch.tensor([i not in special for i in question.tolist()])
     for layer, (_, q, _) in read(model, question, list(saes)).items():
+        q = q[asks.to(q.device)]
         (start, positions, mean), sae, score = index[layer], saes[layer], np.zeros(n_tokens)
         along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
         f = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
@@ -129,16 +134,17 @@ def best_spans(score, budget):
 
 def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
-    asked, began = torch.tensor(tokenizer(question).input_ids), time.time()
-    if not len(asked):
+    asked, special = torch.tensor(sta.encode(tokenizer, question)).long(), tokenizer.all_special_ids
+    words_asked, began = words_of(tokenizer, asked[~torch.isin(asked, torch.tensor(special))]), time.time()
+    if not len(words_asked):
         raise sta.UsageError("--question: no tokens in it; ask something")
     if not SPAN <= budget < len(ids) or len(ids) < CHUNK:
         raise sta.UsageError(f"--budget {budget}, a text of {len(ids):,} tokens: want {SPAN} or "
                              f"more, and more text than that and than a chunk, {CHUNK}")
     index, words = scan(model, saes, ids), words_of(tokenizer, ids)
     scanned, size = time.time(), sum(x.nbytes for pair in index.values() for x in pair)
-    scores = combine(search(model, saes, index, asked, len(ids)), {"s3": [
-        ("s3", layer) for layer in saes]}, bm25(words, words_of(tokenizer, asked)))
+    scores = combine(search(model, saes, index, asked, len(ids), special), {"s3": [
+        ("s3", layer) for layer in saes]}, bm25(words, words_asked))
     spans, places = best_spans(scores["fused"], budget)
     print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
           f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
@@ -213,6 +219,9 @@ def evaluate_on(model, tokenizer, saes, rows):
     """BoolQ's rows: choose layers on some, print and return what is found on others."""
     rows = list({row["passage"]: row for row in rows if re.search(
         r"[.!?]\s+\S", row["passage"])}.values())  # each passage once, of two sentences
+    if len(rows) < N_CHOOSE + max(PASSAGES):
+        raise sta.UsageError(f"--evaluate: {len(rows)} different passages, --limit or fewer; want "
+                             f"{N_CHOOSE + max(PASSAGES)} or more: some choose layers, the rest test")
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
     found, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single), {}
@@ -243,8 +252,8 @@ def main(argv=None):
     parser.add_argument("--evaluate", action="store_true", help="with BoolQ's rows")
     own, rest = parser.parse_known_args(argv)
     args = evaluate.parse_args(rest)
-    folder, name = evaluate.find_saes(args.saes, args.model)
-    if folder is None:
+    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
     model, tokenizer, layers = sta.load_model(
         name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
@@ -252,10 +261,11 @@ def main(argv=None):
         folder, model, layers if args.layer else None)[0].items() if kind == "key"}
     if own.evaluate:
         rows = [row for _, row in evaluate.task_rows("boolq", args.task_dir, args.limit)]
-        result = evaluate.provenance(model) | evaluate_on(model, tokenizer, saes, rows)
-        return sta.write_atomic(args.out / f"{sta.slug(name)}-s3.json", json.dumps(result))
-    ids = tokenizer(sta.read_text(args.text, "valid", name), verbose=False).input_ids
-    answer(model, tokenizer, saes, torch.tensor(ids), own.question, own.budget)
+        about = evaluate.provenance(model)
+        path = evaluate.result_path(args.out, name, about, "-s3")
+        return sta.write_atomic(path, json.dumps(about | evaluate_on(model, tokenizer, saes, rows)))
+    ids = sta.tokenize(sta.read_text(args.text, "valid", name), tokenizer, args.max_tokens)
+    answer(model, tokenizer, saes, ids, own.question, own.budget)
 
 if __name__ == "__main__":
     sta.run(main)

@@ -55,10 +55,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if not 0 < args.own <= 1:
         raise sta.UsageError(f"--own {args.own}: want a share above 0, at most 1")
+    sta.check_out(args.out.parent)
     model, tokenizer, _ = sta.load_model(args.model, *sta.pick_device(args.device, args.dtype))
     n_text = round(args.tokens * (1 - args.own))
-    text = sta.read_text(args.text, "train", args.model, 8 * max(1, n_text))
-    windows = sta.token_windows(text, tokenizer, model, args.seq_len, 512, n_text)
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, n_text)
     length = windows.shape[1]
     n_own = max(1, round(args.tokens * args.own / length))
     windows = windows[:n_text // length]

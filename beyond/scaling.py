@@ -39,15 +39,15 @@ def beside(name):
     there = (sta.HERE / "beyond" / f"{name}.py").exists()
     return importlib.import_module(f"beyond.{name}") if there else None
 
-def sites_of(k, v, unit):
+def sites_of(keys, values, unit):
     """Keys and values (tokens, H, D) -> {name: (rows (tokens, rows a token, D or P), atoms, the
     rows' units)}."""
     if unit == "head":
-        return {kind: (x, atoms, None) for kind, x, atoms in zip(sta.KINDS, (k, v), BUDGET)}
+        return {kind: (x, atoms, None) for kind, x, atoms in zip(sta.KINDS, (keys, values), BUDGET)}
     layer_sae = beside("layer_sae")
-    x = layer_sae.side_by_side(k, v)  # (tokens, P)
+    x = layer_sae.side_by_side(keys, values)  # (tokens, P)
     spread = layer_sae.spread_of(x)
-    return {"layer": ((x / spread)[:, None], k.shape[1] * sum(BUDGET), spread)}
+    return {"layer": ((x / spread)[:, None], keys.shape[1] * sum(BUDGET), spread)}
 
 def train(x, k, n_latents, lr, tokens, step_tokens, seed):
     """Rows x (N, rows a token, D) -> a TopKSAE trained as by train_sae.py, on `tokens` of them,
@@ -179,17 +179,17 @@ def add_up(model, saes, windows, dense, kept):
 def training_rows(args, layers, device):
     """{(layer, kind): (tokens, H, D)} of the text to train on."""
     model, tokenizer, _ = sta.load_model(args.model, *device, args.layer, no_deeper=True)
-    text = sta.read_text(args.text, "train", args.model, 8 * args.tokens)
-    return sta.harvest(model, sta.token_windows(text, tokenizer, model, None, 512, args.tokens,
+    pieces = sta.read_text(args.text, "train", args.model)
+    return sta.harvest(model, sta.token_windows(pieces, tokenizer, model, None, 512, args.tokens,
                                                 least=2 + 2 * HELD_TOKENS // 512), layers)
 
 def train_points(args, rows, todo):
     """Yields ({layer, lr, ...}, {name: SAE}) of each (layer, unit, latents, tokens)."""
     rates, fewest = {}, min(tokens for _, tokens in args.points)
     for layer, unit, n_latents, tokens in todo:  # of all layers, the first chooses the rate
-        k, v = (rows[layer, kind] for kind in sta.KINDS)
-        step_tokens, saes = max(1, BATCH // k.shape[1]), {}
-        for name, (x, atoms, spread) in sites_of(k, v, unit).items():
+        keys, values = (rows[layer, kind] for kind in sta.KINDS)
+        step_tokens, saes = max(1, BATCH // keys.shape[1]), {}
+        for name, (x, atoms, spread) in sites_of(keys, values, unit).items():
             if (name, n_latents) not in rates:
                 rates[name, n_latents] = choose_rate(
                     x, atoms, n_latents, fewest, step_tokens, args.seed)
@@ -198,7 +198,7 @@ def train_points(args, rows, todo):
             if spread is not None:
                 saes[name] = beside("layer_sae").for_rows(saes[name], spread)
         yield {"layer": layer, "unit": unit, "n_latents": n_latents, "tokens": tokens,
-               "text": args.text, "text_tokens": len(k) - HELD_TOKENS, "seed": args.seed,
+               "text": args.text, "text_tokens": len(keys) - HELD_TOKENS, "seed": args.seed,
                "lr": {name: rates[name, n_latents] for name in saes},
                "dead": {name: len(sae.dead()) / n_latents for name, sae in saes.items()}
                }, saes
@@ -207,7 +207,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(args.model, *device, args.layer)
-    path = args.out / f"{sta.slug(args.model)}-scaling.json"
+    about = evaluate.provenance(model)
+    path = evaluate.result_path(args.out, args.model, about, "-scaling")
     result = {"model": args.model, "points": [], "sums": [],
               "target": math.log(1.02) / len(model.get_decoder().layers)}  # nats a layer
     if path.exists():
@@ -215,8 +216,8 @@ def main(argv=None):
             result = json.loads(path.read_text())
     done = {tuple(p[x] for x in ("layer", "unit", "n_latents", "tokens", "seed"))
             for p in result["points"]}
-    text = sta.read_text(args.test_text, "valid", args.model)
-    windows = sta.token_windows(text, tokenizer, model, None, 512, args.max_tokens)
+    pieces = sta.read_text(args.test_text, "valid", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, None, 512, args.max_tokens)
     kept = {key: x[None] for key, x in sta.harvest(model, windows[:8], layers).items()}
     with evaluate.through_hooks(model, {}, 1) as forward:
         dense = evaluate.window_losses(forward, windows, model, "dense")
@@ -224,10 +225,10 @@ def main(argv=None):
     def note(what, name):
         """Into the file, after every point."""
         result[name] = [*result[name], what]
-        sta.write_atomic(path, json.dumps({**result, **evaluate.provenance(model)}, indent=1))
+        sta.write_atomic(path, json.dumps({**result, **about}, indent=1))
 
     if args.add_up:
-        folder = evaluate.find_saes(args.saes, args.model)[0] or args.saes
+        folder = evaluate.find_fitted(args.saes, args.model)[0]
         return note(add_up(model, sta.load_saes(folder, model, layers)[0], windows, dense, kept),
                     "sums")
     todo = [(layer, unit, *point)
@@ -241,7 +242,7 @@ def main(argv=None):
                   f"{point['tokens']:,} tokens, {row.name}: fvu_K {found['fvu_key']:.4f} fvu_V "
                   f"{found['fvu_val']:.4f} delta CE {found['delta_ce']:+.5f}", flush=True)
             note({**point, "encoder": row.name, "test_text": args.test_text, **found,
-                  "command": evaluate.provenance(model)["command"]}, "points")
+                  "command": about["command"]}, "points")
     plots.save(draw(result), path.with_suffix(".png"))
 
 if __name__ == "__main__":
