@@ -96,16 +96,11 @@ class Row:
     bytes_per_token: float | None = None  # of the whole model
 
 class OneKind:
-    """The codec of keys alone, or of values alone: the other kind stays as it is, in bf16.
-    bytes_per_token: of one layer, as every codec states it that has a roundtrip of its own."""
+    """A codec's keys alone (kind "key"), or its values: the other kind stays as it is. It states
+    its bytes_per_token, of one layer, as all codecs do that have a roundtrip of their own."""
 
-    def __init__(self, kind, codec, shape):
-        """kind: "key" or "value"; shape: (n_kv_heads, head_dim)."""
-        self.kind, self.codec = kind, codec
-        token = torch.zeros(1, *shape, device=codec.key_sae.W_dec.device)
-        parts = [part.nbytes for part in codec.encode(token, token)]  # two of keys, two of values
-        coded = sum(parts[:2] if kind == "key" else parts[2:])
-        self.bytes_per_token = coded + 2 * token.numel()
+    def __init__(self, kind, codec, bytes_per_token=None):
+        self.kind, self.codec, self.bytes_per_token = kind, codec, bytes_per_token
 
     def roundtrip(self, keys, values, live):
         keys_hat, values_hat = sta.roundtrip(self.codec, keys, values, live)
@@ -130,8 +125,12 @@ def paper_rows(saes, shape, k_key, k_val):
         if not 1 <= k <= most:
             raise sta.UsageError(f"{option} {k}: want 1 to n_latents = {most}")
     dual = dual_codecs(saes, k_key, k_val)
-    for kind, budget in (("key", (k_key, None)), ("value", (None, k_val))):
-        codecs = {layer: OneKind(kind, codec, shape) for layer, codec in dual.items()}
+    token = torch.zeros(1, *shape, device=next(iter(saes.values())).W_dec.device)
+    parts = [x.nbytes for x in next(iter(dual.values())).encode(token, token)]  # 2 of K, 2 of V
+    for kind, budget, coded in (("key", (k_key, None), parts[:2]),
+                                ("value", (None, k_val), parts[2:])):
+        size = sum(coded) + 2 * token.numel()  # the other kind in bf16
+        codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
         rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind)))
     half = (k_key + k_val) // 2
     for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
@@ -271,7 +270,7 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
             contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
                 row["context"], row["choices"], row["label"])
             question = Question([], [len(choice) for choice in choices], int(label))
-            if not 0 <= question.label < len(choices) or len(choices) < 2:
+            if not 0 <= question.label < len(choices):
                 raise ValueError(f"label {label}, but {len(choices)} choices, numbered from 0")
             for i, choice in enumerate(choices):
                 context = contexts if isinstance(contexts, str) else contexts[i]
@@ -282,10 +281,12 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
                     raise ValueError(f"choice {i} has no token of its own: one spans the join of "
                                      "context and choice")
                 if len(rest) > max_length:
-                    raise ValueError(f"choice {i} is over {max_length} tokens")
+                    raise ValueError(f"choice {i} is {len(rest)} tokens long, over {max_length} tokens")
                 room = max_length + 1 - len(rest)  # the last token is not read, only predicted
                 n_cut += len(ids) > room
                 question.requests.append((ids[-room:], rest))
+            if len(choices) < 2:
+                raise ValueError("one choice; want two or more")
         questions.append(question)
     if not questions:
         raise sta.UsageError(f"--tasks {spec}: no rows")

@@ -144,8 +144,8 @@ def per_head(config, name, part, x, y):
     if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
         return y.unflatten(-1, (H, 3, D))[..., part, :]
     if name == "qkv_proj":  # Phi-3: the queries of all heads, all keys, all values
-        sizes = config.num_attention_heads * D, H * D, H * D
-        return y.split(sizes, -1)[part].unflatten(-1, (H, D))
+        first = (config.num_attention_heads + (part - 1) * H) * D
+        return y[..., first:first + H * D].unflatten(-1, (H, D))
     if y.dim() == 3:  # (B, T, H*D)
         return y.unflatten(-1, (H, D))
     # of a norm: (B, T, H, D), or else (B, H, T, D), which the input shows where H = T
@@ -220,19 +220,20 @@ def capture(model, layers):
 def check_sites(model):
     """Raises UsageError unless attention reads what `watch` sees, and before RoPE: the lengths of
     random keys and values, written over it, must reach the model's own cache."""
-    decoder, written = model.get_decoder(), {}
-    has_rope = any("rotary" in name for name, _ in decoder.named_modules())
+    written, token = {}, torch.full((1, 5), 7, device=model.device)  # the same, five times
 
     def overwrite(layer, kind, x):  # (1, 5, H, D)
         moved = (x - x[:, :1]).abs().max() > 0.1 * x.abs().max()
-        if (layer, kind) == (0, "key") and moved and has_rope:  # of one token, five times
+        if (layer, kind) == (0, "key") and moved and has_rope:
             raise ValueError("its keys are seen only after RoPE")
         growing = torch.arange(1, 6, device=x.device)[:, None, None]
         written[layer, kind] = x.copy_(growing * torch.randn_like(x)).float()
 
-    with explain(f"model type {decoder.config.model_type!r} is not supported"):
+    with explain(f"model type {model.config.model_type!r} is not supported"):
+        decoder = model.get_decoder()
+        has_rope = any("rotary" in name for name, _ in decoder.named_modules())
         with watch(model, range(decoder.config.num_hidden_layers), overwrite):
-            output = decoder(input_ids=torch.full((1, 5), 7, device=model.device), use_cache=True)
+            output = decoder(input_ids=token, use_cache=True)
         cache = output["cache" if "cache" in output else "past_key_values"]  # before 5.24
         for (layer, kind), x in written.items():
             kept = getattr(cache.layers[layer], f"{kind}s").transpose(1, 2).float()  # (B, T, H, D)

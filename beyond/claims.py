@@ -101,7 +101,6 @@ def attention_change(model, tokenizer, codecs, windows, sink):
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
     ids, columns, most = windows.to(model.device), {}, -1.0
-    shape = sta.kv_shape(model.get_decoder().config)
     seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
 
     def look():
@@ -113,7 +112,7 @@ def attention_change(model, tokenizer, codecs, windows, sink):
 
     dense = look()
     for layer, codec in codecs.items():
-        with sta.reconstruct(model, {layer: evaluate.OneKind("key", codec, shape)}, sink):
+        with sta.reconstruct(model, {layer: evaluate.OneKind("key", codec)}, sink):
             maps = dense[layer].float(), look()[layer].float()  # (B, query heads, T, T)
         # the logarithm of a weight is q.k, up to a number that all keys of a query share
         logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]

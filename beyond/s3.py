@@ -211,7 +211,7 @@ def try_on(model, tokenizer, saes, rows, n, chosen):
             totals = evaluate.loglikelihoods(
                 lambda x: model(input_ids=x, use_cache=False).logits,
                 [evaluate.Question(asks, [], 0)], model, "losses")
-            for name, (total, _) in zip(tried, totals):
+            for name, total in zip(tried, totals):
                 found.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
     return found
 

@@ -22,7 +22,7 @@ import transformers
 import evaluate
 import plots
 import sta
-from test_sta import (SHORT, assert_one_line, dual, evaluated, rows_of, script, small_model,
+from test_sta import (SHORT, across, assert_one_line, dual, evaluated, rows_of, script, small_model,
                       small_sae, small_saes, tokens_of, trained)
 
 def load(name):
@@ -48,8 +48,8 @@ CACHED = ["llama", "mistral", "qwen2", "qwen3"]
 
 class Exact:
     """A codec that loses nothing; it has no SAE, nor atoms."""
-    def encode(self, k, v):
-        return (torch.cat([k, v], -1).flatten(-2),)
+    def encode(self, keys, values):
+        return (torch.cat([keys, values], -1).flatten(-2),)
 
     def decode(self, stored):
         return stored[0].unflatten(-1, (-1, 32)).chunk(2, -1)
@@ -166,7 +166,7 @@ def test_bytes_of_the_cache_are_those_of_its_codes_and_exact_tokens():
     with cache.compress(model, dual(small_saes(model), 3, 5), 4, 10) as kept:
         model(tokens_of(2, 200), past_key_values=kept)
     coded, exact = 2 * 4 * (3 + 5), 2 * 2 * 16 * 4  # of two heads: atoms; K and V in float32
-    positions = 2 * 200 * 4  # once
+    positions = 2 * 200 * (4 + 1)  # and whether it is a sink, once
     assert cache.cache_bytes(kept) == 2 * 2 * (190 * coded + 14 * exact) + positions
 
 def test_cache_refuses_what_it_would_get_wrong():
@@ -189,7 +189,7 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
     rows = {r["name"]: r for r in json.loads((tmp_path / "tiny.json").read_text())["rows"]}
     assert rows["cache"]["ce"] == pytest.approx(rows["dual"]["ce"], abs=1e-4)
     assert rows["cache"]["tasks"]["cloze"]["acc"] == rows["dual"]["tasks"]["cloze"]["acc"]
-    a_token = 4 + 2 * 2 * 96 + 4 * 2 * 2 * 128 * 4  # position; two coded layers; four in float32
+    a_token = 5 + 2 * 2 * 96 + 4 * 2 * 2 * 128 * 4  # position; two coded layers; four in float32
     sinks = 2 * 2 * 2 * 128 * 4 / 256  # K and V in two layers, for each window of 256
     assert rows["cache"]["bytes_per_token"] == a_token + sinks
     assert rows["cache"]["break_even_tokens"] is None  # float32 layers are larger than bf16
@@ -234,9 +234,9 @@ def test_gradients_are_those_of_the_loss(family):
     H, D = sta.kv_shape(model.config)
 
     def loss(step):
-        def change(k, v, live):
-            return tuple(x + live[..., None, None] * part.view(H, D)
-                         for x, part in zip((k, v), step.chunk(2)))
+        change = across(lambda *x_and_live: tuple(
+            x + x_and_live[2][..., None, None] * part.view(H, D)
+            for x, part in zip(x_and_live, step.chunk(2))))
         with sta.reconstruct(model, {1: change}, sink=5):
             logits = model(ids).logits[0].double()
         return torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").item()
@@ -374,7 +374,7 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys):
     other = shutil.copytree(calibrated / "tiny", tmp_path / "tiny") / "calibration"
     path = other / "layer3.safetensors"
     sta.write_atomic(path, rivals.safetensors.torch.save(
-        rivals.safetensors.torch.load(path.read_bytes()), {"fingerprint": "other"}))
+        rivals.safetensors.torch.load(path.read_bytes()), {"marks": "{}"}))
     assert script(evaluate, *run) == 2
     assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
 
@@ -462,8 +462,8 @@ def test_attention_change_is_that_of_hugging_face_attention():
     windows = tokens_of(2, 24)
 
     class Turn:
-        def encode(self, k, v):
-            return k, v
+        def encode(self, keys, values):
+            return keys, values
 
         def decode(self, stored):
             return 0.8 * stored[0] + 0.3 * stored[0].flip(-1), 0 * stored[1]
@@ -481,7 +481,7 @@ def test_attention_change_is_that_of_hugging_face_attention():
     hook = layer.register_forward_pre_hook(keep, with_kwargs=True)
     with torch.no_grad():
         model(windows)
-        with sta.reconstruct(model, {2: evaluate.only("key", Turn())}):
+        with sta.reconstruct(model, {2: evaluate.OneKind("key", Turn())}):
             model(windows)
     hook.remove()
     error = spread = kl = 0
@@ -529,7 +529,7 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
 
     page, (model, tokenizer, _) = read(), sta.load_model("tiny")
     saes, _ = sta.load_saes(trained / "tiny", model)
-    ids = torch.tensor(tokenizer(sta.read_text(None, "valid", "tiny")).input_ids[:2048])
+    ids = torch.tensor(tokenizer("".join(sta.read_text(None, "valid", "tiny"))).input_ids[:2048])
     with sta.capture(model, [2]) as rows, torch.no_grad():
         model(ids.view(8, 256))
     z, idx = (x.flatten(0, 1) for x in saes[2, "key"].encode(rows[2, "key"], 8))  # (2048, H, 8)
@@ -633,7 +633,7 @@ def test_benchmark_rows():
     row = benchmark.time_cache(cache, 2, 300, torch.device("cpu"))
     token = 2 * 3 * 64 * 4  # float32; K and V of three heads
     assert row["dense_bytes"] == 2 * 300 * token
-    assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 4 * 300
+    assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 5 * 300
 
 # ---------------------------------------------------------------- additive.py
 def learned_layer(n=9000):
@@ -726,7 +726,7 @@ def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer2.safetensors: missing or corrupt")
     sta.write_atomic(files[0], additive.safetensors.torch.save(
         additive.safetensors.torch.load(files[0].read_bytes()),
-        {"fingerprint": "other", "settings": "{}"}))
+        {"marks": "{}", "settings": "{}"}))
     assert script(evaluate, *run) == 2
     assert_one_line(capsys.readouterr().err, "layer0.safetensors: of another model")
     (tmp_path / "tiny" / "additive").rename(tmp_path / "tiny" / "old")
@@ -759,7 +759,7 @@ def test_other_codes_through_the_cache():
     with cache.through_cache(model, row, sink=1, recent=0, chunk=100) as forward:
         torch.testing.assert_close(forward(ids), expected, atol=1e-4, rtol=0)
     dense = 4 * 4 * 2 * shape[0] * shape[1]  # four layers in float32
-    exact = 2 * 4 * 2 * shape[0] * shape[1] / 256 + 4  # sinks of two layers; a position
+    exact = 2 * 4 * 2 * shape[0] * shape[1] / 256 + 5  # sinks of two layers; a position
     assert row.bytes_per_token - dense - exact == pytest.approx(24 + 200 / 8, rel=0.01)
 
 # ---------------------------------------------------------------- samples.py, texts.py
@@ -773,8 +773,7 @@ def test_a_broader_text(tmp_path, capsys):
     mixed, again, other = ((tmp_path / f"{name}.txt").read_text() for name in "abc")
     assert mixed == again != other
     model, tokenizer, _ = sta.load_model("tiny")
-    text = sta.read_text(None, "train", "tiny")
-    windows = sta.token_windows(text, tokenizer, model, 128, 0, 1024)
+    windows = sta.token_windows(sta.read_text(None, "train", "tiny"), tokenizer, model, 128, 0, 1024)
     places = [mixed.find(tokenizer.decode(ids, skip_special_tokens=True)) for ids in windows]
     assert -1 not in places and places == sorted(places)
     assert 1500 < len(tokenizer(mixed).input_ids) < 2600
@@ -926,7 +925,8 @@ def test_index_and_scores_against_loops(monkeypatch):
     assert list(spans) == [1, 2] and list(places) == list(range(32, 96))
 
 def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
-    lines = [line for line in sta.read_text(None, "valid", "tiny").split("\n") if len(line) > 300]
+    text = "".join(sta.read_text(None, "valid", "tiny"))
+    lines = [line for line in text.split("\n") if len(line) > 300]
     (tmp_path / "long.txt").write_text("\n".join(lines[:40]))
     run = ["--saes", trained, "--text", tmp_path / "long.txt", "--question", lines[20][:200]]
     assert script(s3, *run, "--budget", 256) == 0
