@@ -10,6 +10,7 @@ Non-goals: styling options, several models in one picture.
 import argparse
 import itertools
 import json
+import math
 import pathlib
 import statistics
 
@@ -69,19 +70,23 @@ def draw_by_layer(panel, lines, label):
     panel.set_ylim(bottom=0)
     panel.legend(fontsize=8)
 
+def at_eight(curve):
+    """The point of a budget curve at 8 atoms, or at the most below that were measured."""
+    return max((point for point in curve if point["k"] <= 8), key=lambda point: point["k"])
+
 def draw_asymmetry(panel, result):
     lines = {}
     for kind, style in KIND_STYLE.items():
-        at_8 = {layer: next(point["fvu"] for point in curves[kind] if point["k"] == 8)
-                for layer, curves in result["curves"].items()}
-        lines[f"{kind}s"] = (*style, at_8)
-    draw_by_layer(panel, lines, "FVU at 8 atoms (share of variance unexplained)")
+        points = {layer: at_eight(curves[kind]) for layer, curves in result["curves"].items()}
+        lines[f"{kind}s"] = (*style, {layer: point["fvu"] for layer, point in points.items()})
+    k = points[next(iter(points))]["k"]
+    draw_by_layer(panel, lines, f"FVU at {k} atoms (share of variance unexplained)")
 
 def draw_bytes(panel, result):
     """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
     others, methods = itertools.cycle(OTHERS), {}
     for row in result["rows"]:
-        if row["ratio"] > 1 and row["bytes_share"] < 1:  # no worse than dense: below a log axis
+        if 1 < row["ratio"] < math.inf and row["bytes_share"] < 1:  # what a log axis can show
             methods.setdefault(row["method"], []).append(row)
     for method, rows in methods.items():
         colour, marker, dash = METHOD_STYLE.get(method) or next(others)
@@ -141,18 +146,20 @@ def main(argv=None):
     for option in ("--results", "--out"):
         parser.add_argument(option, type=pathlib.Path, default="results", help="(default results)")
     args = parser.parse_args(argv)
-    found = {}
+    results = {}
     for path in sorted(args.results.glob("*.json")):
         with sta.explain(f"{path}: not a result of evaluate.py; run that again"):
             content = json.loads(path.read_text())
             if "rows" in content:
-                found[path.stem] = content
-    if not found:
+                results[path.stem] = content
+    if not results:
         raise sta.UsageError(f"{args.results}: no results; first run: python train_sae.py && "
                              "python evaluate.py")
-    args.out.mkdir(parents=True, exist_ok=True)
-    for stem, result in found.items():
-        for name, figure in draw_all(result).items():
+    sta.check_out(args.out)
+    for stem, result in results.items():
+        with sta.explain(f"{args.results / stem}.json: not a result of evaluate.py; run it again"):
+            figures = draw_all(result)
+        for name, figure in figures.items():
             save(figure, args.out / f"{stem}-{name}.png")
 
 if __name__ == "__main__":

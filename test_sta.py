@@ -11,6 +11,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import re
 import shutil
 import signal
@@ -602,6 +603,56 @@ def test_second_run_overwrites_nothing(trained, capsys):
     assert "trained with seed = 0, not 1" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
 
+def model_folder(folder, seed):
+    """A small random Llama with tiny's tokenizer, as users save their own."""
+    model = small_model("llama", vocab_size=2048)
+    torch.manual_seed(seed)
+    for p in model.parameters():
+        p.normal_(0, 0.05)
+    model.save_pretrained(folder)
+    sta.load_model("tiny")[1].save_pretrained(folder)
+    return folder
+
+def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch):
+    a, b = (model_folder(tmp_path / name / "checkpoint-100", seed) for seed, name in enumerate("ab"))
+    train = ["--tokens", 2048, "--n-latents", 16, "--k-key", 2, "--k-val", 4, "--out", tmp_path,
+             "--text", sta.HERE / "tiny" / "train.txt"]
+    results = ["--saes", tmp_path, "--k-key", 2, "--k-val", 4, "--max-tokens", 256, "--out",
+               tmp_path / "results", "--text", sta.HERE / "tiny" / "valid.txt"]
+    with monkeypatch.context() as patch:  # a stop before anything is saved
+        patch.setattr(train_sae, "save_trained", lambda *args: (_ for _ in ()).throw(
+            KeyboardInterrupt))
+        assert script(train_sae, "--model", a, *train) == 130
+    assert script(train_sae, "--model", b, *train, "--resume") == 2
+    assert "was trained with model_sha256 = " in capsys.readouterr().err
+    assert script(train_sae, "--model", a, *train, "--resume") == 0
+    assert script(train_sae, "--model", b, *train) == 2
+    assert "was trained with model_sha256 = " in capsys.readouterr().err
+    assert script(evaluate, "--model", b, *results) == 2
+    assert "not of this model" in capsys.readouterr().err
+    for dtype in ("float16", "float32"):
+        assert script(evaluate, "--model", a, *results, "--dtype", dtype) == 0
+    shutil.rmtree(tmp_path / "checkpoint-100")
+    assert script(train_sae, "--model", b, *train) == 0
+    capsys.readouterr()
+    assert script(evaluate, "--model", b, *results) == 2
+    assert_one_line(capsys.readouterr().err, "checkpoint-100.json: of another model of that name")
+
+def test_a_stop_between_the_last_sae_and_the_log_can_be_resumed(trained, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae, "BUFFER_TOKENS", 2048)
+    def stop(path, data, write=sta.write_atomic):
+        if path.name.startswith("run-"):
+            raise KeyboardInterrupt
+        write(path, data)
+    with monkeypatch.context() as patch:
+        patch.setattr(sta, "write_atomic", stop)
+        assert script(train_sae, *SHORT, "--out", tmp_path) == 130
+    assert script(train_sae, *SHORT, "--out", tmp_path) == 2
+    assert script(train_sae, *SHORT, "--out", tmp_path, "--resume") == 0
+    for path in filter(pathlib.Path.is_file, trained.rglob("*")):
+        assert path.read_bytes() == (tmp_path / path.relative_to(trained)).read_bytes(), path
+    assert not (tmp_path / "tiny" / "unfinished.safetensors").exists()
+
 def run_script(patch, *argv, processes=1):
     """train_sae.py in processes of its own, after the statement `patch`."""
     code = f"import os, sys, train_sae, sta; train_sae.BUFFER_TOKENS = 2048; {patch}; " \
@@ -696,6 +747,25 @@ def test_perplexity_is_that_of_hugging_face(evaluated):
         losses = [model(input_ids=w, labels=w).loss.item() for w in ids[:, :2048].split(256, dim=1)]
     assert rows[0]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
+def test_an_interrupted_evaluation_keeps_its_rows(trained, tmp_path, monkeypatch):
+    def stop(forward, windows, model, name, losses=evaluate.window_losses):
+        if name == "values":
+            raise KeyboardInterrupt
+        return losses(forward, windows, model, name)
+    monkeypatch.setattr(evaluate, "window_losses", stop)
+    monkeypatch.setenv("PATH", "")  # and where there is no git
+    assert script(evaluate, "--saes", trained / "tiny", "--max-tokens", 512, "--limit", 2, "--out",
+                  tmp_path) == 130
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["dense", "keys"] and result["commit"] is None
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+
+def test_a_loss_too_large_for_exp(tmp_path):
+    dense = torch.ones(4, dtype=torch.float64)
+    row = evaluate.compare(dense * 1000, dense)
+    assert row["perplexity"] == row["ratio"] == row["ratio_ci95"][1] == math.inf
+    assert json.loads(json.dumps(row)) == row
+
 def test_plots(evaluated, tmp_path, capsys):
     assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
     for name in ("overview", "budget", "asymmetry", "bytes", "training"):
@@ -703,6 +773,18 @@ def test_plots(evaluated, tmp_path, capsys):
         assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no results; first run: python train_sae.py")
+    result = json.loads((evaluated / "tiny.json").read_text())
+    result["rows"][3] |= {"ratio": math.inf, "ratio_ci95": [math.inf, math.inf]}
+    for curves in result["curves"].values():  # of an SAE with six latents
+        for kind in sta.KINDS:
+            curves[kind] = [point for point in curves[kind] if point["k"] < 8]
+            curves[f"elbow_{kind[:3]}"] = 2
+    (tmp_path / "tiny.json").write_text(json.dumps(result))
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    capsys.readouterr()
+    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}))
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
     (tmp_path / "tiny.json").write_text("{")
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
@@ -794,11 +876,16 @@ def test_paired_comparison():
     (["--device", "cuda:7"], "--device cuda:7: not on this machine"),
     (["--seq-len", "257"], "--seq-len 257: want 2 to the model's limit of 256"),
     (["--out", "{tmp}/short.txt/below"], "cannot write"),
+    (["--out", "/proc/x"], "--out /proc/x: cannot write there"),
+    (["--model", "{tmp}/code"], "--model .*/code: want a folder, .* without code of its own"),
 ])
 def test_bad_training_input(argv, message, tmp_path, capsys):
     (tmp_path / "empty.txt").write_bytes(b" \n")
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "short.txt").write_bytes(b"too little")
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "config.json").write_text(json.dumps(
+        {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}))
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(train_sae, "--tokens", 1000, "--out", tmp_path / "out", *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
@@ -819,7 +906,14 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
     (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
     (["--limit", "0"], "--limit 0: want 1 or more"),
+    (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: 2 of them are named label"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
+    (["--rows", "../sta"], "--rows ../sta: there is no beyond/../sta.py"),
+    (["--rows", "benchmark"], "--rows benchmark: beyond/benchmark.py is a script, and adds no rows"),
+    (["--only", "("], "--only .: no regular expression"),
+    (["--sink", "256"], "--sink 256: want fewer than a window's 256"),
+    (["--out", "/proc/x"], "--out /proc/x: cannot write there"),
+    (["--out", "{tmp}/older"], "tiny.json: no result of this version; delete it or choose another"),
 ])
 def test_bad_evaluation_input(argv, message, trained, tmp_path, capsys):
     for name in ("short.txt", "short.txt.jsonl"):
@@ -829,11 +923,37 @@ def test_bad_evaluation_input(argv, message, trained, tmp_path, capsys):
     write_jsonl(tmp_path / "openbookqa.jsonl", [{**ARC, "question_stem": "s", "answerKey": "E"}])
     for name, choices in (("label", ["a", "b"]), ("nothing", ["a", ""]), ("long", ["a " * 300])):
         label = 2 if name == "label" else 0
+        (tmp_path / "older").mkdir(exist_ok=True)
+        (tmp_path / "older" / "tiny.json").write_text('{"rows": []}')
         write_jsonl(tmp_path / f"{name}.jsonl", [
             {"context": "c", "choices": choices, "label": label}])
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(evaluate, "--saes", trained, "--out", tmp_path, *argv) == 2
     assert_one_line(capsys.readouterr().err, message)
+
+def test_a_token_across_the_join_is_named(tmp_path):
+    """A word-level tokenizer that splits nowhere: context and choice are one unknown word."""
+    from tokenizers import Tokenizer, models
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
+        models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
+    path = write_jsonl(tmp_path / "t.jsonl", [{"context": "c", "choices": ["a", "b"], "label": 0}])
+    with pytest.raises(sta.UsageError, match="choice 0 has no token of its own: one spans the join"):
+        evaluate.load_task(path, None, None, tokenizer, 256)
+
+def test_any_terminal():
+    """One that knows ASCII only; a reader that goes away, as `| head -1` does; silent retries."""
+    def start(statement):
+        return subprocess.Popen(
+            [sys.executable, "-c", f"import sta; sta.run(lambda: {statement})"], cwd=sta.HERE,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert start("print('±')").communicate() == ("?\n", "")
+    for statement in ("[print('line') for _ in range(100_000)]",
+                      "[sta.explain('x').__enter__() or print('line') for _ in range(100_000)]"):
+        run = start(statement)
+        assert run.stdout.readline() == "line\n"
+        run.stdout.close()
+        assert run.wait() == 141 and run.stderr.read() == ""
 
 def assert_one_line(printed, message):
     assert printed.count("\n") == 1 and re.search(f"^error: .*{message}", printed), printed

@@ -148,7 +148,7 @@ def judge_codes(row, curves, attention):
     lost = worse(row, "l1", "dual")
     qk = {name: mean_stderr([x["qk_error"] for x in attention[name].values()])[0]
           for name in ("dual", "l1")}
-    key, value, cos = (torch.tensor([next(p[metric] for p in layer[kind] if p["k"] == 8)
+    key, value, cos = (torch.tensor([plots.at_eight(layer[kind])[metric]
                                      for layer in curves.values()])
                        for kind, metric in (("key", "fvu"), ("value", "fvu"), ("key", "cos")))
     return [
