@@ -74,11 +74,12 @@ def parse_args(argv=None, description=__doc__):
 def find_fitted(root, model_name):
     """--saes, --model -> (the folder of what is fitted to a model: root, or one below it; whether
     it has SAEs; the model's name). Without a name: that of the newest SAEs, or None."""
-    folders = [root, *sorted(root.glob(sta.slug(model_name) if model_name else "*"))]
+    folders = [root, root / sta.slug(model_name)] if model_name else [root, *root.glob("*")]
     saes = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
     if saes:
         newest = max(saes, key=lambda path: path.stat().st_mtime).parent
-        return newest.parent, True, model_name or sta.load_sae(newest)[1]["model"]
+        with sta.explain(f"{newest} names no model; give --model"):
+            return newest.parent, True, model_name or sta.load_sae(newest)[1]["model"]
     fitted = [path for folder in folders for path in folder.glob("*/layer*.safetensors")]
     return fitted[0].parent.parent if fitted else folders[-1], False, model_name
 

@@ -337,8 +337,8 @@ def live_tokens(call, sink):
     cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
     B, T = tokens.shape[:2]
-    with explain("attention_mask: want 1 and 0 of (batch, tokens), or (batch, heads, tokens, tokens)"
-                 ", boolean or to be added to logits"):
+    with explain("attention_mask: want 1 and 0 of (batch, tokens), or booleans or numbers to add of "
+                 "(batch, heads, tokens, tokens)"):
         if isinstance(mask, dict):  # by type of layer
             mask = mask.get("full_attention", next(iter(mask.values())))
         if mask is None:
@@ -396,15 +396,11 @@ def fuse(codecs):
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
         warnings.warn(f"nothing is compiled ({type(error).__name__}); computing step by step")
         return codecs
-    compiled = torch.compile(lambda codec, keys, values: codec.decode(codec.encode(keys, values)),
-                             fullgraph=True, dynamic=True)
-
-    def fused(codec):
-        return types.SimpleNamespace(roundtrip=lambda keys, values, live: compiled(
-            codec, keys, values))
-
-    return {layer: codec if hasattr(codec, "roundtrip") else fused(codec)
-            for layer, codec in codecs.items()}
+    compiled = torch.compile(fullgraph=True, dynamic=True)(
+        lambda codec, keys, values, live: codec.decode(codec.encode(keys, values)))
+    fused = {layer: types.SimpleNamespace(roundtrip=functools.partial(compiled, codec))
+             for layer, codec in codecs.items() if not hasattr(codec, "roundtrip")}
+    return {**codecs, **fused}
 
 # ------------------------------------------------------------------ 6. models, text, files
 HERE = pathlib.Path(__file__).resolve().parent
@@ -457,10 +453,10 @@ def parse_layers(spec, n_layers):
     with explain(f"--layer {spec}: want all, 12, 0-7 or 3,9; the model has layers 0 to "
                  f"{n_layers - 1}"):
         parts = [part.split("-") for part in spec.replace("all", f"0-{n_layers - 1}").split(",")]
-        layers = sorted({i for part in parts for i in range(int(part[0]), int(part[-1]) + 1)})
-        if not layers or layers[-1] >= n_layers:
+        ends = [(int(part[0]), int(part[-1])) for part in parts]
+        if not all(first <= last < n_layers for first, last in ends):
             raise ValueError("no such layers")
-        return layers
+        return sorted({layer for first, last in ends for layer in range(first, last + 1)})
 
 def slug(name):
     """The name that SAEs and results of a model are filed under."""
@@ -500,7 +496,9 @@ def read_text(spec, split, model_name):
         spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
     like_a_file = re.search(r"\.[a-z]\w*$", spec) or not re.match(r"[\w-]+/[\w.-]+(:|$)", spec)
     if not (os.path.isfile(spec) or like_a_file):
-        return (yield from hub_documents(spec))
+        for text in hub_documents(spec):
+            yield from (text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        return
     with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8") as file:
         while piece := file.read(PIECE):
             yield piece
@@ -509,27 +507,29 @@ def hub_documents(spec):
     """Yields a data set's documents, streamed. Where the stream breaks off it is taken up again, up
     to three times without a new document in between."""
     name, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    n_read, failures = 0, 0
+    column, n_read, failures = column or "text", 0, 0
     while True:
         try:
             from datasets import load_dataset  # optional: pip install datasets
             rows = load_dataset(name, config or None, split=split or "train", streaming=True)
             for row in itertools.islice(rows, n_read, None):
-                yield row[column or "text"] + "\n\n"
+                if not isinstance(row.get(column), str):
+                    raise UsageError(f"--text {spec}: no text in column {column!r} of "
+                                     f"{', '.join(row)}; want owner/name:config:split:column")
+                yield row[column] + "\n\n"
                 n_read, failures = n_read + 1, 0
             return
-        except (KeyError, TypeError):
-            raise UsageError(f"--text {spec}: no text in column {column or 'text'!r} of "
-                             f"{', '.join(row)}; want owner/name:config:split:column") from None
+        except UsageError:
+            raise
         except Exception as error:  # of many kinds: a network's, a server's, a file's
             failures += 1
             if n_read == 0 or failures > 3:
-                raise UsageError(f"--text {spec}: no file; as a data set it broke off after "
-                                 f"{n_read:,} documents ({type(error).__name__}: {error})") from None
+                raise UsageError(f"--text {spec}: no file; as a data set broke off after {n_read:,} "
+                                 f"documents ({type(error).__name__}: {error})") from None
             time.sleep(failures)
 
 def encode(tokenizer, text, special=True):
-    """Token ids of a text; with special tokens before it, unless it begins with BOS [as lm-eval]."""
+    """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval."""
     bos = tokenizer.bos_token or tokenizer.eos_token
     special = special and not (bos and text.startswith(bos))
     return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
@@ -600,7 +600,7 @@ def model_marks(model, layers):
         modules = dict.fromkeys(module for kind in KINDS for module in sites[layer, kind][0])
         parameters = [p.cpu().double().flatten() for module in modules for p in module.parameters()]
         sums = [[float(f"{part.sum():.6g}") for part in (
-            p * torch.arange(len(p)).cos()).tensor_split(16)] for p in parameters]
+            p * torch.arange(len(p)).double().cos()).tensor_split(16)] for p in parameters]
         marks[str(layer)] = {"dtype": str(next(iter(modules)).weight.dtype), "sums": sums}
     return marks
 
@@ -633,7 +633,7 @@ def load_sae(folder):
         sae = TopKSAE(cfg["d_in"], cfg["d_sae"], cfg["k"])
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
         sae.load_state_dict({**dict(sae.named_buffers()), **weights})
-    return sae.requires_grad_(False), cfg["metadata"]
+        return sae.requires_grad_(False), cfg["metadata"]
 
 def load_saes(folder, model, layers=None):
     """({(layer, kind): TopKSAE}, each where the model has its layer; the metadata of one of them).

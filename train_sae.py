@@ -12,6 +12,7 @@ dictionary_learning. Non-goal: tuning the model itself.
 import argparse
 import hashlib
 import json
+import math
 import os
 import pathlib
 import sys
@@ -60,6 +61,9 @@ def parse_args(argv=None, description=__doc__):
     tokens, n_latents = (200_000, 512) if args.model == "tiny" else (10_000_000, 1024)
     args.tokens = tokens if args.tokens is None else args.tokens
     args.n_latents = n_latents if args.n_latents is None else args.n_latents
+    if not (0 < args.lr < math.inf and 0 <= args.seed < 1 << 40):
+        raise sta.UsageError(f"--lr {args.lr}, --seed {args.seed}: want a rate above 0, and a seed "
+                             "of 0 or more")
     for name, most in (("tokens", 1 << 40), ("batch_rows", 1 << 30), ("n_latents", 1 << 15),
                        ("k_key", args.n_latents), ("k_val", args.n_latents)):
         if not 1 <= getattr(args, name) <= most:

@@ -387,19 +387,23 @@ def test_a_grouped_key_decoded_alone_is_exact(calibrated):
     alone = codec.roundtrip(keys[:, :1], keys[:, :1], live[:, :1])[0]
     torch.testing.assert_close(alone, keys[:, :1], atol=0.01, rtol=0)  # fp16
 
-def test_every_rival_has_its_row(calibrated, tmp_path, capsys):
-    assert callable(rivals.rows)  # else skip
+def test_rows_of_one_layer_from_the_models_own_folder(calibrated, tmp_path, monkeypatch):
+    """Without SAEs: saes/tiny does for saes, and --layer says what is coded."""
+    monkeypatch.setattr(rivals, "SHARES", (0.125,))
     layer = ["--model", "tiny", "--saes", calibrated / "tiny", "--rows", "rivals", "--layer", 3]
     assert script(evaluate, *layer, "--only", "rotated 2", "--max-tokens", 256, "--limit", 2,
-                  "--out", tmp_path) == 0  # the model's own folder does, and --layer counts
-    only = json.loads((tmp_path / "tiny.json").read_text())
-    assert list(only["rows"][1]["by_layer"]) == ["3"] and only["layers"] == [3]
+                  "--out", tmp_path) == 0
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert list(result["rows"][1]["by_layer"]) == ["3"] and result["layers"] == [3]
+
+def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(rivals, "SHARES", (0.125, 0.25))
     run = ["--model", "tiny", "--saes", calibrated, "--max-tokens", 512, "--limit", 4, "--rows",
            "rivals", "--out", tmp_path]
     assert script(evaluate, *run) == 0
     result = json.loads((tmp_path / "tiny.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}
-    assert result["curves"] == {} and len(rows) == 1 + 4 + 3 + 4 * 5
+    assert result["curves"] == {} and len(rows) == 1 + 4 + 3 + 4 * 2
     for name, share in (("grouped 2 bits, 32", 0.1875), ("grouped 2 bits, 128", 0.140625),
                         ("rotated 2 bits", 0.125 + 2 / 256)):
         assert rows[name]["bytes_share"] == pytest.approx(share), name
