@@ -282,7 +282,7 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
                     raise ValueError(f"choice {i} has no token of its own: one spans the join of "
                                      "context and choice")
                 if len(rest) > max_length:
-                    raise ValueError(f"choice {i} is {len(rest)} tokens long, over {max_length} tokens")
+                    raise ValueError(f"choice {i} is {len(rest)} long, over {max_length} tokens")
                 room = max_length + 1 - len(rest)  # the last token is not read, only predicted
                 n_cut += len(ids) > room
                 question.requests.append((ids[-room:], rest))
@@ -355,8 +355,9 @@ def fidelity_and_bytes(row, vectors, config):
             total += sum(x.nbytes for x in codec.encode(keys, values)) / keys.shape[:2].numel()
         live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         keys_hat, values_hat = sta.roundtrip(codec, keys, values, live)
-        by_layer[layer] = {f"{name}_key": x for name, x in sta.fidelity(keys, keys_hat).items()}
-        by_layer[layer] |= {f"{name}_val": x for name, x in sta.fidelity(values, values_hat).items()}
+        by_layer[layer] = {f"{name}_{suffix}": figure for suffix, x, x_hat in (
+            ("key", keys, keys_hat), ("val", values, values_hat))
+            for name, figure in sta.fidelity(x, x_hat).items()}
     exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0, "rel_norm_key": 1.0,
              "rel_norm_val": 1.0}
     means = {column: sum(columns[column] for columns in by_layer.values()) / len(by_layer)
@@ -480,7 +481,8 @@ def main(argv=None):
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
         "seq_len": windows.shape[1], "config": vars(args), "sae_settings": trained.get("settings"),
-        **about, "rows": [], "curves": {}, "training": [json.loads(run.read_text()) for run in runs]}
+        "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
+        "curves": {}}
     width = max(8, *(len(row.name) for row in rows))
     print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
           "fvu_V  cos_K  cos_V")

@@ -337,8 +337,8 @@ def live_tokens(call, sink):
     cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
     B, T = tokens.shape[:2]
-    with explain("attention_mask: want 1 and 0 of (batch, tokens), or booleans or numbers to add of "
-                 "(batch, heads, tokens, tokens)"):
+    with explain("attention_mask: want 1 and 0 of (batch, tokens), or booleans, or numbers to add, "
+                 "of (batch, heads, tokens, tokens)"):
         if isinstance(mask, dict):  # by type of layer
             mask = mask.get("full_attention", next(iter(mask.values())))
         if mask is None:
@@ -524,7 +524,7 @@ def hub_documents(spec):
         except Exception as error:  # of many kinds: a network's, a server's, a file's
             failures += 1
             if n_read == 0 or failures > 3:
-                raise UsageError(f"--text {spec}: no file; as a data set broke off after {n_read:,} "
+                raise UsageError(f"--text {spec}: no file; as a data set broke off after {n_read} "
                                  f"documents ({type(error).__name__}: {error})") from None
             time.sleep(failures)
 

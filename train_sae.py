@@ -255,8 +255,8 @@ def save_trained(folder, marks, saes, held_rows, settings, args):
             point = sta.budget_curve(sae, held_rows[layer, kind].float(), [sae.k])[0]
             line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
             sta.save_sae(folder / f"layer{layer}.{kind}", sae, {
-                "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer, "kind": kind,
-                "held_out": point, "settings": settings})
+                "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
+                "kind": kind, "held_out": point, "settings": settings})
         print(f"layer {layer:3} {' |'.join(line)}")
     print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py --saes {folder}"
           + " --text HELD_OUT" * bool(args.text))

@@ -70,8 +70,9 @@ def train_l1(folder, model_name, layers):
     root = folder.parent / "l1"
     if not all((root / sta.slug(model_name) / f"layer{i}.key").exists() for i in layers):
         argv = ["--model", model_name, "--out", str(root), "--layer", ",".join(map(str, layers))]
+        computed = "layers", "processes", "text_sha256", "model_sha256"  # no options
         for option, value in settings.items():
-            if option not in ("layers", "processes", "text_sha256", "model_sha256") and value != "default":
+            if option not in computed and value != "default":
                 argv += ["--" + option.replace("_", "-"), str(value)]
         train_sae.main(argv, L1SAE)
     return root / sta.slug(model_name)

@@ -145,7 +145,8 @@ def main(argv=None):
         print(f"layer {layer:3}: fvu {fvu:.4f}, dead {len(sae.dead()) / sae.n_latents:.1%}",
               flush=True)
         sta.save_sae(folder / f"layer{layer}", sae, {
-            "model": args.model, "marks": sta.model_marks(model, [layer]), "layer": layer, "kind": "layer",
+            "model": args.model, "marks": sta.model_marks(model, [layer]), "layer": layer,
+            "kind": "layer",
             "held_out": {"fvu": fvu}, "settings": settings})
     print(f"{folder} is complete; next: python evaluate.py --rows layer_sae --model {args.model}")
 

@@ -135,7 +135,8 @@ def best_spans(score, budget):
 def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
     asked, special = torch.tensor(sta.encode(tokenizer, question)).long(), tokenizer.all_special_ids
-    words_asked, began = words_of(tokenizer, asked[~torch.isin(asked, torch.tensor(special))]), time.time()
+    words_asked = words_of(tokenizer, asked[~torch.isin(asked, torch.tensor(special))])
+    began = time.time()
     if not len(words_asked):
         raise sta.UsageError("--question: no tokens in it; ask something")
     if not SPAN <= budget < len(ids) or len(ids) < CHUNK:
@@ -221,7 +222,7 @@ def evaluate_on(model, tokenizer, saes, rows):
         r"[.!?]\s+\S", row["passage"])}.values())  # each passage once, of two sentences
     if len(rows) < N_CHOOSE + max(PASSAGES):
         raise sta.UsageError(f"--evaluate: {len(rows)} different passages, --limit or fewer; want "
-                             f"{N_CHOOSE + max(PASSAGES)} or more: some choose layers, the rest test")
+                             f"{N_CHOOSE + max(PASSAGES)} or more, to choose layers and to test")
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
     found, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single), {}

@@ -22,7 +22,8 @@ import transformers
 import evaluate
 import plots
 import sta
-from test_sta import (SHORT, across, assert_one_line, dual, mask_forms, evaluated, rows_of, script, small_model,
+from test_sta import (SHORT, across, assert_one_line, dual, evaluated, mask_forms, rows_of, script,
+                      small_model,
                       small_sae, small_saes, tokens_of, trained)
 
 def load(name):
