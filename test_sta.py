@@ -324,9 +324,10 @@ def test_codecs_are_told_which_tokens_are_live():
     assert told == [[[0, 0, 0, 1, 1, 1], [0, 1, 1, 1, 0, 0]], [[1], [1]], [[1], [1]]]
 
 def mask_forms():
-    """Four tokens of padding on the left of the first row, as a caller may say it."""
+    """Padding, four tokens on the first row's left and two on the second's right, as a caller may
+    say it."""
     mask = torch.ones(2, 9, dtype=torch.long)
-    mask[0, :4] = 0
+    mask[0, :4] = mask[1, 7:] = 0
     sees = mask.bool()[:, None, None] & torch.ones(9, 9, dtype=torch.bool).tril()  # (B, 1, T, T)
     added = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)
     return {"2D": mask, "2D bool": mask.bool(), "2D float": mask.float(), "4D bool": sees,
@@ -337,7 +338,7 @@ def mask_forms():
 @pytest.mark.parametrize("form", mask_forms())
 def test_padding_is_found_in_any_form_of_mask(form):
     model, ids, mask, told = small_model("llama"), tokens_of(2, 9), mask_forms()[form], []
-    expected = [[0] * 5 + [1] * 4, [0] + [1] * 8]
+    expected = [[0] * 5 + [1] * 4, [0] + [1] * 6 + [0] * 2]
     with sta.reconstruct(model, {0: told_live(told)}):
         if form == "by layer type":
             live = sta.live_tokens({"input_ids": ids, "attention_mask": mask}, 1)
@@ -358,7 +359,7 @@ def test_a_mask_that_cannot_be_read(mask):
 def test_generate_tells_the_same_with_any_cache():
     """A static cache brings a 4D mask, and a length that its first update changes under way."""
     model, ids, both = small_model("llama"), tokens_of(2, 9), []
-    mask = mask_forms()["2D"]
+    mask = (torch.arange(9) >= torch.tensor([[4], [0]])).long()  # four of padding
     greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     for cache in ({}, {"cache_implementation": "static"}):
         told = {0: [], 1: []}
