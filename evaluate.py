@@ -15,6 +15,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import importlib
 import itertools
 import json
@@ -92,6 +93,7 @@ class Row:
     budget: tuple = (None, None)  # atoms per key and per value, where that means something
     once_bytes: int = 0  # kept once, whatever the number of tokens: dictionaries
     method: str | None = None  # a curve of the pictures; default: the name
+    settings: dict | None = None  # how the codec was fitted
     with_tasks: bool = True
     enter: Callable | None = None  # in place of through_hooks; sets bytes_per_token at its end
     bytes_per_token: float | None = None  # of the whole model
@@ -116,7 +118,7 @@ def dual_codecs(saes, k_key, k_val):
     return {layer: sta.DualBudget(saes[layer, "key"], sae, sta.Budget(k_key, k_val))
             for (layer, kind), sae in saes.items() if kind == "value"}
 
-def paper_rows(saes, shape, k_key, k_val):
+def paper_rows(saes, shape, k_key, k_val, settings=None):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; keys,
     values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total."""
     rows, most = [Row("dense", {})], min((sae.n_latents for sae in saes.values()), default=0)
@@ -132,12 +134,13 @@ def paper_rows(saes, shape, k_key, k_val):
                                 ("value", (None, k_val), parts[2:])):
         size = sum(coded) + 2 * token.numel()  # the other kind in bf16
         codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
-        rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind)))
+        rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind),
+                        settings=settings))
     half = (k_key + k_val) // 2
     for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
                          ("reverse", (k_val, k_key))):
         rows.append(Row(name, dual_codecs(saes, *budget), budget,
-                        dictionary_bytes(saes, *sta.KINDS)))
+                        dictionary_bytes(saes, *sta.KINDS), settings=settings))
     return rows
 
 def coded_layers(model, saes, args):
@@ -417,8 +420,13 @@ def score(model, rows, windows, tasks, vectors, sink):
                   for name in totals}
         dense_tasks = dense_tasks or scores
         yield {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-               "k_val": row.budget[1], **compare(losses, dense), "tasks": scores,
+               "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense), "tasks": scores,
                **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
+
+def sha256(data):
+    """The first 12 digits of the hash of bytes, or of token ids."""
+    data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
+    return hashlib.sha256(data).hexdigest()[:12]
 
 def provenance(model):
     """What a reader needs to run it again."""
@@ -428,7 +436,9 @@ def provenance(model):
     except OSError:
         commit = None  # no git on this machine
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    return {"command": "python " + " ".join(sys.orig_argv[1:]), "commit": commit or None,
+    words = [word if len(word) <= 200 else f"sha256:{sha256(word.encode())}"  # a prompt
+             for word in sys.orig_argv[1:]]
+    return {"command": "python " + " ".join(words), "commit": commit or None,
             "marks": sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": transformers.__version__,
@@ -467,8 +477,8 @@ def main(argv=None):
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
     tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
-    rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val), model,
-                     tokenizer, saes, args)
+    rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val,
+                                trained.get("settings")), model, tokenizer, saes, args)
     rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
     print(f"{name}{f' with the SAEs of {folder}' if saes else ''}: {len(layers)} of "
           f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "
@@ -480,7 +490,8 @@ def main(argv=None):
     result = {
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
-        "seq_len": windows.shape[1], "config": vars(args), "sae_settings": trained.get("settings"),
+        "seq_len": windows.shape[1], "text": args.text or "its own", "text_sha256": sha256(windows),
+        "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}
     width = max(8, *(len(row.name) for row in rows))

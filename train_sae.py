@@ -11,12 +11,14 @@ dictionary_learning. Non-goal: tuning the model itself.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
 import pathlib
 import sys
 import time
+from typing import Callable, NamedTuple
 
 import safetensors.torch
 import torch
@@ -91,74 +93,103 @@ def learning_rate(peak, step, n_steps):
     """Linear warm-up over 5 % of the steps, linear decay over the last 30 %."""
     return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
 
-def update(saes, optimizer, n_rows):
-    """What follows backward, after a step of n_rows rows."""
-    if dist.is_initialized():
+def train_step(saes, optimizer, batches, factor=1, n_ranks=1):
+    """One step of every SAE on its rows, {name: (N, D)}, at `factor` times its budget k; with
+    several processes each has 1 / n_ranks of the rows."""
+    for name, sae in saes.items():
+        k = min(max(1, round(factor * sae.k)), sae.n_latents)
+        (sae.loss(batches[name], k) / n_ranks).backward()
+    if n_ranks > 1:
         add_up([p.grad for sae in saes.values() for p in sae.parameters()]
                + [sae.fired for sae in saes.values()])
     for sae in saes.values():
-        sae.project_gradient()
+        sae.project_gradient()  # before the step: no part of it changes the atoms' lengths
     optimizer.step()
     optimizer.zero_grad()
-    for sae in saes.values():
-        sae.renormalise()
-        sae.revive_dead(n_rows)
+    for name, sae in saes.items():
+        sae.renormalise()  # after the step, which leaves the unit sphere all the same
+        sae.revive_dead(n_ranks * len(batches[name]))
 
-def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
-    """-> ({(layer, kind): SAE}, their held-out rows (N, D), log of the training curves).
-    make_sae(head_dim, n_latents, k, generator) -> a TopKSAE or a subclass of it."""
+class PerHead(NamedTuple):
+    """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.
+    beyond/variants.py has others."""
+    make_sae: Callable = sta.TopKSAE  # (dim, n_latents, k, generator) -> a TopKSAE
+
+    def budgets(self, args, shape):
+        """{name: (dim, k)} of a layer's SAEs; shape: (n_kv_heads, head_dim)."""
+        return {"key": (shape[1], args.k_key), "value": (shape[1], args.k_val)}
+
+    def rows(self, layer, keys, values):
+        """Keys and values (tokens, H, D) of a layer -> {name: rows (N, D)} of its SAEs."""
+        return {"key": keys.flatten(0, 1), "value": values.flatten(0, 1)}
+
+    def finish(self, layer, sae):
+        """The SAE as it is saved: of keys and values as the model has them."""
+        return sae
+
+def read_rows(model, windows, layers, variant):
+    """Windows (n, T) -> {(layer, name): rows (N, D)} for the SAEs."""
+    vectors, rows = sta.harvest(model, windows, layers), {}
+    for layer in layers:
+        named = variant.rows(layer, *(vectors.pop((layer, kind)) for kind in sta.KINDS))
+        rows |= {(layer, name): x for name, x in named.items()}
+    return rows
+
+def train(model, windows, layers, args, folder, settings, variant=PerHead()):
+    """-> ({(layer, name): SAE}, their held-out rows (N, D), log of the training curves)."""
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    n_heads, head_dim = sta.kv_shape(model.get_decoder().config)
-    generator = torch.Generator().manual_seed(args.seed)
-    saes = {(layer, kind): make_sae(head_dim, args.n_latents, k, generator) for layer in layers
-            for kind, k in zip(sta.KINDS, (args.k_key, args.k_val))}
-    sites = sta.kv_sites(model)
-    for key, sae in saes.items():
-        sae.to(sites[key][0][0].weight.device)
+    generator, shape = torch.Generator().manual_seed(args.seed), sta.kv_shape(
+        model.get_decoder().config)
+    # one SAE for each layer and name, on the device of its layer; one optimizer for all
+    sites, saes = sta.kv_sites(model), {}
+    for layer in layers:
+        for name, (dim, k) in variant.budgets(args, shape).items():
+            sae = variant.make_sae(dim, args.n_latents, k, generator)
+            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    # where an interrupted run stopped, and the order in which the text is read
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
-    seq_len, step, saved = windows.shape[1], progress["step"], time.time()
+    step, saved, seq_len = progress["step"], time.time(), windows.shape[1]
     held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, n_ranks, args.seed)
-    held_rows = {key: x.flatten(0, 1) for key, x in
-                 sta.harvest(model, windows[held_out], layers).items()}  # (N, D)
-    own_batch = max(1, args.batch_rows // n_ranks)  # rows of each process
-    steps = [max(1, len(buffer) // n_ranks * (seq_len - 1) * n_heads // own_batch)
-             for buffer in buffers]
+    held_rows = read_rows(model, windows[held_out], layers, variant)
+    own_batch = max(1, args.batch_rows // n_ranks)  # vectors per step of each process
+    n_vectors = [len(buffer) // n_ranks * (seq_len - 1) * shape[0] for buffer in buffers]
+    steps = [max(1, n // own_batch) for n in n_vectors]
     bar = tqdm(total=sum(steps), initial=step, unit="step", disable=True if rank else None)
     if step:
         bar.write(f"resuming at step {step}/{sum(steps)}")
     for b in range(progress["buffers"], len(buffers)):
-        rows = {key: x.flatten(0, 1) for key, x in
-                sta.harvest(model, windows[buffers[b][rank::n_ranks]], layers).items()}
+        # fill a buffer: the keys and values of some windows, shuffled
+        rows = read_rows(model, windows[buffers[b][rank::n_ranks]], layers, variant)
         if b == 0:
             for key, sae in saes.items():
                 sae.centre(rows[key].float())
                 if n_ranks > 1:
                     dist.broadcast(sae.b_dec.data, 0)
                     dist.broadcast(sae.scale, 0)
-        shuffle = torch.Generator().manual_seed(1_000_003 * args.seed + 1009 * rank + b)
-        shuffled = torch.randperm(len(rows[layers[0], "key"]), generator=shuffle)
-        for batch in shuffled.split(own_batch)[:steps[b]]:
+        n_rows = len(next(iter(rows.values())))
+        seed = 1_000_003 * args.seed + 1009 * rank + b
+        order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
+        # a step for each batch of it
+        for batch in order.split(max(1, own_batch * n_rows // n_vectors[b]))[:steps[b]]:
             began = time.time()
-            factor = BUDGET_CYCLE[step % len(BUDGET_CYCLE)]
-            for key, sae in saes.items():
-                k = min(max(1, round(factor * sae.k)), args.n_latents)
-                x = rows[key][batch.to(rows[key].device)].float()  # (own_batch, D)
-                (sae.loss(x, k) / n_ranks).backward()
+            batches = {key: x[batch.to(x.device)].float() for key, x in rows.items()}
             optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
-            update(saes, optimizer, own_batch * n_ranks)
+            train_step(saes, optimizer, batches, BUDGET_CYCLE[step % len(BUDGET_CYCLE)], n_ranks)
             step += 1
             bar.update()
             if rank == 0 and (step % LOG_STEPS == 0 or step == sum(steps)):
                 seconds = time.time() - began
                 entry = {"step": step, **held_out_error(saes, held_rows)}
                 progress["log"].append(entry)
-                rate, lr = len(saes) * args.batch_rows / seconds, optimizer.param_groups[0]["lr"]
-                bar.write(f"step {step}/{sum(steps)} | fvu_K {entry['fvu_key']:.3f} | fvu_V "
-                          f"{entry['fvu_val']:.3f} | dead {entry['dead']:.1%} | lr {lr:.1e} | "
-                          f"{1000 * seconds:.0f} ms | {rate / 1e6:.2f}M rows/s")
+                fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
+                rate = len(saes) * len(batch) * n_ranks / seconds
+                bar.write(f"step {step}/{sum(steps)} | {fvus} | dead {entry['dead']:.1%} | lr "
+                          f"{optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms | "
+                          f"{rate / 1e6:.2f}M rows/s")
+        # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
@@ -170,13 +201,15 @@ def train(model, windows, layers, args, folder, settings, make_sae=sta.TopKSAE):
 
 @torch.no_grad()
 def held_out_error(saes, held_rows):
-    """{fvu_key, fvu_val, dead}: means over the SAEs, on 2,048 held-out rows of each."""
-    found = {"fvu_key": [], "fvu_val": [], "dead": []}
-    for (layer, kind), sae in saes.items():
-        x = held_rows[layer, kind][:2048].float()
-        found[f"fvu_{kind[:3]}"].append(sta.fidelity(x, sae.decode(*sae.encode(x, sae.k)))["fvu"])
-        found["dead"].append(len(sae.dead()) / sae.n_latents)
-    return {name: sum(values) / len(values) for name, values in found.items()}
+    """{fvu: {name: mean over layers}, dead: mean over the SAEs}, on 2,048 held-out rows of each."""
+    fvus, dead = {}, []
+    for (layer, name), sae in saes.items():
+        x = held_rows[layer, name][:2048].float()
+        x_hat = sae.decode(*sae.encode(x, sae.k))
+        fvus.setdefault(name, []).append(sta.fidelity(x, x_hat)["fvu"])
+        dead.append(len(sae.dead()) / sae.n_latents)
+    return {"fvu": {name: sum(fvu) / len(fvu) for name, fvu in fvus.items()},
+            "dead": sum(dead) / len(dead)}
 
 # ------------------------------------------------------------------ several processes
 def join_processes():
@@ -231,37 +264,32 @@ def expect_same(path, then, now):
             raise sta.UsageError(f"{path} was trained with {name} = {then.get(name)}, not {value}; "
                                  "choose that, or another --out, or delete it")
 
-def check_folder(folder, layers, settings, resume):
+def check_folder(folder, sites, settings, resume):
     """True if this very run is finished there. Raises UsageError rather than overwrite."""
     unfinished = (folder / "unfinished.safetensors").exists()
     if unfinished and not resume:
         raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
                              "--out, or delete unfinished.safetensors")
-    paths = [folder / f"layer{layer}.{kind}" for layer in layers for kind in sta.KINDS]
+    paths = [folder / f"layer{layer}.{name}" for layer, name in sites]
     done = [path for path in paths if (path / "cfg.json").exists()]
     for path in done:
         expect_same(path, sta.load_sae(path)[1].get("settings", {}), settings)
     return len(done) == len(paths) and not unfinished
 
-def save_trained(folder, marks, saes, held_rows, settings, args):
+def save_trained(folder, marks, saes, held_rows, settings, args, variant):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
-    n_rows = len(next(iter(held_rows.values())))
-    print(f"held out ({n_rows:,} rows each; dead: fired by none of them)")
-    print("            cos_K  fvu_K dead_K |  cos_V  fvu_V dead_V")
-    for layer in sorted({layer for layer, _ in saes}):
-        line = []
-        for kind in sta.KINDS:
-            sae = saes[layer, kind]
-            point = sta.budget_curve(sae, held_rows[layer, kind].float(), [sae.k])[0]
-            line.append(f"  {point['cos']:.3f}  {point['fvu']:.3f} {100 * point['dead']:5.1f}%")
-            sta.save_sae(folder / f"layer{layer}.{kind}", sae, {
-                "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
-                "kind": kind, "held_out": point, "settings": settings})
-        print(f"layer {layer:3} {' |'.join(line)}")
+    print(f"held out ({len(next(iter(held_rows.values()))):,} rows each; dead: fired by none)")
+    for (layer, name), sae in saes.items():
+        point = sta.budget_curve(sae, held_rows[layer, name].float(), [sae.k])[0]
+        print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
+              f"{100 * point['dead']:5.1f}%")
+        sta.save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
+            "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
+            "kind": name, "held_out": point, "settings": settings})
     print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py --saes {folder}"
           + " --text HELD_OUT" * bool(args.text))
 
-def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
+def main(argv=None, variant=PerHead(), description=__doc__):
     args = parse_args(argv, description)
     sta.check_out(args.out)
     rank, n_ranks = join_processes()
@@ -282,13 +310,14 @@ def main(argv=None, make_sae=sta.TopKSAE, description=__doc__):
     settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],  # torch.
                  "processes": n_ranks, "text": args.text or "default",
                  "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    if check_folder(folder, layers, settings, args.resume):
+    sites = itertools.product(layers, variant.budgets(args, (1, 1)))
+    if check_folder(folder, sites, settings, args.resume):
         return print(f"{folder}: trained already with these settings; nothing to do")
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
-    saes, held_rows, log = train(model, windows, layers, args, folder, settings, make_sae)
+    saes, held_rows, log = train(model, windows, layers, args, folder, settings, variant)
     if rank == 0:
-        save_trained(folder, marks, saes, held_rows, settings, args)
+        save_trained(folder, marks, saes, held_rows, settings, args, variant)
         sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
             {"model": args.model, "settings": settings, "log": log}))
         (folder / "unfinished.safetensors").unlink(missing_ok=True)

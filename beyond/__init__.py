@@ -1,0 +1,91 @@
+"""What the commands of beyond/ share: the options, and how a run begins.
+
+Who may import whom is listed in README.md, and held by a test.
+"""
+import argparse
+import pathlib
+import types
+
+import evaluate
+import sta
+
+OPTIONS = {
+    "model": dict(help="short name, hub id or folder (default: that of the newest SAEs)"),
+    "saes": dict(type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)"),
+    "layer": dict(help="12, 0-7 or 3,9 (default all, or all that have SAEs)"),
+    "text": dict(help="UTF-8 file or hub data set (default: tiny's own, else WikiText)"),
+    "tokens": dict(type=int, help="of the text (default 122,880; tiny: 20,480)"),
+    "seq-len": dict(type=int, help="tokens per window (default: the model's limit, at most 512 to "
+                                   "fit, 2048 to measure)"),
+    "max-tokens": dict(type=int, default=131_072, help="of the text, at most (default 131,072)"),
+    "k-key": dict(type=int, default=8, help="atoms per key (default 8)"),
+    "k-val": dict(type=int, default=16, help="atoms per value (default 16)"),
+    "sink": dict(type=int, default=1, help="first tokens kept exact (default 1)"),
+    "seed": dict(type=int, default=0, help="(default 0)"),
+    "device": dict(help="cpu or cuda (default: cuda if any)"),
+    "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the model (default: float32 "
+                                                                   "on cpu, bfloat16 on cuda)"),
+    "out": dict(type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")}
+FIT = "model layer text tokens seq-len seed device dtype out"  # to --out, default saes
+LOOK = "model saes layer text seq-len max-tokens k-key k-val device dtype out"
+LEAST = {"tokens": 2, "max_tokens": 2, "k_key": 1, "k_val": 1, "sink": 0, "seed": 0, "recent": 0,
+         "new_tokens": 1, "limit": 1}
+
+def parse_args(doc, argv, names, **more):
+    """The shared options named, and more: {name: options of argparse}. Raises UsageError."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in names.split():
+        options = dict(OPTIONS[name])
+        if names == FIT and name in ("model", "out"):
+            options |= {"model": dict(default="tiny", help="short name, hub id or folder (default "
+                                                           "tiny)"),
+                        "out": OPTIONS["saes"]}[name]
+        parser.add_argument(f"--{name}", **options)
+    for name, options in more.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", **options)
+    args = parser.parse_args(argv)
+    for name, least in LEAST.items():
+        if getattr(args, name, None) is not None and getattr(args, name) < least:
+            raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
+                                 "or more")
+    return args
+
+def begin_fit(args, name):
+    """-> (model, tokenizer, layers, windows (n, T) of the text, the folder saes/<model>/<name>, the
+    settings that the fitted files are known by)."""
+    sta.check_out(args.out)
+    args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
+    model, tokenizer, layers = sta.load_model(
+        args.model, *sta.pick_device(args.device, args.dtype), args.layer or "all")
+    pieces = sta.read_text(args.text, "train", args.model)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
+    settings = {"text": args.text or "its own", "text_sha256": evaluate.sha256(windows),
+                "tokens": windows.numel(), "seed": args.seed}
+    return model, tokenizer, layers, windows, args.out / sta.slug(args.model) / name, settings
+
+def begin_look(args, ending):
+    """-> a namespace: model, tokenizer, name, folder of the SAEs, saes {(layer, kind): SAE}, layers,
+    windows (n, T) of the text, about (provenance), path of the result. Raises UsageError."""
+    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    if not has_saes:
+        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
+    sta.check_out(args.out)
+    model, tokenizer, layers = sta.load_model(
+        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
+    about = evaluate.provenance(model)
+    path = evaluate.result_path(args.out, name, about, ending)
+    saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
+    for option, kind in (("k_key", "key"), ("k_val", "value")):
+        most = min(sae.n_latents for (_, which), sae in saes.items() if which == kind)
+        if getattr(args, option) > most:
+            raise sta.UsageError(f"--{option.replace('_', '-')} {getattr(args, option)}: want 1 to "
+                                 f"n_latents = {most}")
+    pieces = sta.read_text(args.text, "valid", name)
+    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    about |= {"model": name, "text": args.text or "its own", "tokens": windows.numel(),
+              "text_sha256": evaluate.sha256(windows), "seq_len": windows.shape[1],
+              "settings": trained.get("settings")}
+    return types.SimpleNamespace(
+        model=model, tokenizer=tokenizer, name=name, folder=folder, saes=saes, path=path,
+        layers=sorted({layer for layer, _ in saes}), windows=windows, about=about)

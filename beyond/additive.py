@@ -1,27 +1,24 @@
-"""Additive codes: the keys and values of a layer as a sum of atoms, one byte an atom.
+"""Additive codes: the keys and values of a layer as a sum of atoms, at one byte per atom.
 
     python -m beyond.calibrate && python -m beyond.additive  # tiny: saes/tiny/additive/
-    python -m beyond.additive --model DIR --text T           # any model; a file a layer
+    python -m beyond.additive --model DIR                    # any model that is calibrated
     python evaluate.py --rows additive,rivals                # with SAEs or without
 
-A token's keys and values of all heads, side by side, are one vector x of P = 2 H D numbers: all are
-linear images of one hidden state. Along the axes W of the layer, y = (x - mean) W, in blocks of 16,
+The keys and values of all heads of a token, side by side, are one vector x of P = 2 H D numbers:
+all are linear images of one hidden state. Along the principal axes W of the layer, y = (x - mean) W
+is cut into blocks of 16 numbers, and each block is coded as
 
-    y_hat = C_1[b_1] + ... + C_S[b_S]     b_j one byte, C_j 256 atoms
+    y_hat = C_1[b_1] + ... + C_S[b_S]     b_j one byte, which names one of the 256 atoms in C_j
 
-A sparse code whose coefficients are all one: their bytes buy more atoms instead [residual
-quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. Axes: principal ones in the
-metric of the loss (beyond/calibrate.py), where an error counts in nats, in every layer. Atoms:
-residual k-means. Bytes: by greed, where one lowers held-out error most. Of blocks of 8 to 64 axes,
-16 are as good as 32 at half the memory, others worse. Coding: beam search. Non-goals: fine-tuning,
-an entropy coder.
+So this is a sparse code whose coefficients are all one; the bytes of coefficients buy more atoms
+instead [residual quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. The axes
+are those of the metric in which an error counts in nats (beyond/calibrate.py). The atoms of a
+stage come from k-means on what the stages before it leave. Bytes go one by one to the block, in
+any layer, where the next atom lowers the error on held-out rows most. Coding is a beam search.
+Blocks of 32 do as well at twice the memory, others worse. Non-goals: fine-tuning, an entropy coder.
 """
-import argparse
 import collections
-import hashlib
-import json
 import math
-import pathlib
 
 import safetensors.torch
 import torch
@@ -30,23 +27,12 @@ from tqdm import tqdm
 
 import evaluate
 import sta
-import train_sae
+from beyond import parse_args
+from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted, read_settings,
+                              side_by_side, write_fitted)
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16, of the rows
-
-# ------------------------------------------------------------------ axes
-def side_by_side(keys, values):
-    """Keys and values (..., H, D) -> x (..., P), float32."""
-    return torch.cat([keys.flatten(-2), values.flatten(-2)], -1).float()
-
-def principal_axes(x, metric):
-    """Rows x (N, P) -> mean (P,), W (P, P), W^-1: y = (x - mean) W has uncorrelated numbers,
-    strongest first, and the metric's lengths."""
-    mean, root = x.mean(0), torch.linalg.cholesky(metric.double())
-    centred = ((x - mean) @ root.float()).double()
-    axes = torch.linalg.eigh(centred.T @ centred).eigenvectors.flip(1)
-    return mean, (root @ axes).float(), (axes.T @ root.inverse()).float()
 
 # ------------------------------------------------------------------ atoms
 def k_means(x, generator):
@@ -99,16 +85,17 @@ def beam_search(y, atoms, beam=BEAM):
         at = parent.gather(1, at)
     return torch.cat(codes[::-1], 1), left[:, 0]
 
-def learn_layer(x, metric, n_stages, seed):
-    """Rows x (N, P) of one layer -> its tensors: mean (P,), W, inverse (P, P); of each block
-    atoms.<i> (S, 256, 16) and left.<i> (S + 1,), the error of held-out rows after 0 to S stages.
-    n_stages in all, one at a time for the block whose last one helped most. Raises UsageError at
-    fewer than 32 rows an atom."""
+def learn_layer(x, fitted, n_stages, seed):
+    """Rows x (N, P) of one layer, its mean, covariance and metric -> the tensors of its code: mean
+    (P,), W and inverse (P, P); for each block i that is coded, atoms.<i> (S, 256, 16) and left.<i>
+    (S + 1,), the error of held-out rows after 0 to S stages. The n_stages are learned one by one;
+    the next goes to the block whose last one helped most. Raises UsageError at fewer than 32 rows
+    per atom."""
     if len(x) < 32 * N_ATOMS:
-        raise sta.UsageError(f"--tokens: {len(x):,} rows, too few for {N_ATOMS} atoms; want "
-                             f"{32 * N_ATOMS:,} or more")
-    mean, W, inverse = principal_axes(x, metric)
-    left = list(((x - mean) @ W).split(BLOCK, 1))  # of each block what is not coded yet
+        raise sta.UsageError(f"a calibration of {len(x):,} tokens: too few for {N_ATOMS} atoms; run "
+                             f"python -m beyond.calibrate --tokens with {32 * N_ATOMS:,} or more")
+    mean, (_, W, inverse) = fitted["mean"], principal_axes(fitted["covariance"], fitted["metric"])
+    left = list(((x - mean) @ W.float()).split(BLOCK, 1))  # of each block what is not coded yet
     generator, n_held = torch.Generator().manual_seed(seed), len(x) // 10
     atoms = [[] for _ in left]
     errors = [[part[:n_held].square().sum(-1).mean()] for part in left]
@@ -120,10 +107,10 @@ def learn_layer(x, metric, n_stages, seed):
         atoms[i].append(stage)
         errors[i].append(left[i][:n_held].square().sum(-1).mean())
         gains[i] = (errors[i][-2] - errors[i][-1]).item()
-    found = {"mean": mean, "W": W, "inverse": inverse}
+    learned = {"mean": mean, "W": W, "inverse": inverse}
     for i in (i for i, stages in enumerate(atoms) if stages):
-        found |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
-    return found
+        learned |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
+    return learned
 
 # ------------------------------------------------------------------ the codec
 class Additive:
@@ -155,7 +142,7 @@ class Additive:
                 codes[:, at:at + len(atoms)] + first, atoms.flatten(0, 1), mode="sum")
             at += len(atoms)
         x = y @ self.inverse + self.mean  # (N, P)
-        return x.view(*stored[0].shape[:-1], 2, *self.shape).unbind(-3)
+        return apart(x.view(*stored[0].shape[:-1], -1), self.shape)
 
 def share_out(curves, n_bytes):
     """{(layer, block): errors after 0, 1, ... stages} -> {(layer, block): stages}, n_bytes in all,
@@ -167,82 +154,55 @@ def share_out(curves, n_bytes):
                              "learn more: python -m beyond.additive --most")
     return collections.Counter(place for _, place in sorted(gains, reverse=True)[:n_bytes])
 
-# ------------------------------------------------------------------ files, rows
-def read(folder, model, layer):
-    """(tensors, settings) of a layer in saes/<model>/additive or .../calibration."""
-    path = folder / f"layer{layer}.safetensors"
-    with sta.explain(f"{path}: missing or corrupt; delete it and run python -m "
-                     f"beyond.{'additive' if folder.name == 'additive' else 'calibrate'}"):
-        with safetensors.safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            marks = json.loads(file.metadata()["marks"])
-            settings = json.loads(file.metadata()["settings"])
-    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
-        raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
-    return tensors, settings
-
+# ------------------------------------------------------------------ the rows, and the run
 def rows(model, tokenizer, saes, args, before):
-    """For evaluate.py: [Row]."""
-    config, learned, curves, found = model.get_decoder().config, {}, {}, []
+    """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
+    config, learned, curves, made = model.get_decoder().config, {}, {}, []
     shape, folder = sta.kv_shape(config), evaluate.find_fitted(args.saes, args.model)[0]
     folder = folder / "additive"
     for layer in evaluate.coded_layers(model, saes, args):
-        tensors, settings = read(folder, model, layer)
-        learned[layer] = {key: x.to(model.device) for key, x in tensors.items()}
-        curves |= {(layer, int(key[5:])): x for key, x in tensors.items() if key[:5] == "left."}
-    for share in (share for share in SHARES if share <= settings["most"]):
-        stages = share_out(curves, round(share * len(learned) * 4 * math.prod(shape)))
-        codecs = {layer: Additive(tensors, {i: stages[layer, i] for of, i in curves if of == layer},
-                                  shape) for layer, tensors in learned.items()}
+        learned[layer] = read_fitted(folder, model, layer)
+        curves |= {(layer, int(name[5:])): left.cpu() for name, left in learned[layer].items()
+                   if name.startswith("left.")}
+    settings, n_learned = read_settings(folder), sum(len(left) - 1 for left in curves.values())
+    for share in SHARES:
+        n_bytes = int(share * 4 * math.prod(shape) * len(learned))
+        if n_bytes > n_learned:
+            print(f"additive {100 * share:g}: left out; for more: python -m beyond.additive --most")
+            continue
+        stages = share_out(curves, n_bytes)
+        codecs = {layer: Additive(tensors, {block: n for (at, block), n in stages.items()
+                                            if at == layer}, shape)
+                  for layer, tensors in learned.items()}
         once = sum(x.nbytes for codec in codecs.values() for x in codec.kept)
-        found.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
-                                  method="additive"))
-    return found
+        made.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
+                                 method="additive", settings=settings))
+    return made
 
-# ------------------------------------------------------------------ the run
 @torch.no_grad()
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
-    add("--layer", default="all", help="layers: all, 12, 0-7, 3,9 (default all)")
-    add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-103)")
-    add("--tokens", type=int, help="of it (default 122,880; tiny: 20,480)")
-    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
-    add("--most", type=float, default=0.25, help="largest share of bf16 to learn for (default .25)")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or auto (default: cuda if any)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
-    add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
-    args = parser.parse_args(argv)
-    args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
-    sta.check_out(args.out)
-    model, tokenizer, layers = sta.load_model(
-        args.model, *sta.pick_device(args.device, args.dtype), args.layer)
-    pieces = sta.read_text(args.text, "train", args.model)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens)
+    args = parse_args(__doc__, argv, "model saes layer seed device dtype", most=dict(
+        type=float, default=0.25, help="largest share of bf16 to learn for (default 0.25)"))
+    if not 0 < args.most <= 1:
+        raise sta.UsageError(f"--most {args.most}: want a share above 0, at most 1")
+    sta.check_out(args.saes)
+    name = args.model or evaluate.find_fitted(args.saes, None)[2] or "tiny"
+    folder = evaluate.find_fitted(args.saes, name)[0] / "additive"
+    calibration = folder.with_name("calibration")
+    settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most}
+    model, _, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
+                                      args.layer or "all")
+    fitted = {layer: read_fitted(calibration, model, layer) for layer in layers}
+    keep_settings(folder, settings)
+    windows = safetensors.torch.load_file(calibration / "windows.safetensors")["ids"]
     n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
-    folder = args.out / sta.slug(args.model) / "additive"
-    calibration = {layer: read(folder.with_name("calibration"), model, layer) for layer in layers}
-    settings = {"tokens": windows.numel(), "seed": args.seed, "most": args.most,
-                "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12],
-                "calibration": calibration[layers[0]][1]}
-    path = {layer: folder / f"layer{layer}.safetensors" for layer in layers}
-    todo = [layer for layer in layers if not path[layer].exists()]
-    for layer in set(layers) - set(todo):
-        train_sae.expect_same(path[layer], read(folder, model, layer)[1], settings)
-    print(f"{args.model}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
-    rows = sta.harvest(model, windows, todo) if todo else {}
+    todo = [layer for layer in layers if not (folder / f"layer{layer}.safetensors").exists()]
+    print(f"{name}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
+    vectors = sta.harvest(model, windows, todo) if todo else {}
     for layer in tqdm(todo, desc="layers", disable=None):
-        x = side_by_side(rows.pop((layer, "key")), rows.pop((layer, "value")))
-        metric = calibration[layer][0]["metric"].to(x.device)
-        learned = learn_layer(x, metric, n_stages, args.seed)
-        sta.write_atomic(path[layer], safetensors.torch.save(
-            {name: tensor.cpu() for name, tensor in learned.items()},
-            {"marks": json.dumps(sta.model_marks(model, [layer])),
-             "settings": json.dumps(settings)}))
-    print(f"{folder} is complete; next: python evaluate.py --rows additive --model {args.model}")
+        x = side_by_side(vectors.pop((layer, "key")), vectors.pop((layer, "value")))
+        write_fitted(folder, model, layer, learn_layer(x, fitted[layer], n_stages, args.seed))
+    print(f"{folder} is complete; next: python evaluate.py --rows additive --model {name}")
 
 if __name__ == "__main__":
     sta.run(main)

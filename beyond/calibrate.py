@@ -1,26 +1,27 @@
 """What the keys and values of a layer are like, and what an error in them costs the model.
 
     python -m beyond.calibrate                            # tiny: saes/tiny/calibration/
-    python -m beyond.calibrate --model DIR --text T       # any model; a file a layer
-    python -m beyond.additive --model DIR --text T        # codes that start from it
+    python -m beyond.calibrate --model DIR --text T --own 0.33
+    python -m beyond.additive --model DIR                 # codes that start from it
     python evaluate.py --rows rivals                      # and quantisers that do
 
-A token's keys (before RoPE) and values of all heads, side by side, are one vector x of P = 2 H D
-numbers. Of one text, for each layer:
+The keys (before RoPE) and the values of all heads of a token, side by side, are one vector x of
+P = 2 H D numbers. For each layer, from one text:
 
     mean (P,) and covariance (P, P) of x
     metric A (P, P):  A = 0.45 G + 0.05 B,  G = E[g g^T]: an error e costs about e^T A e nats
 
-g is the gradient of the loss to x at targets drawn from the model's own predictions: G is Fisher's
-information, e^T G e / 2 the KL divergence of the model with e from that without, to second order.
-B, plain squared error (of keys and of values, each in its mean cost), is there because G comes from
-a finite text. Of shares of G from 0.2 to 0.95, 0.8 to 0.95 were best on other windows of the text.
-The idea is that of Fisher pruning [arXiv 1801.05787]. Non-goal: G across tokens or layers.
+g is the gradient of the loss to x, at targets drawn from the model's own predictions. So G is
+Fisher's information: e^T G e / 2 is the KL divergence that an error e causes, to second order. B is
+plain squared error, in units in which it costs as much on average; it is there because G comes
+from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the text. The idea is
+that of Fisher pruning [arXiv 1801.05787].
+
+Codes that are fitted on one kind of text do not carry over to another. So --own mixes samples of
+the model itself into the text: they are of all the kinds that it was trained on [LLM-QAT, arXiv
+2305.17888]. Non-goal: G across tokens or layers.
 """
-import argparse
-import hashlib
 import json
-import pathlib
 
 import safetensors.torch
 import torch
@@ -28,8 +29,20 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
+import train_sae
+from beyond import FIT, begin_fit, parse_args
 
 FISHER = 0.9  # the share of G in the metric
+SAMPLES = 64  # drawn at once
+
+# ------------------------------------------------------------------ what a layer is like
+def side_by_side(keys, values):
+    """Keys and values (..., H, D) -> x (..., P), float32."""
+    return torch.cat([keys.flatten(-2), values.flatten(-2)], -1).float()
+
+def apart(x, shape):
+    """x (..., P) -> keys and values (..., H, D); shape: (n_kv_heads, head_dim)."""
+    return x.unflatten(-1, (2, *shape)).unbind(-3)
 
 def draw(logits, generator):
     """One token of each row's distribution: logits (T, V) -> (T,)."""
@@ -37,77 +50,128 @@ def draw(logits, generator):
     u = torch.rand(len(p), 1, generator=generator).to(p.device)
     return (p < u * p[:, -1:]).sum(-1)
 
+class Probe:
+    """A codec that adds zero: an error to which the loss has a gradient."""
+
+    def roundtrip(self, keys, values, live):
+        self.x = side_by_side(keys[live], values[live])  # (live tokens, P)
+        self.error = torch.zeros_like(self.x, requires_grad=True)
+        errors = apart(self.error, keys.shape[2:])
+        return [x.index_put((live,), x[live] + error) for x, error in zip((keys, values), errors)]
+
 def statistics(model, windows, layers, sink=1, seed=0):
     """Windows (n, T) of token ids -> {layer: (mean (P,), covariance (P, P), G (P, P))}, float64,
     of all tokens but the first `sink` of each window."""
-    total, n, generator = {}, 0, torch.Generator().manual_seed(seed)
-    x, error = {}, {}  # of one window, by layer
-
-    class Probe:
-        """A codec that adds zero: an error to which the loss has a gradient."""
-        def __init__(self, layer):
-            self.layer = layer
-
-        def roundtrip(self, keys, values, live):
-            rows = torch.cat([keys[live].flatten(1), values[live].flatten(1)], 1)  # (T - sink, P)
-            x[self.layer], error[self.layer] = rows, torch.zeros_like(rows, requires_grad=True)
-            parts = error[self.layer].unflatten(1, (2, *keys.shape[2:])).unbind(1)
-            return [kind.index_put((live,), kind[live] + part)
-                    for kind, part in zip((keys, values), parts)]
-
-    with sta.reconstruct(model, {layer: Probe(layer) for layer in layers}, sink):
+    sums, centres, n_tokens = {}, {}, 0
+    generator, probes = torch.Generator().manual_seed(seed), {layer: Probe() for layer in layers}
+    with sta.reconstruct(model, probes, sink):
         for ids in tqdm(windows, desc="calibrating", disable=None):
             with torch.enable_grad():
                 logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
                 targets = draw(logits.detach(), generator)
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-                grads = torch.autograd.grad(loss, [error[layer] for layer in layers])
-            for layer, g in zip(layers, grads):
-                rows = x[layer].detach()
-                new = rows.sum(0), rows.T @ rows, g.T @ g
-                old = total.get(layer, (0, 0, 0))
-                total[layer] = [a + b.double() for a, b in zip(old, new)]
-            n += len(rows)
-    return {layer: (mean / n, square / n - (mean / n).outer(mean / n), G / n)
-            for layer, (mean, square, G) in total.items()}
+                grads = torch.autograd.grad(loss, [probe.error for probe in probes.values()])
+            for (layer, probe), g in zip(probes.items(), grads):
+                x = probe.x.detach()
+                # about the first window's mean, where float32 does not lose the spread
+                x = x - centres.setdefault(layer, x.mean(0))
+                new = x.sum(0), x.T @ x, g.T @ g
+                sums[layer] = [a + b.double() for a, b in zip(sums.get(layer, (0, 0, 0)), new)]
+            n_tokens += len(x)
+    found = {}
+    for layer, (total, square, G) in sums.items():
+        mean = total / n_tokens
+        covariance = square / n_tokens - mean.outer(mean)
+        found[layer] = mean + centres[layer].double(), covariance, G / n_tokens
+    return found
 
 def metric(G):
     """A (P, P) of G: an error e costs about e^T A e nats."""
     plain = torch.cat([part.mean().expand_as(part) for part in G.diagonal().chunk(2)])
     return (FISHER * G + (1 - FISHER) * plain.diag()) / 2
 
+def principal_axes(covariance, metric):
+    """-> (variances (P,), W (P, P), W^-1), float64: y = (x - mean) W has uncorrelated numbers of
+    these variances, strongest first, and an error in y has the square length that the metric gives
+    it in x."""
+    root = torch.linalg.cholesky(metric.double())
+    variances, axes = torch.linalg.eigh(root.T @ covariance.double() @ root)
+    axes = axes.flip(1)
+    return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
+
+# ------------------------------------------------------------------ the model's own text
+@torch.no_grad()
+def own_windows(model, tokenizer, n, length):
+    """Windows (n, length) that the model writes, by torch's global generator: BOS if it has one, a
+    token drawn from the whole vocabulary, and what the model makes of that at temperature 1."""
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    windows = []
+    for first in tqdm(ordinary[torch.randint(len(ordinary), (n,))].split(SAMPLES), desc="samples",
+                      disable=None):
+        ids = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(first), -1),
+                         first[:, None]], 1).to(model.device)  # (B, 1 or 2)
+        n_new = length - ids.shape[1]
+        windows.append(model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
+            top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=n_new,
+            min_new_tokens=n_new, pad_token_id=0).cpu())
+    return torch.cat(windows)
+
+def mix(windows, own):
+    """Both kinds of windows, each spread evenly over the whole."""
+    places = [torch.arange(len(part)).add(0.5) / len(part) for part in (windows, own)]
+    return torch.cat([windows, own])[torch.cat(places).argsort(stable=True)]
+
+# ------------------------------------------------------------------ fitted files
+def keep_settings(folder, settings):
+    """Note what the folder's files are fitted with. Raises UsageError if others are there."""
+    path = folder / "settings.json"
+    if path.exists():
+        with sta.explain(f"{path}: corrupt; delete the folder"):
+            there = json.loads(path.read_text())
+        train_sae.expect_same(folder, there, settings)
+    sta.write_atomic(path, json.dumps(settings, indent=1) + "\n")
+
+def write_fitted(folder, model, layer, tensors):
+    sta.write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
+        {name: x.float().cpu().contiguous() for name, x in tensors.items()},
+        {"marks": json.dumps(sta.model_marks(model, [layer]))}))
+
+def read_fitted(folder, model, layer):
+    """The tensors of a layer in saes/<model>/<calibration or additive>, on the model's device."""
+    path = folder / f"layer{layer}.safetensors"
+    command = {"calibration": "calibrate"}.get(folder.name, folder.name)
+    with sta.explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
+        with safetensors.safe_open(path, "pt", device=str(model.device)) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            marks = json.loads(file.metadata()["marks"])
+    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
+        raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
+    return tensors
+
+def read_settings(folder):
+    with sta.explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
+        return json.loads((folder / "settings.json").read_text())
+
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--model", default="tiny", help="short name, hub id or folder (default tiny)")
-    add("--layer", default="all", help="layers: all, 12, 0-7, 3,9 (default all)")
-    add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-103)")
-    add("--tokens", type=int, help="of it (default 122,880; tiny: 20,480)")
-    add("--seq-len", type=int, help="tokens a window (default 512, or the model's limit)")
-    add("--seed", type=int, default=0)
-    add("--device", help="cpu, cuda or auto (default: cuda if any)")
-    add("--dtype", choices=["float32", "bfloat16", "float16"], help="of the model")
-    add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
-    args = parser.parse_args(argv)
-    args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
-    sta.check_out(args.out)
-    model, tokenizer, layers = sta.load_model(
-        args.model, *sta.pick_device(args.device, args.dtype), args.layer)
-    pieces = sta.read_text(args.text, "train", args.model)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens)
-    settings = {"tokens": windows.numel(), "seed": args.seed,
-                "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
-    found = statistics(model, windows, layers, seed=args.seed)
-    folder = args.out / sta.slug(args.model) / "calibration"
-    for layer, (mean, covariance, G) in found.items():
+    args = parse_args(__doc__, argv, FIT, own=dict(
+        type=float, default=0.0, help="share of the tokens that the model writes (default 0)"))
+    if not 0 <= args.own < 1:
+        raise sta.UsageError(f"--own {args.own}: want a share of at least 0, below 1")
+    model, tokenizer, layers, windows, folder, settings = begin_fit(args, "calibration")
+    keep_settings(folder, {**settings, "own": args.own})
+    n_own = round(args.own * len(windows))
+    if n_own:
+        torch.manual_seed(args.seed)
+        windows = mix(windows[:len(windows) - n_own],
+                      own_windows(model, tokenizer, n_own, windows.shape[1]))
+    sta.write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
+    for layer, (mean, covariance, G) in statistics(model, windows, layers, seed=args.seed).items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise sta.UsageError(f"layer {layer}: a gradient is not finite; use --dtype float32")
-        sta.write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
-            {name: tensor.float().cpu() for name, tensor in tensors.items()},
-            {"marks": json.dumps(sta.model_marks(model, [layer])),
-             "settings": json.dumps(settings)}))
+        write_fitted(folder, model, layer, tensors)
     print(f"{folder}: {len(layers)} layers, {windows.numel():,} tokens; next: python -m "
           f"beyond.additive --model {args.model}, or evaluate.py --rows rivals")
 

@@ -2,30 +2,30 @@
 
     python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
 
-grouped    KIVI [arXiv 2402.02750] at 2, 3 and 4 bits, group 32, and 2 bits, group 128: each group
-           to even steps between its extremes, kept as fp16 minimum and step; keys in groups of
-           tokens of one channel, values of channels of one token. Keys before RoPE, kinder than
-           KIVI's own [arXiv 2401.18079]. Simulated: rounded, then computed with.
-rotated    the idea of TurboQuant [arXiv 2504.19874], at 1, 2 and 3 bits: a head's key or value,
-           less its mean, by a fixed random rotation; an fp16 norm, Lloyd-Max levels of a Gaussian.
-transform  the idea of KVTC [arXiv 2511.01815]: principal axes, each in 0 to 8 bits by greed on what
-           they save, Lloyd-Max levels. Of a head's key or value, or of a layer, all heads together;
-           plain: squared error, equal bits everywhere; loss: what an error costs the model, bits
-           wherever they save most. KVTC's entropy coder would save 4 to 6 % at 2 to 3 bits.
+grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to even
+           steps between its extremes, of which the minimum and the step are kept in fp16. Keys are
+           grouped over tokens of one channel, values over channels of one token. The keys are those
+           before RoPE, which is kinder than KIVI's own [arXiv 2401.18079]. It is simulated:
+           rounded, then computed with.
+rotated    the idea of TurboQuant [arXiv 2504.19874] at 1, 2 and 3 bits: a head's key or value, less
+           its mean, is turned by a fixed random rotation; kept are an fp16 norm and, for each
+           number, its level of those that suit a Gaussian best (Lloyd-Max).
+transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads of a token along
+           their principal axes, in the metric of beyond/calibrate.py. Each axis of each layer gets
+           0 to 8 bits, one by one where the next bit saves most, and Lloyd-Max levels. KVTC's
+           entropy coder, left out here, would save 4 to 6 % at 2 to 3 bits.
+
 All are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
-import argparse
 import functools
-import itertools
-import json
 import math
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 
 import evaluate
 import sta
+from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
@@ -54,17 +54,14 @@ class Grouped:
 
     def __init__(self, shape, bits, group):
         """shape: (n_kv_heads, head_dim)."""
-        self.bits, self.group = bits, group
-        self.bytes_per_token = grouped_bytes(*shape, bits, group)
+        self.bits, self.group, (n_kv_heads, head_dim) = bits, group, shape
+        per_key = head_dim * (bits / 8 + 4 / group)  # an fp16 minimum and step for each group
+        per_value = head_dim * bits / 8 + 4 * math.ceil(head_dim / group)
+        self.bytes_per_token = n_kv_heads * (per_key + per_value)
 
     def roundtrip(self, keys, values, live):
         return (quantise(keys, live, "key", self.bits, self.group),
                 quantise(values, live, "value", self.bits, self.group))
-
-def grouped_bytes(n_kv_heads, head_dim, bits, group):
-    """Bytes a token of one layer: the levels, and an fp16 minimum and step a group."""
-    per_key = head_dim * (bits / 8 + 4 / group)
-    return n_kv_heads * (per_key + head_dim * bits / 8 + 4 * math.ceil(head_dim / group))
 
 # ------------------------------------------------------------------ levels for a Gaussian
 @functools.cache
@@ -88,14 +85,14 @@ class Levels:
         self.number = torch.arange(n, device=device).repeat_interleave(bits)  # of each bit
         first = bits.cumsum(0) - bits
         self.place = torch.arange(len(self.number), device=device) - first[self.number]
-        self.groups = [((bits == b).nonzero()[:, 0], lloyd_max(b)[0].float().to(device))
+        self.tables = [((bits == b).nonzero()[:, 0], lloyd_max(b)[0].float().to(device))
                        for b in bits.unique().tolist() if b]
 
     def encode(self, y):
         levels = torch.zeros_like(y, dtype=torch.uint8)
-        for some, table in self.groups:
+        for numbers, table in self.tables:
             edges = (table[1:] + table[:-1]) / 2
-            levels[..., some] = torch.bucketize(y[..., some], edges).to(torch.uint8)
+            levels[..., numbers] = torch.bucketize(y[..., numbers], edges).to(torch.uint8)
         ones = levels[..., self.number] >> self.place.to(torch.uint8) & 1
         ones = F.pad(ones, (0, -len(self.number) % 8)).unflatten(-1, (-1, 8))  # (..., m, 8)
         return (ones << self.powers).sum(-1, dtype=torch.uint8)
@@ -106,8 +103,8 @@ class Levels:
                              device=packed.device)
         levels.index_add_(-1, self.number, ones.int() << self.place.int())
         y = torch.zeros_like(levels, dtype=torch.float32)
-        for some, table in self.groups:
-            y[..., some] = table[levels[..., some]]
+        for numbers, table in self.tables:
+            y[..., numbers] = table[levels[..., numbers]]
         return y
 
 class Rotated:
@@ -132,16 +129,8 @@ class Rotated:
         return (y @ self.turn.T + self.mean).unbind(-3)
 
 # ------------------------------------------------------------------ transform
-def principal_axes(covariance, metric):
-    """(variances (P,), W (P, P), W^-1): y = x W has uncorrelated numbers of these variances, and
-    an error in y has the square length that the metric gives it in x. Strongest first."""
-    root = torch.linalg.cholesky(metric)
-    variances, axes = torch.linalg.eigh(root.T @ covariance @ root)
-    axes = axes.flip(1)
-    return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
-
 def allocate(variances, n_bits):
-    """Numbers of these variances (any shape) -> bits of each, 0 to 8: n_bits by greed, each where
+    """Numbers of these variances (any shape) -> bits of each, 0 to 8: n_bits one by one, each where
     it lowers the summed squared error most [reverse water-filling]."""
     left = torch.tensor([1.0] + [lloyd_max(b)[1] for b in range(1, 9)], dtype=torch.float64)
     gains = variances.cpu()[..., None] * -left.diff()  # falling with every further bit
@@ -153,82 +142,45 @@ class Transform:
     """A codec of one layer: a token's P numbers along axes, each in its number of bits."""
 
     def __init__(self, shape, mean, variances, W, inverse, bits):
-        kept = bits.to(mean.device) > 0
-        spread = variances[kept].sqrt()
-        self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[kept])
-        self.W = (W[:, kept] / spread).float()  # (P, axes kept)
-        self.inverse = (spread[:, None] * inverse[kept]).float()
+        """shape: (n_kv_heads, head_dim); then what `principal_axes` and `allocate` return."""
+        used = bits.to(mean.device) > 0
+        spread = variances[used].sqrt()
+        self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[used])
+        self.W = (W[:, used] / spread).float()  # (P, axes in use)
+        self.inverse = (spread[:, None] * inverse[used]).float()
 
     def encode(self, keys, values):
-        x = torch.cat([keys.flatten(-2), values.flatten(-2)], -1)  # (..., P)
-        return (self.levels.encode((x - self.mean) @ self.W),)
+        return (self.levels.encode((side_by_side(keys, values) - self.mean) @ self.W),)
 
     def decode(self, stored):
-        x = self.levels.decode(stored[0]) @ self.inverse + self.mean  # (..., P)
-        return x.unflatten(-1, (2, *self.shape)).unbind(-3)
-
-def transforms(fitted, shape, unit, metric):
-    """A function share -> {layer: Transform}; unit "head" or "layer", metric "plain" or "loss"."""
-    P, axes = 2 * math.prod(shape), {}
-    size = shape[1] if unit == "head" else P
-    for layer, found in fitted.items():
-        covariance = found["covariance"].double()
-        A = found["metric"].double() if metric == "loss" else torch.eye(P).to(covariance)
-        variances, W, inverse = zip(*(principal_axes(
-            covariance[i:i + size, i:i + size], A[i:i + size, i:i + size])
-            for i in range(0, P, size)))
-        axes[layer] = torch.cat(variances), torch.block_diag(*W), torch.block_diag(*inverse)
-
-    def at(share):
-        variances = torch.stack([found[0] for found in axes.values()])  # (layers, P)
-        sites = variances.view(1, -1) if metric == "loss" else variances.view(-1, size)
-        n_bits = int(share * 16 * sites.shape[1])
-        bits = torch.stack([allocate(site, n_bits) for site in sites]).view(variances.shape)
-        return {layer: Transform(shape, fitted[layer]["mean"], *found, some)
-                for (layer, found), some in zip(axes.items(), bits)}
-    return at
+        return apart(self.levels.decode(stored[0]) @ self.inverse + self.mean, self.shape)
 
 # ------------------------------------------------------------------ the rows
-def read(path, model, layer):
-    """{mean, covariance, metric} of a layer of the model."""
-    device = model.device
-    with sta.explain(f"{path}: missing or corrupt; run python -m beyond.calibrate"):
-        with safetensors.safe_open(path, "pt", device=str(device)) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-            marks = json.loads(file.metadata()["marks"])
-    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
-        raise sta.UsageError(f"{path}: of another model; choose another --saes")
-    return tensors
-
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    config = model.get_decoder().config
-    shape, layers = sta.kv_shape(config), evaluate.coded_layers(model, saes, args)
-    found = []
-    for bits, group in ((2, 32), (3, 32), (4, 32), (2, 128)):
-        codecs = dict.fromkeys(layers, Grouped(shape, bits, group))
-        found.append(evaluate.Row(f"grouped {bits} bits, {group}", codecs,
-                                  method=f"grouped {group}"))
+    shape = sta.kv_shape(model.get_decoder().config)
+    layers = evaluate.coded_layers(model, saes, args)
     folder = evaluate.find_fitted(args.saes, args.model)[0] / "calibration"
-    fitted = {layer: read(folder / f"layer{layer}.safetensors", model, layer) for layer in layers}
+    fitted = {layer: read_fitted(folder, model, layer) for layer in layers}
+    settings, made = read_settings(folder), []
+    for bits in (2, 3):
+        codecs = dict.fromkeys(layers, Grouped(shape, bits, 32))
+        made.append(evaluate.Row(f"grouped {bits} bits", codecs, method="grouped"))
     for bits in (1, 2, 3):
-        found.append(evaluate.Row(f"rotated {bits} bits", {
-            layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers},
-            once_bytes=len(layers) * 8 * math.prod(shape), method="rotated"))
-    for unit, metric in itertools.product(("head", "layer"), ("plain", "loss")):
-        at = transforms(fitted, shape, unit, metric)
-        for share in SHARES:
-            codecs, name = at(share), f"transform {unit} {metric}"
-            once = sum(x.nbytes for codec in codecs.values()
-                       for x in (codec.mean, codec.W, codec.inverse))
-            found.append(evaluate.Row(f"{name} {100 * share:g}", codecs, once_bytes=once,
-                                      method=name))
-    return found
-
-def main(argv=None):
-    argparse.ArgumentParser(description=__doc__,
-                            formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
-    raise sta.UsageError("this file adds rows to a table; run: python evaluate.py --rows rivals")
-
-if __name__ == "__main__":
-    sta.run(main)
+        codecs = {layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers}
+        made.append(evaluate.Row(f"rotated {bits} bits", codecs, method="rotated",
+                                 once_bytes=len(layers) * 8 * math.prod(shape)))
+    axes = {layer: principal_axes(fitted[layer]["covariance"], fitted[layer]["metric"])
+            for layer in layers}
+    variances = torch.stack([axes[layer][0] for layer in layers])  # (layers, P)
+    for share in SHARES:
+        bits = allocate(variances, int(share * 16 * variances.numel()))
+        codecs = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], layer_bits)
+                  for layer, layer_bits in zip(layers, bits)}
+        once = sum(x.nbytes for codec in codecs.values()
+                   for x in (codec.mean, codec.W, codec.inverse))
+        made.append(evaluate.Row(f"transform {100 * share:g}", codecs, once_bytes=once,
+                                 method="transform"))
+    for row in made:
+        row.settings = settings
+    return made

@@ -1,0 +1,209 @@
+"""The same atoms, chosen or shaped otherwise: search, one SAE per layer, an L1 penalty.
+
+    python evaluate.py --rows variants                 # search; and those of the others that exist
+    python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
+    python -m beyond.variants --what l1                # tiny: saes/l1/tiny/; options of train_sae.py
+
+search     The encoder's one pass only guesses which atoms to use. Orthogonal matching pursuit [for
+           KV caches: Lexico, arXiv 2412.08890] takes k times the atom most in line with what is
+           left, and then solves for all coefficients at once, by least squares. The dictionary, the
+           bytes and the decoder are those of the dual budget; coefficients may be negative, and the
+           first j atoms are not the code at budget j.
+layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
+           units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
+           shared out between keys and values as each token needs.
+l1         A ReLU autoencoder with an L1 penalty, which follows the number of active latents until
+           that is the SAE's k on average: the rival of the paper's first claim.
+Non-goals: search among the atoms of a layer's SAE.
+"""
+import argparse
+import pathlib
+
+import torch
+import torch.nn.functional as F
+
+import evaluate
+import sta
+import train_sae
+from beyond.calibrate import apart, side_by_side
+
+# ------------------------------------------------------------------ search
+@torch.no_grad()
+def pursue(sae, x, k):
+    """TopKSAE.encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, and idx."""
+    target = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
+    n_rows = max(1, 2**21 // sae.n_latents)  # whose products with all atoms stay in cache
+    codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(n_rows)]
+    z, idx = (torch.cat(parts).view(*x.shape[:-1], k) for parts in zip(*codes))
+    return z, idx
+
+def pick_atoms(target, atoms, k):
+    """target (N, D), unit atoms (M, D) -> coefficients (N, k) of the chosen atoms idx (N, k)."""
+    rest, picks = target, []
+    span = target.new_empty(len(target), k, target.shape[1])  # the chosen, made orthonormal
+    for j in range(k):
+        picks.append((rest @ atoms.T).abs_().max(-1).indices)
+        atom, known = atoms[picks[-1]], span[:, :j]  # (N, D), (N, j, D)
+        atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]
+        span[:, j] = F.normalize(atom, dim=-1)
+        rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
+    idx = torch.stack(picks, -1)
+    chosen = atoms[idx]  # (N, k, D)
+    gram = chosen @ chosen.mT + 1e-6 * torch.eye(k, device=target.device)
+    z = torch.linalg.solve(gram, chosen @ target[..., None])[..., 0]
+    # atoms that are nearly alike may get large coefficients that cancel; fp16 ends at 65,504
+    return z.clamp(-65_504, 65_504), idx
+
+class Searched(sta.DualBudget):
+    """The dual budget with searched codes; decoding is the same."""
+
+    def encode(self, keys, values):
+        z_key, idx_key = pursue(self.key_sae, keys, self.budget.k_key)  # (..., H, k_key)
+        z_val, idx_val = pursue(self.value_sae, values, self.budget.k_val)
+        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
+                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+
+# ------------------------------------------------------------------ one SAE per layer
+class PerLayer:
+    """A variant of train_sae.py: rows are keys and values of all heads, in units of their spread."""
+
+    def __init__(self):
+        self.spreads = {}  # {layer: (P,)}, of the first rows that are read
+
+    def make_sae(self, dim, n_latents, k, generator=None):
+        return sta.TopKSAE(dim, n_latents, k, generator)
+
+    def budgets(self, args, shape):
+        k = shape[0] * (args.k_key + args.k_val)
+        if k > args.n_latents:
+            raise sta.UsageError(f"--n-latents {args.n_latents}: want {k} = n_kv_heads (k_key + "
+                                 "k_val) or more")
+        return {"layer": (2 * shape[0] * shape[1], k)}
+
+    def rows(self, layer, keys, values):
+        x = side_by_side(keys, values)  # (tokens, P)
+        if layer not in self.spreads:
+            variance = (x - x.mean(0)).square().mean(0)  # (P,)
+            self.spreads[layer] = torch.cat([part.mean().sqrt().expand_as(part)
+                                             for part in variance.chunk(2)])
+        return {"layer": x / self.spreads[layer]}
+
+    @torch.no_grad()
+    def finish(self, layer, sae):
+        """The SAE of rows x / spread becomes that of rows x; its atoms are no unit vectors then."""
+        sae.W_enc /= self.spreads[layer][:, None]
+        sae.W_dec *= self.spreads[layer]
+        sae.b_dec *= self.spreads[layer]
+        return sae.requires_grad_(False)
+
+class LayerBudget:
+    """A codec of one layer: k atoms of one SAE for the keys and values of all heads."""
+
+    def __init__(self, sae, k, shape):
+        """shape: (n_kv_heads, head_dim)."""
+        self.sae, self.k, self.shape = sae, k, shape
+
+    def encode(self, keys, values):
+        """-> coefficients fp16 and indices int16, (..., k) each."""
+        z, idx = self.sae.encode(side_by_side(keys, values), self.k)
+        return z.half(), idx.short()
+
+    def decode(self, stored):
+        return apart(self.sae.decode(stored[0].float(), stored[1].int()), self.shape)
+
+# ------------------------------------------------------------------ L1
+class L1SAE(sta.TopKSAE):
+    """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
+
+    def __init__(self, head_dim, n_latents, k, generator=None):
+        super().__init__(head_dim, n_latents, k, generator)
+        self.register_buffer("l1_weight", torch.tensor(0.05))
+
+    def loss(self, x, k):
+        """As TopKSAE.loss; k is not used, but the SAE's own."""
+        target = x / self.scale
+        z = F.relu((target - self.b_dec) @ self.W_enc + self.b_enc)  # (N, M)
+        error = (target - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
+        with torch.no_grad():
+            active = (z > 0).sum(-1).float().mean()
+            self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.03
+            self.fired[(z > 0).any(0)] = 1
+        return error + self.l1_weight * z.sum(-1).mean()
+
+class ReluCode:
+    """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
+
+    def __init__(self, key_sae, value_sae):
+        self.saes = key_sae, value_sae
+
+    def encode(self, keys, values):
+        """-> for keys, then values: coefficients fp16 (n,), indices int16 (n,), how many of them
+        each vector has, int16 (..., H)."""
+        stored = []
+        for x, sae in zip((keys, values), self.saes):
+            z = (x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc  # (..., H, M)
+            stored += [z[z > 0].half(), (z > 0).nonzero()[:, -1].short(), (z > 0).sum(-1).short()]
+        return tuple(stored)
+
+    def decode(self, stored):
+        both = []
+        for (z, idx, counts), sae in zip((stored[:3], stored[3:]), self.saes):
+            ends = counts.flatten().long().cumsum(0)
+            x = F.embedding_bag(idx.long(), sae.W_dec, ends - counts.flatten(), mode="sum",
+                                per_sample_weights=z.float())
+            both.append((sae.scale * (x + sae.b_dec)).view(*counts.shape, -1))
+        return tuple(both)
+
+# ------------------------------------------------------------------ the rows, and the run
+VARIANTS = {"layer": PerLayer, "l1": lambda: train_sae.PerHead(L1SAE)}
+
+def beside(folder, what):
+    """Where a variant's SAEs of a model lie, given the folder saes/<model> of its others."""
+    return folder.parent / what / folder.name
+
+def layer_rows(model, folder, layers):
+    """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
+    shape, saes = sta.kv_shape(model.get_decoder().config), {}
+    for layer in layers:
+        saes[layer], metadata = sta.load_sae(folder / f"layer{layer}.layer")
+        if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
+            raise sta.UsageError(f"{folder}: of another model; choose another --saes")
+        saes[layer].to(model.device)
+    once = sum(p.nbytes for sae in saes.values() for p in sae.parameters())
+    return [evaluate.Row(f"layer SAE {sae.k // part}", {
+        layer: LayerBudget(sae, sae.k // part, shape) for layer, sae in saes.items()},
+        once_bytes=once, method="layer SAE", settings=metadata["settings"])
+        for part in (1, 2) for sae in [next(iter(saes.values()))]]
+
+def rows(model, tokenizer, saes, args, before):
+    """For evaluate.py: [Row]."""
+    folder, made = evaluate.find_fitted(args.saes, args.model)[0], []
+    layers = evaluate.coded_layers(model, saes, args)
+    if saes:
+        codecs = {layer: Searched(codec.key_sae, codec.value_sae, codec.budget) for layer, codec in
+                  evaluate.dual_codecs(saes, args.k_key, args.k_val).items()}
+        made.append(evaluate.Row(
+            "searched", codecs, (args.k_key, args.k_val), with_tasks=True,
+            once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS),
+            settings=next((row.settings for row in before if row.settings), None)))
+    if (beside(folder, "layer") / f"layer{layers[0]}.layer").exists():
+        made += layer_rows(model, beside(folder, "layer"), layers)
+    if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
+        l1, metadata = sta.load_saes(beside(folder, "l1"), model, layers)
+        codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
+        made.append(evaluate.Row("l1", codecs, settings=metadata["settings"]))
+    if not made:
+        raise sta.UsageError("--rows variants: needs SAEs; first run: python train_sae.py")
+    return made
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog="All other options are those of train_sae.py: see python train_sae.py -h")
+    parser.add_argument("--what", choices=VARIANTS, default="layer", help="(default layer)")
+    parser.add_argument("--out", type=pathlib.Path, default="saes", help="(default saes)")
+    own, rest = parser.parse_known_args(argv)
+    train_sae.main([*rest, "--out", str(own.out / own.what)], VARIANTS[own.what](), __doc__)
+
+if __name__ == "__main__":
+    sta.run(main)
