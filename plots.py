@@ -107,7 +107,7 @@ def draw_training(panel, result):
     for run in result["training"]:
         for kind, (colour, marker, dash) in KIND_STYLE.items():
             panel.plot([entry["step"] for entry in run["log"]],
-                       [entry[f"fvu_{kind[:3]}"] for entry in run["log"]], color=colour, ls=dash,
+                       [entry["fvu"][kind] for entry in run["log"]], color=colour, ls=dash,
                        marker=marker, ms=3, label=f"{kind}s")
     panel.set_yscale("log")
     panel.set_xlabel("step")

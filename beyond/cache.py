@@ -6,14 +6,13 @@
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
 
-Exact are the first `sink` real tokens of a sequence and its newest `recent`; older ones are codes.
-Keys are coded as before RoPE and turned again when they are read. Of a chunk of several tokens, all
-see its older ones as codes. Greedy, sampled and beam search, padding on the left, crops and chunks
-work, for the types in ROTARY with plain RoPE. The row: chunk by chunk, bytes as measured, exact
-tokens in the model's dtype. --generate writes results/<model>-cache.json, too. Sources: arXiv
-2309.17453 (sinks), KIVI (recent). Non-goal: speed.
+The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes. Keys
+are coded as they are before RoPE, and turned again when they are read. When a chunk of several
+tokens is read, all of them see the tokens before it as codes. Greedy, sampled and beam search,
+padding on either side, crops and chunks work, for the types of model in ROTARY with plain RoPE.
+The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. --generate writes
+results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
-import argparse
 import contextlib
 import dataclasses
 import functools
@@ -29,6 +28,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import evaluate
 import sta
+from beyond import parse_args
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 ARGUMENT = ("cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
@@ -202,48 +202,44 @@ def stored(row):  # those that look across tokens have nothing to store
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: the dual budget, and what the --rows before this one added."""
     check_rope(model)
-    found = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
-             for row in before if stored(row) and row.name not in ("uniform", "reverse")]
-    for row in found:
+    made = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
+            for row in before if stored(row) and row.name not in ("uniform", "reverse")]
+    for row in made:
         row.enter = functools.partial(through_cache, row=row, sink=args.sink)
-    if not found:
+    if not made:
         raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")
-    return found
+    return made
 
 @torch.no_grad()
-def write_on(model, tokenizer, rows, own, sink):
+def write_on(model, tokenizer, rows, args):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
-    ids, costs = torch.tensor([sta.encode(tokenizer, own.generate)], device=model.device).long(), []
+    ids, costs = torch.tensor([sta.encode(tokenizer, args.generate)], device=model.device).long(), []
     if ids.numel() == 0:
         raise sta.UsageError("--generate: no tokens in it; give a beginning to go on from")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     for row in rows:
         n, at = inputs["input_ids"].shape[1], []  # times: at the start, then at each new token
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
-        with compress(model, row.codecs, sink, own.recent) if row.codecs else \
+        with compress(model, row.codecs, args.sink, args.recent) if row.codecs else \
                 contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
-            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=own.new_tokens,
+            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
                                  do_sample=False, streamer=clock)[0, n:]
         ms = 1000 * (at[-1] - at[1]) / max(1, len(ids) - 1)
-        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms a token; cache "
-              f"{cache_bytes(cache):,} bytes\n  {own.generate[-200:]}"
+        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms per token; cache "
+              f"{cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
         costs.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
                       "bytes": cache_bytes(cache)})
     return costs
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("--generate", default="The President of the United States", help="the prompt")
-    add("--new-tokens", type=int, default=100, help="(default 100)")
-    add("--recent", type=int, default=16, help="newest tokens kept exact (default 16)")
-    own, others = parser.parse_known_args(argv)
-    args = evaluate.parse_args(others)
-    for option, value, least in (("new-tokens", own.new_tokens, 1), ("recent", own.recent, 0)):
-        if value < least:
-            raise sta.UsageError(f"--{option} {value}: want {least} or more")
+    args = parse_args(
+        __doc__, argv, "model saes layer k-key k-val sink device dtype out",
+        rows=dict(default="", help="files of beyond/ that add rows, such as additive"),
+        only=dict(default="", help="of the rows, those whose names match this pattern"),
+        generate=dict(default="The President of the United States", help="the prompt"),
+        new_tokens=dict(type=int, default=100, help="(default 100)"),
+        recent=dict(type=int, default=16, help="newest tokens kept exact (default 16)"))
     folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
     if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
@@ -258,7 +254,7 @@ def main(argv=None):
     paper = [row for row in paper if row.name == "dual"]
     rows = [dense] + [row for row in evaluate.more_rows(paper, model, tokenizer, saes, args)
                       if stored(row) and re.search(args.only, row.name)]
-    costs = write_on(model, tokenizer, rows, own, args.sink)
+    costs = write_on(model, tokenizer, rows, args)
     sta.write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
 
 if __name__ == "__main__":
