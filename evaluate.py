@@ -385,13 +385,16 @@ def find_curves(saes, vectors):
     return curves
 
 # ------------------------------------------------------------------ the run
-def print_row(row, width):
+HEADER = ("{name:{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  fvu_V  "
+          "cos_K  cos_V")
+
+def format_row(row, width):
     k = ["-" if row[name] is None else f"{row[name]:.3g}" for name in ("k_key", "k_val")]
     error = "" if row["delta_ce_stderr"] is None else f" ±{row['delta_ce_stderr']:.4f}"
-    print(f"{row['name']:{width}} {k[0]:>5} {k[1]:>5} {row['perplexity']:11.3f} "
-          f"{row['delta_ce']:+8.4f}{error:8} {row['bytes_per_token']:9,.0f} "
-          f"{100 * row['bytes_share']:6.2f}% {row['fvu_key']:6.3f} {row['fvu_val']:6.3f} "
-          f"{row['cos_key']:6.3f} {row['cos_val']:6.3f}", flush=True)
+    return (f"{row['name']:{width}} {k[0]:>5} {k[1]:>5} {row['perplexity']:11.3f} "
+            f"{row['delta_ce']:+8.4f}{error:8} {row['bytes_per_token']:9,.0f} "
+            f"{100 * row['bytes_share']:6.2f}% {row['fvu_key']:6.3f} {row['fvu_val']:6.3f} "
+            f"{row['cos_key']:6.3f} {row['cos_val']:6.3f}")
 
 def print_tasks(rows, width):
     for task in rows[0]["tasks"]:
@@ -495,10 +498,9 @@ def main(argv=None):
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}
     width = max(8, *(len(row.name) for row in rows))
-    print(f"{'row':{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
-          "fvu_V  cos_K  cos_V")
+    print(HEADER.format(name="row", width=width))
     for row in score(model, rows, windows, tasks, vectors, args.sink):
-        print_row(row, width)
+        print(format_row(row, width), flush=True)
         result["rows"].append(row)  # into the file at once, lest an interrupted run loses it
         sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
     for row in (row for row in result["rows"] if row["break_even_tokens"]):

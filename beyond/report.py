@@ -1,0 +1,227 @@
+"""Results -> figures/results.jsonl -> the tables and figures of README.md and beyond/README.md.
+
+    python -m beyond.report add results/*.json         # takes the rows of those files in
+    python -m beyond.report                            # prints every table and every figure
+    python -m beyond.report write                      # puts them into the two READMEs
+
+results.jsonl has one line per row that a README quotes, with all that tells where it comes from:
+model and fingerprint, text and hash of its tokens, how the codec was fitted, command, commit,
+machine. Rows of two models, of two texts, or of two dense losses are never brought together: `add`
+says why not. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a
+figure in a sentence before <!--=NAME-->; a test compares all of them with what is printed here.
+Spreads: ± over seeds is a standard deviation; ± of one run a standard error, paired over windows.
+"""
+import argparse
+import json
+import math
+import pathlib
+import re
+import statistics
+
+import torch
+
+import evaluate
+import sta
+
+FILE = sta.HERE / "figures" / "results.jsonl"
+READMES = (sta.HERE / "README.md", sta.HERE / "beyond" / "README.md")
+KEPT = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit", "device",
+        "torch", "transformers", "date")
+METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
+
+# ------------------------------------------------------------------ taking results in
+def fingerprint(marks):
+    """One number per place of the marks' sums, each parameter in units of its own: (16,)."""
+    sums = [torch.tensor(row) for mark in marks.values() for row in mark["sums"]]
+    total = sum(row / row.norm().clamp_min(1e-12) for row in sums)
+    return [round(x, 4) for x in total.tolist()]
+
+def lines_of(result, folder):
+    """What a result file holds -> [line of results.jsonl]; `folder` is written as DIR."""
+    about = {name: result.get(name) for name in KEPT}
+    about["fingerprint"] = fingerprint(result["marks"])
+    about["sink"] = result.get("config", {}).get("sink", 1)
+    if "claims" in result:
+        found = [{"kind": "claim", "name": claim["claim"], **claim, "settings": result["settings"]}
+                 for claim in result["claims"]]
+    elif "rows" in result:
+        found = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
+                  "by_layer": None, "tasks": {name: {**task, "right": "".join(
+                      str(int(x)) for x in task["right"])} for name, task in row["tasks"].items()}}
+                 for row in result["rows"]]
+    else:
+        kind = next((kind for kind in ("check", "caches", "table") if kind in result), None)
+        if kind is None:
+            raise ValueError("neither rows nor claims")
+        found = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
+            "settings")}]
+    text = json.dumps([{**about, **line} for line in found])
+    return json.loads(text.replace(folder.rstrip("/") + "/", "DIR/") if folder else text)
+
+def key_of(line):
+    return json.dumps([line[name] for name in ("kind", "name", "model", "text_sha256", "seq_len",
+                                               "sink", "dtype", "settings")], sort_keys=True)
+
+def check_together(old, new):
+    """Raises UsageError where two lines cannot stand in one file."""
+    if old["model"] != new["model"]:
+        return
+    a, b = torch.tensor(old["fingerprint"]), torch.tensor(new["fingerprint"])
+    if a.shape != b.shape or (a - b).norm() > 0.02 * a.norm():
+        raise sta.UsageError(f"two models are named {new['model']}: their weights differ")
+    if (old["text"], old["tokens"], old["seq_len"]) == (new["text"], new["tokens"], new["seq_len"]) \
+            and old["text_sha256"] != new["text_sha256"]:
+        raise sta.UsageError(f"two texts are named {new['text']}: hash {old['text_sha256']} there, "
+                             f"{new['text_sha256']} here")
+    same = all(old[name] == new[name] for name in ("text_sha256", "seq_len", "dtype", "kind"))
+    if same and new["kind"] == "row" and abs(old["dense_ce"] - new["dense_ce"]) > 2e-4:
+        raise sta.UsageError(f"{new['model']} on {new['text']}: the dense loss is "
+                             f"{old['dense_ce']:.5f} there, {new['dense_ce']:.5f} here")
+
+def add(paths, folder, file=None):
+    """Take the rows of result files into results.jsonl, each in the place of an older one."""
+    file = file or FILE
+    lines = {key_of(line): line for line in read(file)} if file.exists() else {}
+    for path in paths:
+        with sta.explain(f"{path}: no result of this version"):
+            new = lines_of(json.loads(path.read_text()), folder)
+        for line in new:
+            if line["kind"] == "row":
+                line["dense_ce"] = line["ce"] - line["delta_ce"]
+            for old in lines.values():
+                check_together(old, line)
+            lines[key_of(line)] = line
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.values())
+    sta.write_atomic(file, text)
+    print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
+
+def read(file=None):
+    with sta.explain(f"{file or FILE}: corrupt"):
+        return [json.loads(line) for line in (file or FILE).read_text().splitlines()]
+
+# ------------------------------------------------------------------ the tables
+def pick(lines, **wanted):
+    """The lines whose columns have the values wanted."""
+    return [line for line in lines if all(line.get(name) == x for name, x in wanted.items())]
+
+def seed_of(line):
+    settings = line["settings"] or {}
+    return settings.get("seed", settings.get("calibration", {}).get("seed"))
+
+def spread(values, digits=3):
+    """Numbers of several seeds -> "mean ± standard deviation"; of one, the number."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+def markdown(header, rows):
+    return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|",
+            *("| " + " | ".join(row) + " |" for row in rows)]
+
+def quick_start(lines):
+    """What the README's first command prints for tiny, seed 0."""
+    rows = [row for row in pick(lines, kind="row", model="tiny") if seed_of(row) in (0, None)]
+    rows = [row for row in rows if row["name"] in ("dense", "keys", "values", "dual", "uniform",
+                                                   "reverse")]
+    return ["```", evaluate.HEADER.format(name="row", width=8),
+            *(evaluate.format_row(row, 8) for row in rows), "```"]
+
+def verdicts(lines):
+    """P1 to P8: the figure of each model, over its seeds, and the verdict."""
+    claims, models = pick(lines, kind="claim"), []
+    for line in claims:
+        models += [line["model"]] * (line["model"] not in models)
+    rows = []
+    for claim in sorted({line["claim"] for line in claims}):
+        cells = []
+        for model in models:
+            some = pick(claims, claim=claim, model=model)
+            words = sorted({line["verdict"] for line in some})
+            cells.append(f"{spread([line['figure'] for line in some])}: {' or '.join(words)}"
+                         if some else "")
+        rows.append([claim, pick(claims, claim=claim)[0]["statement"], *cells])
+    return markdown(["", "claim", *(pathlib.Path(model).name for model in models)], rows)
+
+def by_share(lines, model):
+    """Ratio to dense perplexity by method and share of bf16, "/" between texts."""
+    rows = [row for row in pick(lines, kind="row", model=model) if row["method"] in METHODS
+            and row["name"] not in ("keys", "values", "uniform", "reverse")
+            and not row["name"].startswith("dual ")]
+    texts = list(dict.fromkeys(row["text"] for row in rows))
+    shares = sorted({round(100 * row["bytes_share"], 1) for row in rows})
+    table = []
+    for method in (method for method in METHODS if pick(rows, method=method)):
+        cells = []
+        for share in shares:
+            here = [[row["ratio"] for row in pick(rows, method=method, text=text)
+                     if round(100 * row["bytes_share"], 1) == share] for text in texts]
+            cells.append(" / ".join(spread(x) if x else "-" for x in here) if any(here) else "")
+        table.append([method, *cells])
+    header = " / ".join(pathlib.Path(text).stem for text in texts)
+    return markdown([header, *(f"{share:g} %" for share in shares)], table)
+
+def paired(lines, model, a="additive", b="transform"):
+    """Nats per token by which method b is worse than a at equal shares, paired over windows, and
+    that in standard errors; lines of one text and one calibration."""
+    rows, table = pick(lines, kind="row", model=model), []
+    for one in pick(rows, method=a):
+        for other in pick(rows, method=b, text_sha256=one["text_sha256"], seq_len=one["seq_len"]):
+            if seed_of(one) == seed_of(other) and abs(
+                    one["bytes_share"] - other["bytes_share"]) < 0.002:
+                gaps = [y - x for x, y in zip(one["window_ce"], other["window_ce"])]
+                mean, stderr = evaluate.mean_stderr(gaps)
+                table.append([pathlib.Path(one["text"]).stem, f"{100 * one['bytes_share']:.4g} %",
+                              str(seed_of(one)), f"{mean:+.4f} ± {stderr:.4f}",
+                              f"{mean / stderr:.1f}"])
+    return markdown(["text", "share", "seed", f"{b} worse than {a}, nats", "standard errors"], table)
+
+TABLES = {"quick start": quick_start, "verdicts": verdicts,
+          "tiny by share": lambda lines: by_share(lines, "tiny"),
+          "tiny paired": lambda lines: paired(lines, "tiny")}
+
+def tiny_ratio(name):
+    return lambda lines: spread([row["ratio"] for row in pick(lines, kind="row", model="tiny",
+                                                              name=name)])
+
+def tiny_break_even(lines):
+    return f"{pick(lines, kind='row', model='tiny', name='dual')[0]['break_even_tokens']:,}"
+
+FIGURES = {"tiny dual": tiny_ratio("dual"), "tiny searched": tiny_ratio("searched"),
+           "tiny layer": tiny_ratio("layer SAE 48"), "tiny break even": tiny_break_even}
+
+# ------------------------------------------------------------------ the READMEs
+def filled(text, lines):
+    """A README's text with its tables and figures made anew. Raises UsageError: unknown name."""
+    def table(match):
+        if match[1] not in TABLES:
+            raise sta.UsageError(f"<!-- table: {match[1]} -->: want one of {', '.join(TABLES)}")
+        return "\n".join([f"<!-- table: {match[1]} -->", *TABLES[match[1]](lines), "<!-- end -->"])
+
+    def figure(match):
+        if match[2] not in FIGURES:
+            raise sta.UsageError(f"<!--={match[2]}-->: want one of {', '.join(FIGURES)}")
+        return f"{FIGURES[match[2]](lines)}<!--={match[2]}-->"
+
+    text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table, text, flags=re.S)
+    return re.sub(r"([\d.,]+(?: ± [\d.]+)?)<!--=(.*?)-->", figure, text)
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["add", "print", "write"], default="print")
+    parser.add_argument("results", nargs="*", type=pathlib.Path, help="for add: JSON files")
+    parser.add_argument("--dir", default="", help="for add: the folder to be written as DIR")
+    args = parser.parse_args(argv)
+    if args.what == "add":
+        return add(args.results, args.dir)
+    lines = read()
+    if args.what == "write":
+        for path in READMES:
+            sta.write_atomic(path, filled(path.read_text(), lines))
+        return
+    for name, table in TABLES.items():
+        print(f"{name}\n" + "\n".join(table(lines)) + "\n")
+    for name, figure in FIGURES.items():
+        print(f"{name}: {figure(lines)}")
+
+if __name__ == "__main__":
+    sta.run(main)
