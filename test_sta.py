@@ -594,7 +594,7 @@ def trained(tmp_path_factory):
     assert not (out / "tiny" / "unfinished.safetensors").exists()
     norms = sta.load_sae(out / "tiny" / "layer1.key")[0].W_dec.norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(64), atol=1e-5, rtol=0)
-    assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu_key"] < 0.8
+    assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu"]["key"] < 0.8
     return out
 
 def test_second_run_overwrites_nothing(trained, capsys):
@@ -699,12 +699,12 @@ def test_two_processes_keep_equal_weights_and_train_as_well_as_one(trained, tmp_
     for key in one:
         for name, x in one[key].items():
             assert torch.equal(x, two[key][name]), (key, name)
-    fvu = [json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu_val"]
+    fvu = [json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu"]["value"]
            for out in (trained, tmp_path)]
     assert fvu[1] == pytest.approx(fvu[0], rel=0.05)
 
 def test_a_lost_process_is_one_line(tmp_path):
-    patch = ("old = train_sae.update; n = []; train_sae.update = lambda *a: os.kill(os.getpid(), 9)"
+    patch = ("old = train_sae.train_step; n = []; train_sae.train_step = lambda *a: os.kill(os.getpid(), 9)"
              " if n.append(0) or len(n) == 5 and os.environ['RANK'] == '1' else old(*a)")
     run = run_script(patch, *SHORT, "--out", tmp_path, processes=2)
     assert "error: another process of this run is gone" in run.communicate()[1]

@@ -107,7 +107,7 @@ def learn_layer(x, fitted, n_stages, seed):
         atoms[i].append(stage)
         errors[i].append(left[i][:n_held].square().sum(-1).mean())
         gains[i] = (errors[i][-2] - errors[i][-1]).item()
-    learned = {"mean": mean, "W": W, "inverse": inverse}
+    learned = {"mean": mean.float(), "W": W.float(), "inverse": inverse.float()}
     for i in (i for i, stages in enumerate(atoms) if stages):
         learned |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
     return learned

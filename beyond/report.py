@@ -141,12 +141,18 @@ def verdicts(lines):
         rows.append([claim, pick(claims, claim=claim)[0]["statement"], *cells])
     return markdown(["", "claim", *(pathlib.Path(model).name for model in models)], rows)
 
+def longest(rows):
+    """Of the rows, those on the longest part of each text."""
+    most = {}
+    for row in rows:
+        most[row["text"]] = max(row["tokens"], most.get(row["text"], 0))
+    return [row for row in rows if row["tokens"] == most[row["text"]]]
+
 def by_share(lines, model):
     """Ratio to dense perplexity by method and share of bf16, "/" between texts."""
-    rows = [row for row in pick(lines, kind="row", model=model) if row["method"] in METHODS
-            and row["name"] not in ("keys", "values", "uniform", "reverse")
-            and not row["name"].startswith("dual ")]
-    texts = list(dict.fromkeys(row["text"] for row in rows))
+    rows = [row for row in longest(pick(lines, kind="row", model=model))
+            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+    texts = sorted({row["text"] for row in rows}, reverse=True)
     shares = sorted({round(100 * row["bytes_share"], 1) for row in rows})
     table = []
     for method in (method for method in METHODS if pick(rows, method=method)):
@@ -162,7 +168,7 @@ def by_share(lines, model):
 def paired(lines, model, a="additive", b="transform"):
     """Nats per token by which method b is worse than a at equal shares, paired over windows, and
     that in standard errors; lines of one text and one calibration."""
-    rows, table = pick(lines, kind="row", model=model), []
+    rows, table = longest(pick(lines, kind="row", model=model)), []
     for one in pick(rows, method=a):
         for other in pick(rows, method=b, text_sha256=one["text_sha256"], seq_len=one["seq_len"]):
             if seed_of(one) == seed_of(other) and abs(
@@ -174,9 +180,21 @@ def paired(lines, model, a="additive", b="transform"):
                               f"{mean / stderr:.1f}"])
     return markdown(["text", "share", "seed", f"{b} worse than {a}, nats", "standard errors"], table)
 
+def tasks(lines, model):
+    """Change in accuracy from dense, in points, with its paired standard error."""
+    rows = [row for row in pick(lines, kind="row", model=model) if row["tasks"]
+            and row["name"] != "dense"]
+    names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
+    return markdown(["row", "share", *names], [[row["name"], f"{100 * row['bytes_share']:.3g} %", *(
+        f"{100 * row['tasks'][name]['delta_acc']:+.1f} ± "
+        f"{100 * row['tasks'][name]['delta_acc_stderr']:.1f}" for name in names)] for row in rows])
+
+SMOLLM2 = "DIR/smollm2-135m-instruct"
 TABLES = {"quick start": quick_start, "verdicts": verdicts,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
-          "tiny paired": lambda lines: paired(lines, "tiny")}
+          "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
+          "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
+          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2)}
 
 def tiny_ratio(name):
     return lambda lines: spread([row["ratio"] for row in pick(lines, kind="row", model="tiny",

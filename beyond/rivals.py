@@ -25,6 +25,7 @@ import torch.nn.functional as F
 
 import evaluate
 import sta
+from beyond import parse_args
 from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
@@ -184,3 +185,10 @@ def rows(model, tokenizer, saes, args, before):
     for row in made:
         row.settings = settings
     return made
+
+def main(argv=None):
+    parse_args(__doc__, argv, "")
+    raise sta.UsageError("this file adds rows to a table; run: python evaluate.py --rows rivals")
+
+if __name__ == "__main__":
+    sta.run(main)

@@ -46,7 +46,7 @@ class SparseSAE(sta.TopKSAE):
         return F.relu(z), idx
 
 def main(argv=None):
-    train_sae.main(argv, SparseSAE, __doc__)
+    train_sae.main(argv, train_sae.PerHead(SparseSAE), __doc__)
 
 if __name__ == "__main__":
     sta.run(main)
