@@ -181,14 +181,9 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
             step += 1
             bar.update()
             if rank == 0 and (step % LOG_STEPS == 0 or step == sum(steps)):
-                seconds = time.time() - began
-                entry = {"step": step, **held_out_error(saes, held_rows)}
-                progress["log"].append(entry)
-                fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
-                rate = len(saes) * len(batch) * n_ranks / seconds
-                bar.write(f"step {step}/{sum(steps)} | {fvus} | dead {entry['dead']:.1%} | lr "
-                          f"{optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms | "
-                          f"{rate / 1e6:.2f}M rows/s")
+                progress["log"].append({"step": step, **held_out_error(saes, held_rows)})
+                bar.write(log_line(progress["log"][-1], sum(steps), time.time() - began, optimizer,
+                                   len(saes) * len(batch) * n_ranks))
         # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
@@ -198,6 +193,12 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
             saved = time.time()
     bar.close()
     return saes, held_rows, progress["log"]
+
+def log_line(entry, n_steps, seconds, optimizer, n_rows):
+    fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
+    return (f"step {entry['step']}/{n_steps} | {fvus} | dead {entry['dead']:.1%} | lr "
+            f"{optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms | "
+            f"{n_rows / seconds / 1e6:.2f}M rows/s")
 
 @torch.no_grad()
 def held_out_error(saes, held_rows):

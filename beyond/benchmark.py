@@ -8,11 +8,8 @@ sta.fuse. cache: a further token through beyond/cache.py and through a dense cac
 of SmolLM2's shape. Writes results/benchmark.json. Non-goal: quality.
 """
 import contextlib
-import ctypes
 import json
-import pathlib
 import platform
-import re
 import time
 
 import torch
@@ -40,27 +37,6 @@ def timed(actions, device, n=20):
                 ms[name].append(1000 * (time.perf_counter() - began))
     return {name: sorted(times)[n // 2] for name, times in ms.items()}
 
-def peak_bytes(action, device):
-    """Memory that an action takes at most, beyond what is held before it; None if not known."""
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated()
-        torch.cuda.reset_peak_memory_stats()
-        action()
-        return torch.cuda.max_memory_allocated() - before
-
-    def read(name):
-        status = pathlib.Path("/proc/self/status").read_text()
-        return 1024 * int(re.search(name + r":\s+(\d+)", status)[1])
-
-    try:  # Linux: give back what is free, and forget the peak so far
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-        pathlib.Path("/proc/self/clear_refs").write_text("5")
-        before = read("VmRSS")
-        action()
-        return read("VmHWM") - before
-    except OSError:
-        return None
-
 def time_shape(shape, device):
     """One row of the benchmark: a training step and codes at (D, M, k, rows) on random rows."""
     D, M, k, n_rows = shape
@@ -79,7 +55,7 @@ def time_shape(shape, device):
     with torch.no_grad():
         ms = timed({"matmul": lambda: torch.addmm(sae.b_enc, x, sae.W_enc), **codes}, device)
     return {"D": D, "M": M, "k": k, "rows": n_rows, "matmul_ms": ms.pop("matmul"), "code_ms": ms,
-            "step_ms": timed({"": step}, device)[""], "peak_bytes": peak_bytes(step, device)}
+            "step_ms": timed({"": step}, device)[""]}
 
 @torch.no_grad()
 def time_cache(n_layers, context, device):
@@ -108,13 +84,12 @@ def main(argv=None):
     args = parse_args(__doc__, argv, "device out")
     sta.check_out(args.out)
     device, shapes, contexts = torch.device(sta.pick_device(args.device)[0]), {}, []
-    print("ms, medians      D    M  k  rows  matmul    step  code: eager  compiled  million rows/s "
-          " peak MB of a step")
+    print("ms, medians      D    M  k  rows  matmul    step  code: eager  compiled  million rows/s")
     for name, shape in SHAPES.items():
         row = shapes[name] = time_shape(shape, device)
         print(f"{name:12}{shape[0]:6}{shape[1]:5}{shape[2]:3}{shape[3]:6}{row['matmul_ms']:8.1f}"
               f"{row['step_ms']:8.1f}{row['code_ms']['eager']:13.1f}{row['code_ms']['compiled']:10.1f}"
-              f"{shape[3] / row['step_ms'] / 1000:16.2f}{(row['peak_bytes'] or 0) / 1e6:19.0f}")
+              f"{shape[3] / row['step_ms'] / 1000:16.2f}")
     for context in CONTEXTS:
         contexts.append(time_cache(4, context, device))
         print("a token after {context:5}: dense {dense_ms:6.1f} ms, {dense_bytes:11,} bytes; codes "

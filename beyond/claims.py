@@ -5,9 +5,9 @@
 Runs evaluate.py with --rows variants,claims: the dual budget at an eighth to four times its atoms,
 for P5, and autoencoders with an L1 penalty (beyond/variants.py) for P1, which are trained first if
 they are not there. Then it measures what coded keys do to attention and which atoms occurrences
-share (beyond/atoms.py), prints the verdicts, and writes <model>-claims.json, -shrinkage.png and
--attention.png beside evaluate.py's <model>.json. *Clear* means two standard errors; those over
-layers say how layers vary, not how runs would.
+share (beyond/atoms.py), prints the verdicts, and writes <model>-claims.json and -shrinkage.png
+beside evaluate.py's <model>.json. *Clear* means two standard errors; those over layers say how
+layers vary, not how runs would.
 """
 import json
 import sys
@@ -18,7 +18,7 @@ import evaluate
 import plots
 import sta
 import train_sae
-from beyond import parse_args
+from beyond import begin_look, parse_args
 from beyond.atoms import hierarchy, print_hierarchy, read_codes
 from beyond.variants import VARIANTS, ReluCode, beside
 from evaluate import mean_stderr
@@ -51,38 +51,32 @@ def rows(model, tokenizer, saes, args, before):
 
 # ------------------------------------------------------------------ attention
 @torch.no_grad()
-def attention_change(model, tokenizer, codecs, windows, sink):
-    """What coded keys do to attention, one layer at a time -> ({layer: {qk_error, attention_kl}},
-    the map of the head that changes most). qk_error: standard deviation over keys of the error of
-    q.k, in units of q.k's own; attention_kl: nats from the dense weights; means over queries."""
+def attention_change(model, codecs, windows, sink):
+    """What coded keys do to attention, one layer at a time -> {layer: {qk_error, attention_kl}}.
+    qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
+    nats from the dense weights; both are means over queries."""
     usual = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
-    ids, columns, most = windows.to(model.device), {}, -1.0
+    ids, columns = windows.to(model.device), {}
     seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
 
-    def attention_maps():
-        return model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+    def log_weights(layer):  # (B, query heads, T, T): q.k, up to a number that a query's keys share
+        maps = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
+        return maps[layer].float().clamp_min(torch.finfo(torch.float32).tiny).log()
 
     def variance(x):  # (B, query heads, T, T), of each query over the keys that it sees, summed
         mean = (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
         return ((x - mean).square() * seen / seen.sum(-1, keepdim=True)).sum()
 
-    dense = attention_maps()
     for layer, codec in codecs.items():
+        dense = log_weights(layer)
         with sta.reconstruct(model, {layer: evaluate.OneKind("key", codec)}, sink):
-            maps = dense[layer].float(), attention_maps()[layer].float()  # (B, query heads, T, T)
-        # the logarithm of a weight is q.k, up to a number that all keys of a query share
-        logs = [x.clamp_min(torch.finfo(x.dtype).tiny).log() for x in maps]
-        kl = (maps[0] * (logs[0] - logs[1])).sum(-1).mean((0, 2))  # (query heads,)
-        columns[layer] = {"attention_kl": kl.mean().item(), "qk_error": (
-            variance(logs[1] - logs[0]) / variance(logs[0])).sqrt().item()}
-        if kl.max() > most:
-            most, head = kl.max().item(), kl.argmax().item()
-            before, after = (x[0, head, :40, :40] for x in maps)
-            drawn = {"layer": layer, "head": head, "dense": before.tolist(), "change": (
-                after - before).tolist(), "tokens": [tokenizer.decode(i) for i in windows[0, :40]]}
+            coded = log_weights(layer)
+        kl = (dense.exp() * (dense - coded)).sum(-1).mean()
+        columns[layer] = {"attention_kl": kl.item(), "qk_error": (
+            variance(coded - dense) / variance(dense)).sqrt().item()}
     model.set_attn_implementation(usual)
-    return columns, drawn
+    return columns
 
 # ------------------------------------------------------------------ verdicts
 def clear(mean, stderr):
@@ -186,22 +180,6 @@ def draw_shrinkage(result, attention):
     figure.suptitle(f"{result['model']}: keys under a Top-K budget (dual) and an L1 penalty (l1)")
     return figure
 
-def draw_attention(result, drawn):
-    figure, panels = plots.plt.subplots(1, 2, figsize=(11, 5), layout="constrained")
-    most = max(abs(x) for row in drawn["change"] for x in row)
-    words = [word.strip() or "␣" for word in drawn["tokens"]]
-    for panel, name, colours, low, high in ((panels[0], "dense", "Greys", 0, 1),
-                                            (panels[1], "change", "PuOr", -most, most)):
-        shown = panel.imshow(drawn[name], cmap=colours, vmin=low, vmax=high)
-        figure.colorbar(shown, ax=panel, shrink=0.75, label=f"attention weight, {name}")
-        panel.set_xticks(range(len(words)), words, rotation=90, fontsize=6)
-        panel.set_yticks(range(len(words)), words, fontsize=6)
-        panel.set_xlabel("key")
-    panels[0].set_ylabel("query")
-    figure.suptitle(f"{result['model']}: attention of the head that coded keys change most, layer "
-                    f"{drawn['layer']}, head {drawn['head']}")
-    return figure
-
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(
@@ -209,39 +187,28 @@ def main(argv=None):
         max_tokens=dict(type=int, default=32_768, help="tokens to score (default 32,768)"),
         tasks=dict(help="as for evaluate.py"), task_dir=dict(help="as for evaluate.py"),
         limit=dict(type=int, help="rows of each task (default all)"))
-    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
-    if not has_saes:
-        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    sta.check_out(args.out)
-    model, tokenizer, layers = sta.load_model(
-        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
-    saes, _ = sta.load_saes(folder, model, layers if args.layer else None)
-    layers = sorted({layer for layer, _ in saes})
-    l1, _ = sta.load_saes(train_l1(folder, name, layers), model, layers)
-    path = evaluate.main([*argv, "--rows", "variants,claims"])
-    result = json.loads(path.read_text())
-    windows = sta.token_windows(sta.read_text(args.text, "valid", name), tokenizer, model,
-                                args.seq_len, 2048, 131_072)
-    dual, attention = evaluate.dual_codecs(saes, args.k_key, args.k_val), {}
-    relu = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
+    n_scored, args.max_tokens = args.max_tokens, 131_072  # as many as beyond/atoms.py reads
+    run = begin_look(args, "-claims")
+    l1, _ = sta.load_saes(train_l1(run.folder, run.name, run.layers), run.model, run.layers)
+    path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", "variants,claims"])
+    result, attention = json.loads(path.read_text()), {}
+    windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
+    dual = evaluate.dual_codecs(run.saes, args.k_key, args.k_val)
+    relu = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in run.layers}
     for row, codecs in (("l1", relu), ("dual", dual)):
-        attention[row], drawn = attention_change(
-            model, tokenizer, codecs, windows[:max(1, 512 // windows.shape[1]), :512], args.sink)
+        attention[row] = attention_change(run.model, codecs, windows, args.sink)
     by_name = {row["name"]: row for row in result["rows"]}
     claims = judge_codes(by_name, result["curves"], attention) + judge_losses(by_name)
-    if len(layers) >= 3:
-        codes, _, _ = read_codes(model, saes, windows, {"key": args.k_key, "value": args.k_val})
-        claims += judge_depth(hierarchy(codes, windows, [
-            tokenizer.decode(i) for i in windows.flatten()]))
-    out = path.with_name(f"{path.stem}-claims.json")
-    about = {name: result[name] for name in ("model", "text", "text_sha256", "tokens", "seq_len")}
-    settings = next(row["settings"] for row in result["rows"] if row["settings"])
-    sta.write_atomic(out, json.dumps(
-        {**about, "settings": settings, **evaluate.provenance(model), "claims": claims,
-         "attention": attention}) + "\n")
-    print(f"wrote {out}")
+    if len(run.layers) >= 3:
+        codes, _, _ = read_codes(run.model, run.saes, run.windows, {
+            "key": args.k_key, "value": args.k_val})
+        claims += judge_depth(hierarchy(codes, run.windows, [
+            run.tokenizer.decode(i) for i in run.windows.flatten()]))
+    about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}
+    sta.write_atomic(run.path, json.dumps({**run.about, **about, "claims": claims,
+                                           "attention": attention}) + "\n")
+    print(f"wrote {run.path}")
     plots.save(draw_shrinkage(result, attention), path.with_name(f"{path.stem}-shrinkage.png"))
-    plots.save(draw_attention(result, drawn), path.with_name(f"{path.stem}-attention.png"))
 
 if __name__ == "__main__":
     sta.run(main)

@@ -153,17 +153,18 @@ def by_share(lines, model):
     rows = [row for row in longest(pick(lines, kind="row", model=model))
             if row["method"] in METHODS and not row["name"].startswith("dual ")]
     texts = sorted({row["text"] for row in rows}, reverse=True)
-    shares = sorted({round(100 * row["bytes_share"], 1) for row in rows})
-    table = []
+    shares, table = [], []
+    for share in sorted({row["bytes_share"] for row in rows}):  # alike to 2 %: one column
+        shares += [share] * (not shares or share > 1.02 * shares[-1])
     for method in (method for method in METHODS if pick(rows, method=method)):
         cells = []
         for share in shares:
             here = [[row["ratio"] for row in pick(rows, method=method, text=text)
-                     if round(100 * row["bytes_share"], 1) == share] for text in texts]
+                     if share <= row["bytes_share"] <= 1.02 * share] for text in texts]
             cells.append(" / ".join(spread(x) if x else "-" for x in here) if any(here) else "")
         table.append([method, *cells])
     header = " / ".join(pathlib.Path(text).stem for text in texts)
-    return markdown([header, *(f"{share:g} %" for share in shares)], table)
+    return markdown([header, *(f"{100 * share:.3g} %" for share in shares)], table)
 
 def paired(lines, model, a="additive", b="transform"):
     """Nats per token by which method b is worse than a at equal shares, paired over windows, and

@@ -551,9 +551,8 @@ def test_verdicts_follow_from_the_rows(judged):
     assert verdicts["P7"]["figure"] == rows["dual"]["bytes_share"]
     best = min(row["delta_ce"] for name, row in rows.items() if name.startswith("dual"))
     assert verdicts["P5"]["figure"] == pytest.approx(-best, abs=1e-5)
-    for name in ("shrinkage", "attention"):
-        image = plots.plt.imread(judged / f"tiny-{name}.png")
-        assert image.shape[1] > 600 and image[..., :3].std() > 0.05
+    image = plots.plt.imread(judged / "tiny-shrinkage.png")
+    assert image.shape[1] > 600 and image[..., :3].std() > 0.05
 
 def test_one_window_makes_nothing_clear():
     assert not claims.clear(5.0, None) and claims.clear(5.0, 2.0) and not claims.clear(5.0, 3.0)
@@ -577,8 +576,7 @@ def test_verdicts_refuse_what_they_cannot_judge(trained, tmp_path, capsys):
 
 def test_attention_change_is_that_of_hugging_face_attention():
     """Against softmax weights and logits recomputed from q and k by hand, layer 2."""
-    model, tokenizer, _ = sta.load_model("tiny")
-    windows = tokens_of(2, 24)
+    model, windows = sta.load_model("tiny")[0], tokens_of(2, 24)
 
     class Turn:
         def encode(self, keys, values):
@@ -587,7 +585,7 @@ def test_attention_change_is_that_of_hugging_face_attention():
         def decode(self, stored):
             return 0.8 * stored[0] + 0.3 * stored[0].flip(-1), 0 * stored[1]
 
-    columns, drawn = claims.attention_change(model, tokenizer, {2: Turn()}, windows, sink=1)
+    columns = claims.attention_change(model, {2: Turn()}, windows, sink=1)
     layer, seen, logits = model.model.layers[2].self_attn, torch.ones(24, 24).tril().bool(), []
 
     def keep(module, args, kwargs):
@@ -612,10 +610,6 @@ def test_attention_change_is_that_of_hugging_face_attention():
         kl += (p.exp() * (p - q)).sum().item() / (2 * 4 * 24)
     assert columns == {2: {"qk_error": pytest.approx((error / spread) ** 0.5, rel=1e-3),
                            "attention_kl": pytest.approx(kl, rel=1e-3)}}
-    at = drawn["head"]
-    torch.testing.assert_close(torch.tensor(drawn["dense"]), logits[0][0, at].masked_fill(
-        ~seen, -math.inf).softmax(-1).float(), atol=1e-4, rtol=1e-3)
-    assert drawn["layer"] == 2 and len(drawn["tokens"]) == len(drawn["change"]) == 24
     assert model.config._attn_implementation == "sdpa"
 
 # ---------------------------------------------------------------- atoms.py
@@ -734,9 +728,6 @@ def test_benchmark_rows():
     """Plausible times and memory; the caches' bytes are those of their tensors."""
     row = benchmark.time_shape((16, 64, 4, 256), torch.device("cpu"))
     assert all(0 < ms < 1000 for ms in (row["matmul_ms"], row["step_ms"], *row["code_ms"].values()))
-    if pathlib.Path("/proc/self/clear_refs").exists():
-        peak = benchmark.peak_bytes(lambda: torch.zeros(10_000_000).sum(), torch.device("cpu"))
-        assert 4e7 * 0.9 < peak < 4e7 * 1.5
     row = benchmark.time_cache(2, 300, torch.device("cpu"))
     token = 2 * 3 * 64 * 4  # float32; K and V of three heads
     assert row["dense_bytes"] == 2 * 300 * token
