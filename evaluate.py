@@ -431,6 +431,10 @@ def sha256(data):
     data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
     return hashlib.sha256(data).hexdigest()[:12]
 
+def text_name(spec, split, model_name):
+    """What a text is called in results: --text, or the default's name."""
+    return (spec or sta.default_text(split, model_name)).replace(f"{sta.HERE}/", "")
+
 def provenance(model):
     """What a reader needs to run it again."""
     try:
@@ -479,7 +483,8 @@ def main(argv=None):
     if args.sink >= windows.shape[1]:
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
     specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
-    tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, config.max_position_embeddings)
+    max_length = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit
+    tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, max_length)
     rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val,
                                 trained.get("settings")), model, tokenizer, saes, args)
     rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
@@ -493,10 +498,12 @@ def main(argv=None):
     result = {
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
-        "seq_len": windows.shape[1], "text": args.text or "its own", "text_sha256": sha256(windows),
+        "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name), "text_sha256": sha256(windows),
         "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}
+    if path.exists():  # an interrupted run must not cost the last complete one
+        path.replace(path.with_name(f"{path.name}.previous"))
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
     for row in score(model, rows, windows, tasks, vectors, args.sink):

@@ -1,7 +1,7 @@
 """Pictures from the JSON files of evaluate.py; computes only means and medians over layers.
 
     python plots.py                                        # results/*.json -> results/*.png
-    python plots.py --results figures --out figures        # the README's own
+    python plots.py --results other/results --out pictures
 
 For each model <model>-overview.png, -budget, -asymmetry, -bytes, -training. Colours are Okabe and
 Ito's, which colour-blind readers can tell apart; markers and dashes tell them apart in grey.

@@ -73,7 +73,7 @@ class TopKSAE(nn.Module):
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
-        # (x/s - b_dec) W_enc + b_enc, multiplied out: b_dec then needs no matmul in backward
+        # (x/s - b_dec) W_enc + b_enc, multiplied out: so b_dec needs no matmul of rows in backward
         pre = x / self.scale @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # (..., M)
         z, idx = pre.topk(k, dim=-1)
         return F.relu(z), idx
@@ -92,7 +92,7 @@ class TopKSAE(nn.Module):
         return residual.square().sum(-1).mean() + self.auxk(x, residual.detach()) / 32
 
     def dead(self):
-        """Latents (n_dead,) idle for more than 8 M rows. not in paper: the window."""
+        """Latents (n_dead,) idle for more than 8 n_latents rows. not in paper: the window."""
         return (self.idle > 8 * self.n_latents).nonzero().squeeze(-1)
 
     def auxk(self, x, residual):
@@ -148,7 +148,7 @@ def per_head(config, name, part, x, y):
         return y[..., first:first + H * D].unflatten(-1, (H, D))
     if y.dim() == 3:  # (B, T, H*D)
         return y.unflatten(-1, (H, D))
-    # of a norm: (B, T, H, D), or else (B, H, T, D), which the input shows where H = T
+    # of a norm: (B, T, H, D) or (B, H, T, D); if H = T, only the input's strides tell which
     heads_first = y.shape[1] == H and (y.shape[2] != H or x.stride(1) < x.stride(2))
     return y.transpose(1, 2) if heads_first else y
 
@@ -175,7 +175,8 @@ def kv_sites(model):
 def watch(model, layers, see, begin=lambda call: None):
     """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
     the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
-    UsageError: no such layer; a call, or no call, without them, as of a model compiled before."""
+    UsageError: no such layer; a call that computes none of them, or no call at all, which both
+    happen after torch.compile."""
     decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     for layer, _ in sorted(wanted - sites.keys()):
@@ -213,13 +214,16 @@ def watch(model, layers, see, begin=lambda call: None):
 def capture(model, layers):
     """`with capture(model, layers) as rows: model(ids)` sets rows[layer, kind] to (B, T, H, D)."""
     rows = {}
-    with watch(model, layers, lambda layer, kind, x: rows.update({(layer, kind): x.detach()})):
+    def keep(layer, kind, x):
+        rows[layer, kind] = x.detach().clone()  # some models go on in place
+
+    with watch(model, layers, keep):
         yield rows
 
 @torch.no_grad()
 def check_sites(model):
-    """Raises UsageError unless attention reads what `watch` sees, and before RoPE: the lengths of
-    random keys and values, written over it, must reach the model's own cache."""
+    """Raises UsageError unless attention reads what `watch` sees, and that before RoPE. Random keys
+    and values are written there; vectors of the same lengths must then stand in the cache."""
     written, token = {}, torch.full((1, 5), 7, device=model.device)  # the same, five times
 
     def overwrite(layer, kind, x):  # (1, 5, H, D)
@@ -227,7 +231,7 @@ def check_sites(model):
         if (layer, kind) == (0, "key") and moved and has_rope:
             raise ValueError("its keys are seen only after RoPE")
         growing = torch.arange(1, 6, device=x.device)[:, None, None]
-        written[layer, kind] = x.copy_(growing * torch.randn_like(x)).float()
+        written[layer, kind] = x.copy_(growing * torch.randn_like(x)).float().clone()
 
     with explain(f"model type {model.config.model_type!r} is not supported"):
         decoder = model.get_decoder()
@@ -245,7 +249,7 @@ def check_sites(model):
 def harvest(model, windows, layers, sink=1):
     """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
     `sink` tokens. Raises UsageError at a value that is not finite."""
-    rows = {}  # each made whole at once: pieces, joined at the end, would take twice the memory
+    rows = {}  # allocated whole at once: joining batches would need twice the memory
     with capture(model, layers) as captured:
         for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
             model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
@@ -323,22 +327,22 @@ class DualBudget:
 
 def roundtrip(codec, keys, values, live):
     """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), token by token. One
-    that looks across tokens has a `roundtrip` of its own instead, and leaves out those that are not
-    live (B, T); it sees one call of the model at a time, so a token decoded alone is a group."""
+    that does not work token by token has a `roundtrip` of its own, which ignores tokens that are
+    not live (B, T). It gets the tokens of one call of the model: in generation, one alone."""
     if hasattr(codec, "roundtrip"):
         return codec.roundtrip(keys, values, live)
     return codec.decode(codec.encode(keys, values))
 
 def live_tokens(call, sink):
     """The tokens of a call of the decoder that a codec may touch, (B, T) bool: not padding, which
-    the mask tells, in any form that transformers takes; not sinks, those at a position below `sink`
-    by position_ids (which begin again in packed texts), else by the tokens that they see."""
+    the mask tells, in any form that transformers takes; not sinks, whose position is below `sink`:
+    by position_ids, which begin again in packed texts, else the number of tokens that they see."""
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
     B, T = tokens.shape[:2]
     with explain("attention_mask: want 1 and 0 of (batch, tokens), or booleans, or numbers to add, "
-                 "of (batch, heads, tokens, tokens)"):
+                 "of (batch, heads, tokens, tokens); position_ids: (batch, tokens)"):
         if isinstance(mask, dict):  # by type of layer
             mask = mask.get("full_attention", next(iter(mask.values())))
         if mask is None:
@@ -358,7 +362,7 @@ def live_tokens(call, sink):
 
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
-    """Inside, `model` computes with decoded keys and values, in prefill and decode alike; its own
+    """Inside, `model` computes with decoded keys and values, in prefill and in generation; its own
     cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
     The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
     2309.17453). Raises UsageError as `watch` and `live_tokens` do. In time:
@@ -389,8 +393,8 @@ def reconstruct(model, codecs, sink=1):
 
 # ------------------------------------------------------------------ 5. the fast path
 def fuse(codecs):
-    """{layer: codec} -> the same with encode and decode in one compiled graph, shared by all
-    layers, for CUDA. Warns, and returns the codecs, if nothing compiles here."""
+    """{layer: codec} -> the same with the dual budget's encode and decode in one compiled graph,
+    shared by all layers, for CUDA. Warns, and returns the codecs, if nothing compiles here."""
     try:
         torch.compile(torch.sin)(torch.zeros(1).to("cuda" if torch.cuda.is_available() else "cpu"))
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
@@ -399,12 +403,12 @@ def fuse(codecs):
     compiled = torch.compile(fullgraph=True, dynamic=True)(
         lambda codec, keys, values, live: codec.decode(codec.encode(keys, values)))
     fused = {layer: types.SimpleNamespace(roundtrip=functools.partial(compiled, codec))
-             for layer, codec in codecs.items() if not hasattr(codec, "roundtrip")}
+             for layer, codec in codecs.items() if type(codec) is DualBudget}
     return {**codecs, **fused}
 
 # ------------------------------------------------------------------ 6. models, text, files
 HERE = pathlib.Path(__file__).resolve().parent
-PIECE, STRIP = 1 << 16, 256  # characters of text that are read at a time; beside a cut, to try it
+PIECE, STRIP = 1 << 16, 256  # characters read at a time; on each side of a cut, to try it
 MODELS = {"tiny": str(HERE / "tiny"), "yi-6b": "01-ai/Yi-6B",
           "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
           "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
@@ -454,7 +458,7 @@ def parse_layers(spec, n_layers):
                  f"{n_layers - 1}"):
         parts = [part.split("-") for part in spec.replace("all", f"0-{n_layers - 1}").split(",")]
         ends = [(int(part[0]), int(part[-1])) for part in parts]
-        if not all(first <= last < n_layers for first, last in ends):
+        if max(map(len, parts)) > 2 or not all(first <= last < n_layers for first, last in ends):
             raise ValueError("no such layers")
         return sorted({layer for first, last in ends for layer in range(first, last + 1)})
 
@@ -484,16 +488,20 @@ def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=
             device_map="auto" if device == "auto" else None)  # auto needs the package accelerate
     if info["missing_keys"]:
         raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
+    if any(p.is_meta for p in model.parameters()):
+        raise UsageError(f"--model {name}: its layers do not fit into memory; choose a smaller one")
     model = (model if device == "auto" else model.to(device)).eval().requires_grad_(False)
     check_sites(model)
     return model, tokenizer, layers
 
+def default_text(split, model_name):
+    """Tiny's own text, else WikiText; split is "train" or "valid"."""
+    return str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
+
 def read_text(spec, split, model_name):
     """--text -> yields the text in pieces: a UTF-8 file, or a hub data set
-    owner/name[:config[:split[:column]]], a blank line after each document. None: tiny's own text,
-    else WikiText; split is "train" or "valid"."""
-    if spec is None:
-        spec = str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
+    owner/name[:config[:split[:column]]], a blank line after each document. None: the default."""
+    spec = default_text(split, model_name) if spec is None else spec
     like_a_file = re.search(r"\.[a-z]\w*$", spec) or not re.match(r"[\w-]+/[\w.-]+(:|$)", spec)
     if not (os.path.isfile(spec) or like_a_file):
         for text in hub_documents(spec):
@@ -529,16 +537,19 @@ def hub_documents(spec):
             time.sleep(failures)
 
 def encode(tokenizer, text, special=True):
-    """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval."""
-    bos = tokenizer.bos_token or tokenizer.eos_token
+    """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval, and
+    none after it."""
+    bos, eos = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
     special = special and not (bos and text.startswith(bos))
-    return tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    appended = special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
+    return ids[:-1] if appended and not text.endswith(eos) else ids
 
 def tokenize(pieces, tokenizer, n):
     """A text in pieces -> the first n token ids (n,), or all of fewer: those of one call on the
-    whole text, of which no more is read than they need. A long text is cut where the halves have
-    the tokens of the whole, which is tried on a strip on either side; before white space if that
-    does, as every tokenizer of words has a seam there."""
+    whole text, of which no more is read than they need. A long text is cut at a place on each side
+    of which a strip of text has the same tokens apart as together; places before white space are
+    tried first, as tokenizers of words have seams there."""
     def after(text):  # the ids of a text that goes on: its beginning is not the text's
         return encode(tokenizer, "\n" + text, False)[len(encode(tokenizer, "\n", False)):]
 
@@ -546,7 +557,8 @@ def tokenize(pieces, tokenizer, n):
         places = range(len(text) - STRIP, max(0, len(text) - 8 * STRIP), -1)
         for place in sorted(places, key=lambda place: not text[place].isspace()):
             left, right = text[max(0, place - STRIP):place], text[place:place + STRIP]
-            if after(left) + after(right) == after(left + right):
+            repeated = len(set(left)) == 1 or len(set(right)) == 1  # a run hides its beginning
+            if not repeated and after(left) + after(right) == after(left + right):
                 return place
         return 0
 
@@ -570,7 +582,9 @@ def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=
     if not 2 <= seq_len <= limit:
         raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
     ids = tokenize(pieces, tokenizer, max(max_tokens, least * seq_len))
-    n = len(ids) // seq_len
+    n, n_known = len(ids) // seq_len, model.get_input_embeddings().num_embeddings
+    if len(ids) and ids.max() >= n_known:
+        raise UsageError(f"the tokenizer makes token {ids.max()}, but the model has {n_known}")
     if n < least:
         raise UsageError(f"text of {len(ids)} tokens: too short for {least} windows of {seq_len}; "
                          "give more text or a smaller --seq-len")
@@ -594,22 +608,24 @@ def check_out(out):
 @torch.no_grad()
 def model_marks(model, layers):
     """What tells models apart -> {str(layer): {dtype, sums}}: of each parameter that makes the
-    layer's keys or values, 16 sums of its weights, each weight times a number of its own."""
+    layer's keys or values, rounded to bfloat16, 16 parts; of each, the sum of w_i cos(i)."""
     sites, marks = kv_sites(model), {}
     for layer in layers:
         modules = dict.fromkeys(module for kind in KINDS for module in sites[layer, kind][0])
-        parameters = [p.cpu().double().flatten() for module in modules for p in module.parameters()]
+        parameters = [p.cpu().bfloat16().double().flatten()
+                      for module in modules for p in module.parameters()]
         sums = [[float(f"{part.sum():.6g}") for part in (
             p * torch.arange(len(p)).double().cos()).tensor_split(16)] for p in parameters]
         marks[str(layer)] = {"dtype": str(next(iter(modules)).weight.dtype), "sums": sums}
     return marks
 
 def same_marks(a, b):
-    """Whether two marks are of one model, in the layers that both hold: equal, or, if loaded in
-    two dtypes, nearly so. Rounding to bfloat16 changes 16 sums by 0.2 % of their length."""
+    """Whether two marks are of one model, in the layers that both hold: equal, or nearly so if one
+    of them was loaded in float16, from which rounding to bfloat16 now and then goes another way."""
     for layer in a.keys() & b.keys():
         x, y = (torch.tensor(mark[layer]["sums"], dtype=torch.float64) for mark in (a, b))
-        tolerance = 1e-5 if a[layer]["dtype"] == b[layer]["dtype"] else 0.008
+        dtypes = {a[layer]["dtype"], b[layer]["dtype"]}
+        tolerance = 0.004 if len(dtypes) == 2 and "torch.float16" in dtypes else 1e-5
         if x.shape != y.shape or not ((x - y).norm(dim=1) <= tolerance * x.norm(dim=1)).all():
             return False
     return not a.keys().isdisjoint(b)
@@ -636,7 +652,7 @@ def load_sae(folder):
         return sae.requires_grad_(False), cfg["metadata"]
 
 def load_saes(folder, model, layers=None):
-    """({(layer, kind): TopKSAE}, each where the model has its layer; the metadata of one of them).
+    """({(layer, kind): TopKSAE}, each on the device of its layer; the metadata of one of them).
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, saes, sites = pathlib.Path(folder), {}, kv_sites(model)
     there = sorted(int(path.name[5:-4]) for path in folder.glob("layer*.key")

@@ -256,6 +256,13 @@ def test_type_that_is_refused(family, message):
     with pytest.raises(sta.UsageError, match=f"model type '{family}' is not supported.*{message}"):
         sta.check_sites(small_model(family))
 
+def test_a_model_that_goes_on_in_place():
+    """OLMo may clip keys and values after the projections: what codecs return must arrive."""
+    model = small_model("olmo", clip_qkv=0.1)
+    with pytest.raises(sta.UsageError, match="layer 0: attention reads other keys than are seen"):
+        sta.check_sites(model)
+    sta.check_sites(small_model("olmo"))
+
 @pytest.mark.parametrize("context", [
     lambda model: sta.capture(model, [0]),
     lambda model: sta.reconstruct(model, {0: across(lambda keys, values, live: (-keys, -values))})])
@@ -477,11 +484,13 @@ def test_marks_forgive_rounding_but_no_change():
     assert not sta.same_marks(shuffled, marks)
     for change in (lambda a: a.k_proj.weight.neg_(), lambda a: a.v_proj.weight.mul_(1.02),
                    lambda a: a.k_proj.bias[3].add_(0.5), lambda a: a.v_proj.weight[5].neg_(),
-                   lambda a: a.v_proj.weight[2, 3].add_(0.01)):
+                   lambda a: a.v_proj.weight[2, 3].add_(0.01),
+                   lambda a: a.v_proj.weight.mul_(1 + 0.003 * torch.randn(32, 64))):
         other = small_model("qwen2")
         other.load_state_dict(model.state_dict())
         change(other.model.layers[1].self_attn)
         assert not sta.same_marks(sta.model_marks(other, [0, 1]), marks)
+        assert not sta.same_marks(sta.model_marks(other.bfloat16(), [0, 1]), marks)
         assert sta.same_marks(sta.model_marks(other, [0]), marks)
 
 def test_failed_write_loses_nothing(tmp_path):
@@ -509,7 +518,8 @@ def test_windows_are_the_text_cut_once(monkeypatch):
 TEXTS = {"prose": "The year 1862, it's said, was cold;\n\n  they'd gone.\tHm... " * 200,
          "code": "def f(x):\n    return [1234567 * x]  # ünï 你好世界 \r\n\n\n" * 200,
          "one line": "no line breaks at all, only 12 words and a few more " * 300,
-         "no space": "".join(chr(0x4E00 + i * i % 997) for i in range(9000)), "rules": ("=" * 70 + "\n" + " " * 40 + "x\n") * 100}
+         "no space": "".join(chr(0x4E00 + i * i % 997) for i in range(9000)), "rules": ("=" * 70 + "\n" + " " * 40 + "x\n") * 100,
+         "runs": ("word " + " " * 900 + "x = 1;\n") * 20}
 
 @pytest.mark.parametrize("text", TEXTS)
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "sentencepiece"])
@@ -521,7 +531,7 @@ def test_tokens_in_pieces_are_those_of_one_call(text, kind, monkeypatch):
     assert sta.tokenize(pieces, tokenizer, 1 << 40).tolist() == tokenizer(text).input_ids
 
 @functools.cache
-def make_tokenizer(kind):
+def make_tokenizer(kind, template="<s> $A"):
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, \
         processors, trainers
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token="<unk>"))
@@ -543,8 +553,17 @@ def make_tokenizer(kind):
     if kind == "sentencepiece":
         tokenizer.pre_tokenizer = pre_tokenizers.Sequence([])
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", special_tokens=[("<s>", 0)])
+        single=template, special_tokens=[("<s>", 0), ("<unk>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
+
+def test_special_tokens_stand_before_a_text_only():
+    """Also with a tokenizer that would append EOS, and so end each piece and each context with it."""
+    tokenizer = make_tokenizer("gpt2", "<s> $A <unk>")
+    tokenizer.eos_token = "<unk>"
+    ids = sta.encode(tokenizer, "The year")
+    assert ids[0] == 0 and tokenizer.eos_token_id not in ids
+    assert evaluate.encode_pair(tokenizer, "The", " year")[0] + evaluate.encode_pair(
+        tokenizer, "The", " year")[1] == ids
 
 def test_a_text_that_begins_with_bos_has_one():
     tokenizer = make_tokenizer("gpt2")
@@ -603,6 +622,9 @@ def test_second_run_overwrites_nothing(trained, capsys):
     assert "trained already" in capsys.readouterr().out
     assert script(train_sae, *SHORT, "--seed", 1, "--out", trained) == 2
     assert "trained with seed = 0, not 1" in capsys.readouterr().err
+    other_layer = [*SHORT[:-1], "4", "--n-latents", 32, "--out", trained]
+    assert script(train_sae, *other_layer) == 2  # one folder, one kind of SAEs
+    assert "trained with n_latents = 64, not 32" in capsys.readouterr().err
     assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
 
 def model_folder(folder, seed):
@@ -749,7 +771,9 @@ def test_perplexity_is_that_of_hugging_face(evaluated):
         losses = [model(input_ids=w, labels=w).loss.item() for w in ids[:, :2048].split(256, dim=1)]
     assert rows[0]["perplexity"] == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
-def test_an_interrupted_evaluation_keeps_its_rows(trained, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_keeps_its_rows(trained, evaluated, tmp_path, monkeypatch):
+    """And those of the complete one before it."""
+    shutil.copy(evaluated / "tiny.json", tmp_path)
     def stop(forward, windows, model, name, losses=evaluate.window_losses):
         if name == "values":
             raise KeyboardInterrupt
@@ -760,6 +784,7 @@ def test_an_interrupted_evaluation_keeps_its_rows(trained, tmp_path, monkeypatch
                   tmp_path) == 130
     result = json.loads((tmp_path / "tiny.json").read_text())
     assert [row["name"] for row in result["rows"]] == ["dense", "keys"] and result["commit"] is None
+    assert len(json.loads((tmp_path / "tiny.json.previous").read_text())["rows"]) == 6
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
 
 def test_a_loss_too_large_for_exp(tmp_path):
@@ -872,6 +897,7 @@ def test_paired_comparison():
     (["--tokens", "0"], "--tokens 0: want 1 to"),
     (["--lr", "nan"], "--lr nan, --seed 0: want a rate above 0"),
     (["--seed", "-1"], "--seed -1: want .* a seed of 0 or more"),
+    (["--layer", "1-2-3"], "--layer 1-2-3: want all, 12, 0-7 or 3,9"),
     (["--layer", "0-999999999999"], "--layer 0-999999999999: .* layers 0 to 5"),
     (["--text", "absent.txt"], "--text absent.txt: no UTF-8 file"),
     (["--text", "{tmp}/empty.txt"], "text of 2 tokens: too short for 2 windows"),

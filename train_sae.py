@@ -114,6 +114,7 @@ class PerHead(NamedTuple):
     """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.
     beyond/variants.py has others."""
     make_sae: Callable = sta.TopKSAE  # (dim, n_latents, k, generator) -> a TopKSAE
+    next_step: str = "python evaluate.py --saes {folder}"  # for the user
 
     def budgets(self, args, shape):
         """{name: (dim, k)} of a layer's SAEs; shape: (n_kv_heads, head_dim)."""
@@ -263,18 +264,21 @@ def expect_same(path, then, now):
     for name, value in now.items():
         if then.get(name) != value:
             raise sta.UsageError(f"{path} was trained with {name} = {then.get(name)}, not {value}; "
-                                 "choose that, or another --out, or delete it")
+                                 "choose that, or another folder, or delete it")
 
 def check_folder(folder, sites, settings, resume):
-    """True if this very run is finished there. Raises UsageError rather than overwrite."""
+    """True if this very run is finished there. Raises UsageError rather than overwrite, or mix SAEs
+    of different settings."""
     unfinished = (folder / "unfinished.safetensors").exists()
     if unfinished and not resume:
         raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
                              "--out, or delete unfinished.safetensors")
     paths = [folder / f"layer{layer}.{name}" for layer, name in sites]
     done = [path for path in paths if (path / "cfg.json").exists()]
-    for path in done:
-        expect_same(path, sta.load_sae(path)[1].get("settings", {}), settings)
+    general = {name: x for name, x in settings.items() if name not in ("layers", "model_sha256")}
+    for path in sorted(folder.glob("layer*.*/cfg.json")):
+        there = sta.load_sae(path.parent)[1].get("settings", {})
+        expect_same(path.parent, there, settings if path.parent in done else general)
     return len(done) == len(paths) and not unfinished
 
 def save_trained(folder, marks, saes, held_rows, settings, args, variant):
@@ -287,8 +291,8 @@ def save_trained(folder, marks, saes, held_rows, settings, args, variant):
         sta.save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
             "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
             "kind": name, "held_out": point, "settings": settings})
-    print(f"wrote {len(saes)} SAEs to {folder}; next: python evaluate.py --saes {folder}"
-          + " --text HELD_OUT" * bool(args.text))
+    print(f"wrote {len(saes)} SAEs to {folder}; next: {variant.next_step.format(folder=folder)}"
+          + (" --text HELD_OUT" if args.text else ""))
 
 def main(argv=None, variant=PerHead(), description=__doc__):
     args = parse_args(argv, description)

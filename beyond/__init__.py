@@ -3,6 +3,7 @@
 Who may import whom is listed in README.md, and held by a test.
 """
 import argparse
+import json
 import pathlib
 import types
 
@@ -26,26 +27,25 @@ OPTIONS = {
     "dtype": dict(choices=["float32", "bfloat16", "float16"], help="of the model (default: float32 "
                                                                    "on cpu, bfloat16 on cuda)"),
     "out": dict(type=pathlib.Path, default=pathlib.Path("results"), help="(default results)")}
-FIT = "model layer text tokens seq-len seed device dtype out"  # to --out, default saes
+FIT = "model layer text tokens seq-len seed device dtype out"
+FIT_OPTIONS = OPTIONS | {
+    "model": dict(default="tiny", help="short name, hub id or folder (default tiny)"),
+    "out": OPTIONS["saes"]}
 LOOK = "model saes layer text seq-len max-tokens k-key k-val device dtype out"
-LEAST = {"tokens": 2, "max_tokens": 2, "k_key": 1, "k_val": 1, "sink": 0, "seed": 0, "recent": 0,
+MINIMUM = {"tokens": 2, "max_tokens": 2, "k_key": 1, "k_val": 1, "sink": 0, "seed": 0, "recent": 0,
          "new_tokens": 1, "limit": 1}
 
 def parse_args(doc, argv, names, **more):
-    """The shared options named, and more: {name: options of argparse}. Raises UsageError."""
+    """Parse the shared options listed in `names`, and more: {name: arguments of add_argument}.
+    Raises UsageError at a number that is too small."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in names.split():
-        options = dict(OPTIONS[name])
-        if names == FIT and name in ("model", "out"):
-            options |= {"model": dict(default="tiny", help="short name, hub id or folder (default "
-                                                           "tiny)"),
-                        "out": OPTIONS["saes"]}[name]
-        parser.add_argument(f"--{name}", **options)
+        parser.add_argument(f"--{name}", **(FIT_OPTIONS if names == FIT else OPTIONS)[name])
     for name, options in more.items():
         parser.add_argument(f"--{name.replace('_', '-')}", **options)
     args = parser.parse_args(argv)
-    for name, least in LEAST.items():
+    for name, least in MINIMUM.items():
         if getattr(args, name, None) is not None and getattr(args, name) < least:
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
                                  "or more")
@@ -53,15 +53,18 @@ def parse_args(doc, argv, names, **more):
 
 def begin_fit(args, name):
     """-> (model, tokenizer, layers, windows (n, T) of the text, the folder saes/<model>/<name>, the
-    settings that the fitted files are known by)."""
+    settings that are stored beside the fitted files)."""
     sta.check_out(args.out)
     args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
     model, tokenizer, layers = sta.load_model(
         args.model, *sta.pick_device(args.device, args.dtype), args.layer or "all")
     pieces = sta.read_text(args.text, "train", args.model)
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
-    settings = {"text": args.text or "its own", "text_sha256": evaluate.sha256(windows),
-                "tokens": windows.numel(), "seed": args.seed}
+    marks = json.dumps(sta.model_marks(model, range(len(model.get_decoder().layers))))
+    settings = {"model_sha256": evaluate.sha256(marks.encode()),
+                "text": evaluate.text_name(args.text, "train", args.model),
+                "text_sha256": evaluate.sha256(windows), "tokens": windows.numel(),
+                "seq_len": windows.shape[1], "seed": args.seed}
     return model, tokenizer, layers, windows, args.out / sta.slug(args.model) / name, settings
 
 def begin_look(args, ending):
@@ -83,7 +86,7 @@ def begin_look(args, ending):
                                  f"n_latents = {most}")
     pieces = sta.read_text(args.text, "valid", name)
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
-    about |= {"model": name, "text": args.text or "its own", "tokens": windows.numel(),
+    about |= {"model": name, "text": evaluate.text_name(args.text, "valid", name), "tokens": windows.numel(),
               "text_sha256": evaluate.sha256(windows), "seq_len": windows.shape[1],
               "settings": trained.get("settings")}
     return types.SimpleNamespace(

@@ -32,7 +32,7 @@ from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted,
                               side_by_side, write_fitted)
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
-SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16, of the rows
+SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16's bytes per token: a row for each
 
 # ------------------------------------------------------------------ atoms
 def k_means(x, generator):
@@ -53,8 +53,9 @@ def nearest(x, atoms):
                       for part in x.split(2048)])
 
 def tag(gain):
-    """gain (N, 256), overwritten: the atom's number is in the lowest eight bits, which changes a
-    float32 by less than 1 in 2^15. Then `number(x.amax(-1))` is argmax, in a tenth of its time."""
+    """For a fast argmax: `number(tag(gain).amax(-1))` takes a tenth of argmax's time. gain (N, 256),
+    which is overwritten, gets each atom's number into its lowest eight bits; that changes a float32
+    by less than 1 in 2^15."""
     gain.view(torch.int32).bitwise_and_(-N_ATOMS).bitwise_or_(
         torch.arange(N_ATOMS, dtype=torch.int32, device=gain.device))
     return gain
@@ -88,12 +89,13 @@ def beam_search(y, atoms, beam=BEAM):
 def learn_layer(x, fitted, n_stages, seed):
     """Rows x (N, P) of one layer, its mean, covariance and metric -> the tensors of its code: mean
     (P,), W and inverse (P, P); for each block i that is coded, atoms.<i> (S, 256, 16) and left.<i>
-    (S + 1,), the error of held-out rows after 0 to S stages. The n_stages are learned one by one;
-    the next goes to the block whose last one helped most. Raises UsageError at fewer than 32 rows
+    (S + 1,), the error of held-out rows after 0 to S stages. The n_stages are learned one by one,
+    each for the block whose latest stage lowered the error most. Raises UsageError at fewer than 32 rows
     per atom."""
     if len(x) < 32 * N_ATOMS:
-        raise sta.UsageError(f"a calibration of {len(x):,} tokens: too few for {N_ATOMS} atoms; run "
-                             f"python -m beyond.calibrate --tokens with {32 * N_ATOMS:,} or more")
+        raise sta.UsageError(f"a calibration of {len(x):,} tokens: too few for {N_ATOMS} atoms; "
+                             f"delete it, and run python -m beyond.calibrate --tokens "
+                             f"{40 * N_ATOMS} or more")
     mean, (_, W, inverse) = fitted["mean"], principal_axes(fitted["covariance"], fitted["metric"])
     left = list(((x - mean) @ W.float()).split(BLOCK, 1))  # of each block what is not coded yet
     generator, n_held = torch.Generator().manual_seed(seed), len(x) // 10
@@ -128,9 +130,10 @@ class Additive:
         """Keys before RoPE and values (..., H, D) -> one tensor of bytes (..., sum of stages)."""
         x = side_by_side(keys, values)  # (..., P)
         y = (x.flatten(0, -2) - self.mean) @ self.W  # (N, Q)
-        codes = [torch.cat([beam_search(part, atoms)[0]
-                            for part in y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)])
-                 for i, atoms in self.atoms.items()]
+        codes = [y.new_empty(len(y), 0, dtype=torch.uint8)]  # all there is where no byte is given
+        codes += [torch.cat([beam_search(part, atoms)[0]
+                             for part in y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)])
+                  for i, atoms in self.atoms.items()]
         return (torch.cat(codes, 1).view(*x.shape[:-1], -1),)
 
     def decode(self, stored):
@@ -157,7 +160,7 @@ def share_out(curves, n_bytes):
 # ------------------------------------------------------------------ the rows, and the run
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
-    config, learned, curves, made = model.get_decoder().config, {}, {}, []
+    config, learned, curves, new_rows = model.get_decoder().config, {}, {}, []
     shape, folder = sta.kv_shape(config), evaluate.find_fitted(args.saes, args.model)[0]
     folder = folder / "additive"
     for layer in evaluate.coded_layers(model, saes, args):
@@ -175,9 +178,9 @@ def rows(model, tokenizer, saes, args, before):
                                             if at == layer}, shape)
                   for layer, tensors in learned.items()}
         once = sum(x.nbytes for codec in codecs.values() for x in codec.kept)
-        made.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
-                                 method="additive", settings=settings))
-    return made
+        new_rows.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
+                                     method="additive", settings=settings))
+    return new_rows
 
 @torch.no_grad()
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""What atoms stand for, and how that changes with depth: a page to browse, a blind check, P8.
+"""What atoms stand for, and how that changes with depth: a page to browse, a check by rule, P8.
 
     python -m beyond.atoms                     # the newest SAEs: a minute for tiny
     python -m beyond.atoms --model yi-6b --layer 12 --text my.txt
@@ -11,10 +11,11 @@
    counted for 20 random live atoms, for all of them, and for random directions.
 3. The paper's P8, hierarchical addressing: shallow layers are lexical, deep layers tell senses
    apart. From the share of atoms that two occurrences have in common: *lexical* is that of the same
-   token (after different ones) less that of different tokens; *ngram* is what the same token before
-   adds; *sense* is what is lost if a word is a verb once and a noun once, told by the word before
-   it. Claimed: lexical and ngram fall from the shallow to the deep third of the layers, and sense
-   grows. Both thirds are measured on the same pairs; errors are those of a bootstrap over words.
+   token (after different ones) minus that of different tokens; *ngram* is how much the same token
+   before adds to it; *sense* is how much less two occurrences of a word have in common if it is a
+   verb once and a noun once, by the word before it. Claimed: lexical and ngram fall from the shallow
+   to the deep third of the layers, and sense grows. Both thirds are measured on the same pairs;
+   errors are those of a bootstrap over words.
 Writes 2 and 3 to results/<model>-atoms.json. Non-goal: naming atoms by a language model.
 """
 import collections
@@ -34,7 +35,7 @@ N_PAIRS, N_BOOTSTRAP = 20_000, 200
 MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
 NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
 
-# ------------------------------------------------------------------ the page, and the blind check
+# ------------------------------------------------------------------ the page, and the check
 class Strongest:
     """For each of M latents the ten tokens of a stream where it is strongest, and how often it
     fires."""
@@ -62,7 +63,7 @@ def describable(tokens):
 
 class FirstStage:
     """The first stage of a layer's additive code (beyond/additive.py) as an SAE of 256 latents, of
-    rows x (..., P), keys and values of all heads; z is the error that the atom removes."""
+    rows x (..., P), keys and values of all heads; z is half the squared error that an atom removes."""
     def __init__(self, learned):
         self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"]
         self.atoms = learned["atoms.0"][0]  # (256, d)
@@ -75,10 +76,10 @@ class FirstStage:
 @torch.no_grad()
 def read_codes(model, saes, windows, ks, seed=0):
     """Windows (n, T), budgets ks {kind: k} -> for each (layer, kind): codes, idx (tokens, H, k) with
-    -1 where z = 0; the Strongest of atoms and of random directions; the codes of a sentence."""
+    -1 where z = 0; the Strongest of atoms and of random directions; the codes of the first tokens."""
     length, generator = windows.shape[1], torch.Generator().manual_seed(seed)
     codes, strongest, sentences = {site: [] for site in saes}, {}, {}
-    lines = {dim: F.normalize(torch.randn(N_RANDOM, dim, generator=generator), dim=-1)
+    directions = {dim: F.normalize(torch.randn(N_RANDOM, dim, generator=generator), dim=-1)
              for dim in sorted({len(sae.b_dec) for sae in saes.values()})}
     for start in tqdm(range(0, len(windows), 8), desc="codes", disable=None):
         rows = sta.harvest(model, windows[start:start + 8], {layer for layer, _ in saes}, sink=0)
@@ -94,12 +95,12 @@ def read_codes(model, saes, windows, ks, seed=0):
             z[sink] = 0  # a window's first token is kept exact
             dense = z.new_zeros(len(x), sae.n_latents).scatter_reduce_(
                 1, idx.flatten(1), z.flatten(1), "amax")  # the strongest head's
-            along = (x / sae.scale - sae.b_dec) @ lines[x.shape[-1]].to(x.device).T
-            along[sink] = 0  # (tokens, H, N_RANDOM)
+            projections = (x / sae.scale - sae.b_dec) @ directions[x.shape[-1]].to(x.device).T
+            projections[sink] = 0  # (tokens, H, N_RANDOM)
             atoms, random = strongest.setdefault((layer, kind), (Strongest(sae.n_latents),
                                                                  Strongest(N_RANDOM)))
             atoms.update(dense.T, start * length)
-            random.update(along.amax(1).T, start * length)
+            random.update(projections.amax(1).T, start * length)
             if start == 0:  # [[(atom, z) of a head] of a token]
                 sentences[layer, kind] = [
                     [[[m, round(v, 3)] for m, v in zip(*head)] for head in zip(*token)]
@@ -127,6 +128,13 @@ def describe(strongest, sentences, words, seed=0):
     return {"words": words, "sites": page}, check
 
 # ------------------------------------------------------------------ P8
+def words_of(tokenizer, windows):
+    """The text of each token, with the space before it, which some tokenizers drop at a beginning."""
+    first = sta.encode(tokenizer, ":", special=False)[-1:]
+    n = len(tokenizer.decode(first))
+    text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
+    return [text[i] for i in windows.flatten().tolist()]
+
 def equal_pairs(labels, generator, n=N_PAIRS):
     """n pairs (i, j) of places with equal labels (int tensor), drawn at random; (2, n)."""
     ordered, order = labels.sort()
@@ -155,10 +163,13 @@ def find_senses(words):
 def draw_pairs(windows, words, generator):
     """{name: (2, n) places} of pairs of occurrences, and the words with two senses. other:
     different tokens, the null; lexical: the same token after different ones; ngram: the same after
-    the same; sense: a word in one sense; two: in both. Never of one window."""
+    the same; sense: the same word in one sense; two: once as a verb and once as a noun. Never of
+    one window, nor of a window's first token, before which the model sees none."""
     ids, window = windows.flatten(), torch.arange(windows.numel()) // windows.shape[1]
+    inside = torch.arange(windows.numel()) % windows.shape[1] > 0
     before, bare = ids.roll(1), [word.strip().lower() for word in words]
     senses, role = find_senses(words)
+    role = role * inside
     numbers = {w: i for i, w in enumerate(sorted(senses))}
     places = (role > 0).nonzero().squeeze(1)
     label = torch.tensor([numbers[bare[i]] for i in places.tolist()], dtype=torch.long)
@@ -167,12 +178,15 @@ def draw_pairs(windows, words, generator):
     both = equal_pairs(ids * (ids.max() + 1) + before, generator)
     word = places[equal_pairs(label, generator)] if len(places) else any_pair[:, :0]
 
+    def in_two_windows(p):
+        return (window[p[0]] != window[p[1]]) & inside[p[0]] & inside[p[1]]
+
     def apart(p):
-        return (window[p[0]] != window[p[1]]) & (before[p[0]] != before[p[1]])
+        return in_two_windows(p) & (before[p[0]] != before[p[1]])
 
     one_sense = role[word[0]] == role[word[1]]
     pairs = {"other": any_pair[:, (ids[any_pair[0]] != ids[any_pair[1]]) & apart(any_pair)],
-             "lexical": same[:, apart(same)], "ngram": both[:, window[both[0]] != window[both[1]]],
+             "lexical": same[:, apart(same)], "ngram": both[:, in_two_windows(both)],
              "sense": word[:, apart(word) & one_sense], "two": word[:, apart(word) & ~one_sense]}
     return {name: p for name, p in pairs.items() if p.shape[1] > 1}, sorted(senses)
 
@@ -241,7 +255,7 @@ def main(argv=None):
             if "atoms.0" in learned:
                 saes[layer, "stage1"] = FirstStage(learned)
     codes, strongest, sentences = read_codes(run.model, saes, run.windows, ks)
-    words = [run.tokenizer.decode(i) for i in run.windows.flatten()]
+    words = words_of(run.tokenizer, run.windows)
     page, check = describe(strongest, sentences, words)
     for site, row in check.items():
         print(f"atoms {site}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "

@@ -2,12 +2,13 @@
 
     python -m beyond.benchmark                  # a minute on 2 cores; random weights and rows
 
-Medians of actions that take turns, the first three rounds left out. step: forward, backward, Adam,
+Median times; the actions that are compared alternate, and the first three rounds are discarded. step: forward, backward, Adam,
 unit atoms, as train_sae.py makes it. codes: encode and decode, as sta.py defines them and through
 sta.fuse. cache: a further token through beyond/cache.py and through a dense cache, in four layers
 of SmolLM2's shape. Writes results/benchmark.json. Non-goal: quality.
 """
 import contextlib
+import functools
 import json
 import platform
 import time
@@ -48,9 +49,9 @@ def time_shape(shape, device):
     def step(): train_sae.train_step({"": sae}, optimizer, {"": x})
 
     codec = sta.DualBudget(sae, sae, sta.Budget(k, k))
-    half, live = x[:n_rows // 2, None, None], None  # keys, and values: (N, 1, 1, D)
+    x_half = x[:n_rows // 2, None, None]  # keys, and values: (N, 1, 1, D)
     codecs = {"eager": codec, "compiled": sta.fuse({"": codec})[""]}
-    codes = {name: lambda codec=codec: sta.roundtrip(codec, half, half, live)
+    codes = {name: functools.partial(sta.roundtrip, codec, x_half, x_half, None)
              for name, codec in codecs.items()}
     with torch.no_grad():
         ms = timed({"matmul": lambda: torch.addmm(sae.b_enc, x, sae.W_enc), **codes}, device)

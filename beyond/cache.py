@@ -7,9 +7,10 @@
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
 
 The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes. Keys
-are coded as they are before RoPE, and turned again when they are read. When a chunk of several
-tokens is read, all of them see the tokens before it as codes. Greedy, sampled and beam search,
-padding on either side, crops and chunks work, for the types of model in ROTARY with plain RoPE.
+are coded as they are before RoPE, and turned again when they are read. Tokens that a chunk pushes
+out of the newest `recent` are coded before attention reads them, even for queries of that chunk.
+Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of model in
+ROTARY with plain RoPE.
 The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. --generate writes
 results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
@@ -74,7 +75,7 @@ class CodedLayer(DynamicLayer):
 
     def crop(self, tokens_to_remove):
         """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
-        if tokens_to_remove > 0:  # as transformers has it
+        if tokens_to_remove > 0:  # as transformers has it since 5.24
             raise ValueError(f"crop({tokens_to_remove}): want minus the number of tokens to forget")
         if self.is_initialized:
             left = max(0, self.get_seq_length() + tokens_to_remove)
@@ -94,15 +95,17 @@ class CodedLayer(DynamicLayer):
             self.sinks = [x.new_zeros(len(x), self.cache.sink, *x.shape[2:]) for x in new]
             self.is_initialized = True
         exact = [torch.cat([old, x], 1) for old, x in zip(self.exact, new)]
-        start, n_old = self.n_codes(), max(0, exact[0].shape[1] - self.cache.recent)
-        self.exact = [x[:, n_old:].clone() for x in exact]
+        start, n_leaving = self.n_codes(), max(0, exact[0].shape[1] - self.cache.recent)
+        self.exact = [x[:, n_leaving:].clone() for x in exact]
         row, slot = is_sink.nonzero(as_tuple=True)
         i = is_sink.cumsum(1)[row, slot] - 1  # which of its row's sinks it is
-        if n_old:
-            leaving, now = [x[:, :n_old] for x in exact], (slot >= start) & (slot < start + n_old)
+        if n_leaving:
+            leaving = [x[:, :n_leaving] for x in exact]
+            which = (slot >= start) & (slot < start + n_leaving)  # of the sinks, those that leave
             for kept, x in zip(self.sinks, leaving):
-                kept[row[now], i[now]] = x[row[now], slot[now] - start]
-            c, s = (x[:, start:start + n_old].float() for x in (cos, sin))
+                kept[row[which], i[which]] = x[row[which], slot[which] - start]
+            c, s = (x[:, start:start + n_leaving].float() for x in (cos, sin))
+            # turned back; c and s are rounded, and stretched by some kinds of RoPE
             back = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
             codes = self.codec.encode(back, leaving[1].float())
             old = self.codes or [x[:, :0] for x in codes]
@@ -111,7 +114,8 @@ class CodedLayer(DynamicLayer):
             return [x.transpose(1, 2) for x in self.exact]
         keys, values = self.codec.decode(self.codes)  # (B, n_codes, H, D)
         n = keys.shape[1]
-        keys, coded, whole = rotate(keys, cos[:, :n].float(), sin[:, :n].float()), slot < n, []
+        keys = rotate(keys, cos[:, :n].float(), sin[:, :n].float())
+        coded, whole = slot < n, []
         for x, kept, recent in zip((keys, values), self.sinks, self.exact):
             x = x.to(recent.dtype)
             x[row[coded], slot[coded]] = kept[row[coded], i[coded]]
@@ -163,7 +167,7 @@ def compress(model, codecs, sink=1, recent=128):
             raise sta.UsageError(f"inside compress, give the model {ARGUMENT}=the cache")
         begun["sinks"] = sta.live_tokens(call, 0) & ~sta.live_tokens(call, sink)  # (B, T)
 
-    def turn(module, args, kwargs, output):  # of RoPE: the angles of all slots, (B, slots, D)
+    def note_angles(module, args, kwargs, output):  # of RoPE, for all slots: (B, slots, D)
         new = kwargs.get("position_ids", args[-1]).int().expand(len(args[0]), -1)  # (B, T)
         old = holder.slots or [new[:, :0], begun["sinks"][:, :0]]
         holder.slots = [torch.cat([x.to(y.device), y], 1)
@@ -176,7 +180,7 @@ def compress(model, codecs, sink=1, recent=128):
         cache.now = None
 
     with contextlib.ExitStack() as hooks:
-        for hook in (decoder.rotary_emb.register_forward_hook(turn, with_kwargs=True),
+        for hook in (decoder.rotary_emb.register_forward_hook(note_angles, with_kwargs=True),
                      decoder.register_forward_hook(end)):
             hooks.callback(hook.remove)
         with sta.watch(model, [], None, begin):
@@ -196,19 +200,20 @@ def through_cache(model, row, sink, recent=128, chunk=128):
             return logits
         yield forward
 
-def stored(row):  # those that look across tokens have nothing to store
-    return row.codecs and not any(hasattr(codec, "roundtrip") for codec in row.codecs.values())
+def stored(row):  # those that look across tokens, or have no place per token, are no cache
+    return row.codecs and row.name != "l1" and not any(
+        hasattr(codec, "roundtrip") for codec in row.codecs.values())
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: the dual budget, and what the --rows before this one added."""
     check_rope(model)
-    made = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
+    new_rows = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
             for row in before if stored(row) and row.name not in ("uniform", "reverse")]
-    for row in made:
+    for row in new_rows:
         row.enter = functools.partial(through_cache, row=row, sink=args.sink)
-    if not made:
+    if not new_rows:
         raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")
-    return made
+    return new_rows
 
 @torch.no_grad()
 def write_on(model, tokenizer, rows, args):
@@ -246,7 +251,8 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(
         name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
     check_rope(model)
-    about = evaluate.provenance(model)
+    about = {"model": name, "prompt_sha256": evaluate.sha256(args.generate.encode()),
+             **evaluate.provenance(model)}
     path = evaluate.result_path(args.out, name, about, "-cache")
     saes = sta.load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
     dense, *paper = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), args.k_key,

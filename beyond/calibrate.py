@@ -13,8 +13,8 @@ P = 2 H D numbers. For each layer, from one text:
 
 g is the gradient of the loss to x, at targets drawn from the model's own predictions. So G is
 Fisher's information: e^T G e / 2 is the KL divergence that an error e causes, to second order. B is
-plain squared error, in units in which it costs as much on average; it is there because G comes
-from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the text. The idea is
+plain squared error, of keys and of values, each weighed by the mean of G's diagonal; it is there
+because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the text. The idea is
 that of Fisher pruning [arXiv 1801.05787].
 
 Codes that are fitted on one kind of text do not carry over to another. So --own mixes samples of
@@ -51,7 +51,7 @@ def draw(logits, generator):
     return (p < u * p[:, -1:]).sum(-1)
 
 class Probe:
-    """A codec that adds zero: an error to which the loss has a gradient."""
+    """A codec that adds a tensor of zeros, `error`, so that autograd gives the gradient to it."""
 
     def roundtrip(self, keys, values, live):
         self.x = side_by_side(keys[live], values[live])  # (live tokens, P)
@@ -78,15 +78,15 @@ def statistics(model, windows, layers, sink=1, seed=0):
                 new = x.sum(0), x.T @ x, g.T @ g
                 sums[layer] = [a + b.double() for a, b in zip(sums.get(layer, (0, 0, 0)), new)]
             n_tokens += len(x)
-    found = {}
+    by_layer = {}
     for layer, (total, square, G) in sums.items():
         mean = total / n_tokens
         covariance = square / n_tokens - mean.outer(mean)
-        found[layer] = mean + centres[layer].double(), covariance, G / n_tokens
-    return found
+        by_layer[layer] = mean + centres[layer].double(), covariance, G / n_tokens
+    return by_layer
 
 def metric(G):
-    """A (P, P) of G: an error e costs about e^T A e nats."""
+    """The metric A (P, P) from G: an error e costs about e^T A e nats."""
     plain = torch.cat([part.mean().expand_as(part) for part in G.diagonal().chunk(2)])
     return (FISHER * G + (1 - FISHER) * plain.diag()) / 2
 
@@ -125,12 +125,12 @@ def mix(windows, own):
 
 # ------------------------------------------------------------------ fitted files
 def keep_settings(folder, settings):
-    """Note what the folder's files are fitted with. Raises UsageError if others are there."""
+    """Note what the folder's files are fitted with. Raises UsageError if it holds other settings."""
     path = folder / "settings.json"
     if path.exists():
         with sta.explain(f"{path}: corrupt; delete the folder"):
-            there = json.loads(path.read_text())
-        train_sae.expect_same(folder, there, settings)
+            stored = json.loads(path.read_text())
+        train_sae.expect_same(folder, stored, settings)
     sta.write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 def write_fitted(folder, model, layer, tensors):

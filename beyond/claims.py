@@ -19,7 +19,7 @@ import plots
 import sta
 import train_sae
 from beyond import begin_look, parse_args
-from beyond.atoms import hierarchy, print_hierarchy, read_codes
+from beyond.atoms import hierarchy, print_hierarchy, read_codes, words_of
 from beyond.variants import VARIANTS, ReluCode, beside
 from evaluate import mean_stderr
 
@@ -40,22 +40,22 @@ def train_l1(folder, model_name, layers):
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    made, most = [], min((sae.n_latents for sae in saes.values()), default=0)
+    new_rows, most = [], min((sae.n_latents for sae in saes.values()), default=0)
     for scale in (1 / 8, 1 / 4, 1 / 2, 2, 4):
         budget = int(scale * args.k_key), int(scale * args.k_val)
         if min(budget) >= 1 and max(budget) <= most:
             codecs = evaluate.dual_codecs(saes, *budget)
-            made.append(evaluate.Row("dual {},{}".format(*budget), codecs, budget, method="dual",
-                                     with_tasks=False))
-    return made
+            new_rows.append(evaluate.Row("dual {},{}".format(*budget), codecs, budget, method="dual",
+                                         with_tasks=False))
+    return new_rows
 
 # ------------------------------------------------------------------ attention
 @torch.no_grad()
 def attention_change(model, codecs, windows, sink):
     """What coded keys do to attention, one layer at a time -> {layer: {qk_error, attention_kl}}.
     qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
-    nats from the dense weights; both are means over queries."""
-    usual = model.config._attn_implementation
+    nats from the dense weights. Variances are summed over queries; the divergence is their mean."""
+    attention_before = model.config._attn_implementation
     model.set_attn_implementation("eager")  # the only one that returns its weights
     ids, columns = windows.to(model.device), {}
     seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
@@ -75,7 +75,7 @@ def attention_change(model, codecs, windows, sink):
         kl = (dense.exp() * (dense - coded)).sum(-1).mean()
         columns[layer] = {"attention_kl": kl.item(), "qk_error": (
             variance(coded - dense) / variance(dense)).sqrt().item()}
-    model.set_attn_implementation(usual)
+    model.set_attn_implementation(attention_before)
     return columns
 
 # ------------------------------------------------------------------ verdicts
@@ -90,28 +90,30 @@ def worse(row, a, b):
     """(nats per token by which row a is worse than row b, its paired standard error)."""
     return mean_stderr([x - y for x, y in zip(row[a]["window_ce"], row[b]["window_ce"])])
 
-def verdict(claim, statement, figure, text, holds, partly, rule):
+def verdict(claim, statement, estimate, measured, holds, partly, rule):
+    """estimate: (figure, its standard error); measured: the figures in words."""
     word = "holds" if holds else "holds in part" if partly else "does not hold here"
-    print(f"{claim} {word}: {statement}: {text}\n   rule: {rule}")
-    return {"claim": claim, "statement": statement, "figure": figure[0], "stderr": figure[1],
-            "text": text, "verdict": word, "rule": rule}
+    print(f"{claim} {word}: {statement}: {measured}\n   rule: {rule}")
+    return {"claim": claim, "statement": statement, "figure": estimate[0], "stderr": estimate[1],
+            "measured": measured, "verdict": word, "rule": rule}
 
 def judge_codes(row, curves, attention):
     """P1 to P3 from {name: row}, curves, {row: {layer: columns of attention_change}}."""
-    longer = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
+    norm_gap = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
         row["dual"]["by_layer"].values(), row["l1"]["by_layer"].values())])
-    lost = worse(row, "l1", "dual")
+    l1_excess = worse(row, "l1", "dual")
     qk = {name: mean_stderr([x["qk_error"] for x in attention[name].values()])[0]
           for name in ("dual", "l1")}
     key, value, cos = (torch.tensor([plots.at_eight(layer[kind])[metric]
                                      for layer in curves.values()])
                        for kind, metric in (("key", "fvu"), ("value", "fvu"), ("key", "cos")))
     return [
-        verdict("P1", "an L1 penalty shrinks magnitudes, a Top-K budget does not", longer,
+        verdict("P1", "an L1 penalty shrinks magnitudes, a Top-K budget does not", norm_gap,
                 f"|x_hat|/|x| of keys {row['dual']['rel_norm_key']:.3f} by Top-K, "
                 f"{row['l1']['rel_norm_key']:.3f} by L1 at as many atoms on average; error of q.k "
-                f"{qk['dual']:.3f} and {qk['l1']:.3f} of its spread; L1 is {spell(*lost)} nats "
-                "worse", clear(*longer) and clear(*lost), clear(*longer) or clear(*lost),
+                f"{qk['dual']:.3f} and {qk['l1']:.3f} of its spread; L1 is {spell(*l1_excess)} "
+                "nats worse", clear(*norm_gap) and clear(*l1_excess),
+                clear(*norm_gap) or clear(*l1_excess),
                 "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in "
                 "part: one of them"),
         verdict("P2", "8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
@@ -132,7 +134,7 @@ def judge_losses(row):
     helps = any(clear(*worse(row, b, a)) for i, a in enumerate(budgets) for b in budgets[i + 1:])
     (low, high), ratio = row["dual"]["ratio_ci95"], row["dual"]["ratio"]
     tasks, share = row["dual"]["tasks"], row["dual"]["bytes_share"]
-    lost = any(clear(-x["delta_acc"], x["delta_acc_stderr"]) for x in tasks.values())
+    some_task_lower = any(clear(-x["delta_acc"], x["delta_acc_stderr"]) for x in tasks.values())
     change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
               for name, x in tasks.items()] or ["not measured (--tasks)"]
     return [
@@ -148,23 +150,25 @@ def judge_losses(row):
         verdict("P6", "perplexity and zero-shot accuracy are comparable to dense",
                 (ratio, (high - low) / 3.92), f"perplexity x {ratio:.3f} (95 %: {low:.3f} to "
                 f"{high:.3f}); accuracy, points: {', '.join(change)}",
-                high <= 1.02 and tasks and not lost, high <= 1.1 and not lost, "at most 2 % more "
+                high <= 1.02 and tasks and not some_task_lower,
+                high <= 1.1 and not some_task_lower, "at most 2 % more "
                 "perplexity (upper bound), tasks measured, none clearly lower; in part: at most "
                 "10 %, none clearly lower"),
         verdict("P7", "significantly less memory", (share, None), f"{100 * share:.4g} % of bf16, "
                 f"and {row['dual']['once_bytes']:,} bytes of dictionaries, once: smaller from "
-                f"{row['dual']['break_even_tokens']} tokens on", share < 0.5, share < 1,
+                f"{row['dual']['break_even_tokens'] or 'no number of'} tokens on", share < 0.5, share < 1,
                 "less than half of bf16's bytes per token; in part: fewer bytes")]
 
 def judge_depth(result):
     """P8 from what beyond.atoms.hierarchy returned, of three layers or more."""
     print_hierarchy(result)
     gaps = [gap for kind in result["kinds"].values() for gap in kind.values()]
+    complete = len(gaps) == 6  # else the text has no word with two senses
     lexical = result["kinds"]["key"]["lexical"]
     return [verdict("P8", "shallow layers are lexical, deep layers tell senses apart",
                     (lexical["change"], lexical["stderr"]), "lexical atoms of keys fall by "
                     f"{spell(lexical['change'], lexical['stderr'])}; {sum(g['holds'] for g in gaps)} "
-                    f"of {len(gaps)} changes are as claimed", all(g["holds"] for g in gaps),
+                    f"of {len(gaps)} changes are as claimed", complete and all(g["holds"] for g in gaps),
                     any(g["holds"] for g in gaps), "lexical and ngram clearly fall, sense clearly "
                     "grows, for keys and values; in part: some of them do")]
 
@@ -202,8 +206,8 @@ def main(argv=None):
     if len(run.layers) >= 3:
         codes, _, _ = read_codes(run.model, run.saes, run.windows, {
             "key": args.k_key, "value": args.k_val})
-        claims += judge_depth(hierarchy(codes, run.windows, [
-            run.tokenizer.decode(i) for i in run.windows.flatten()]))
+        depth = judge_depth(hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows)))
+        claims += [{**depth[0], **{name: run.about[name] for name in ("tokens", "text_sha256")}}]
     about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}
     sta.write_atomic(run.path, json.dumps({**run.about, **about, "claims": claims,
                                            "attention": attention}) + "\n")

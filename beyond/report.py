@@ -25,27 +25,27 @@ import sta
 
 FILE = sta.HERE / "figures" / "results.jsonl"
 READMES = (sta.HERE / "README.md", sta.HERE / "beyond" / "README.md")
-KEPT = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit", "device",
+PROVENANCE = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit", "device",
         "torch", "transformers", "date")
 METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
 
 # ------------------------------------------------------------------ taking results in
 def fingerprint(marks):
-    """One number per place of the marks' sums, each parameter in units of its own: (16,)."""
+    """The 16 sums of `sta.model_marks`, each parameter's divided by their length, added up."""
     sums = [torch.tensor(row) for mark in marks.values() for row in mark["sums"]]
     total = sum(row / row.norm().clamp_min(1e-12) for row in sums)
     return [round(x, 4) for x in total.tolist()]
 
 def lines_of(result, folder):
     """What a result file holds -> [line of results.jsonl]; `folder` is written as DIR."""
-    about = {name: result.get(name) for name in KEPT}
+    about = {name: result.get(name) for name in PROVENANCE}
     about["fingerprint"] = fingerprint(result["marks"])
     about["sink"] = result.get("config", {}).get("sink", 1)
     if "claims" in result:
-        found = [{"kind": "claim", "name": claim["claim"], **claim, "settings": result["settings"]}
-                 for claim in result["claims"]]
+        new_lines = [{"kind": "claim", "name": claim["claim"], **claim, "settings": result[
+            "settings"]} for claim in result["claims"]]
     elif "rows" in result:
-        found = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
+        new_lines = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
                   "by_layer": None, "tasks": {name: {**task, "right": "".join(
                       str(int(x)) for x in task["right"])} for name, task in row["tasks"].items()}}
                  for row in result["rows"]]
@@ -53,14 +53,16 @@ def lines_of(result, folder):
         kind = next((kind for kind in ("check", "caches", "table") if kind in result), None)
         if kind is None:
             raise ValueError("neither rows nor claims")
-        found = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
+        new_lines = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
             "settings")}]
-    text = json.dumps([{**about, **line} for line in found])
+    text = json.dumps([{**about, **line} for line in new_lines])
     return json.loads(text.replace(folder.rstrip("/") + "/", "DIR/") if folder else text)
 
 def key_of(line):
-    return json.dumps([line[name] for name in ("kind", "name", "model", "text_sha256", "seq_len",
-                                               "sink", "dtype", "settings")], sort_keys=True)
+    """What tells lines apart: of two with one key, the later replaces the earlier."""
+    return json.dumps([line.get(name) for name in (
+        "kind", "name", "model", "text_sha256", "seq_len", "sink", "dtype", "k_key", "k_val",
+        "settings")], sort_keys=True)
 
 def check_together(old, new):
     """Raises UsageError where two lines cannot stand in one file."""
@@ -83,7 +85,7 @@ def add(paths, folder, file=None):
     file = file or FILE
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
-        with sta.explain(f"{path}: no result of this version"):
+        with sta.explain(f"{path}: no result of a model by this version; leave it out"):
             new = lines_of(json.loads(path.read_text()), folder)
         for line in new:
             if line["kind"] == "row":
@@ -154,7 +156,7 @@ def by_share(lines, model):
             if row["method"] in METHODS and not row["name"].startswith("dual ")]
     texts = sorted({row["text"] for row in rows}, reverse=True)
     shares, table = [], []
-    for share in sorted({row["bytes_share"] for row in rows}):  # alike to 2 %: one column
+    for share in sorted({row["bytes_share"] for row in rows}):  # those within 2 % share a column
         shares += [share] * (not shares or share > 1.02 * shares[-1])
     for method in (method for method in METHODS if pick(rows, method=method)):
         cells = []
@@ -167,8 +169,8 @@ def by_share(lines, model):
     return markdown([header, *(f"{100 * share:.3g} %" for share in shares)], table)
 
 def paired(lines, model, a="additive", b="transform"):
-    """Nats per token by which method b is worse than a at equal shares, paired over windows, and
-    that in standard errors; lines of one text and one calibration."""
+    """Nats per token by which method b is worse than a, at equal shares, on one text and of one
+    seed: paired over windows, and divided by its standard error."""
     rows, table = longest(pick(lines, kind="row", model=model)), []
     for one in pick(rows, method=a):
         for other in pick(rows, method=b, text_sha256=one["text_sha256"], seq_len=one["seq_len"]):

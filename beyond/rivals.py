@@ -2,20 +2,20 @@
 
     python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
 
-grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to even
-           steps between its extremes, of which the minimum and the step are kept in fp16. Keys are
+grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to equal
+           steps from its minimum to its maximum; the minimum and the step are kept in fp16. Keys are
            grouped over tokens of one channel, values over channels of one token. The keys are those
            before RoPE, which is kinder than KIVI's own [arXiv 2401.18079]. It is simulated:
            rounded, then computed with.
 rotated    the idea of TurboQuant [arXiv 2504.19874] at 1, 2 and 3 bits: a head's key or value, less
            its mean, is turned by a fixed random rotation; kept are an fp16 norm and, for each
-           number, its level of those that suit a Gaussian best (Lloyd-Max).
+           number, the index of the nearest level that suits a Gaussian best (Lloyd-Max).
 transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads of a token along
            their principal axes, in the metric of beyond/calibrate.py. Each axis of each layer gets
            0 to 8 bits, one by one where the next bit saves most, and Lloyd-Max levels. KVTC's
            entropy coder, left out here, would save 4 to 6 % at 2 to 3 bits.
 
-All are fitted on the text of beyond/calibrate.py, never on the text that is scored.
+The last two are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
 import functools
 import math
@@ -50,8 +50,8 @@ def quantise(x, live, kind, bits, group):
     return rows.transpose(1, 3) if kind == "key" else rows
 
 class Grouped:
-    """A codec of one layer, simulated. In decode a token comes alone: it is a group of its own, and
-    its key is then exact, where KIVI would wait for the group to fill."""
+    """A codec of one layer, simulated. In generation a token comes alone: it is a group of its own,
+    and its key is exact to fp16. KIVI keeps keys exact, too, until their group is full."""
 
     def __init__(self, shape, bits, group):
         """shape: (n_kv_heads, head_dim)."""
@@ -67,7 +67,7 @@ class Grouped:
 # ------------------------------------------------------------------ levels for a Gaussian
 @functools.cache
 def lloyd_max(bits):
-    """(the 2^bits levels (float64) that leave a unit Gaussian the least squared error, that)."""
+    """(the 2^bits levels (float64) that leave a unit Gaussian the least squared error, that error)."""
     middle = (torch.arange(2 ** bits).double() + 0.5) / 2 ** bits
     levels = math.sqrt(3) * torch.special.ndtri(middle)  # a good start
     for _ in range(2000):
@@ -143,8 +143,8 @@ class Transform:
     """A codec of one layer: a token's P numbers along axes, each in its number of bits."""
 
     def __init__(self, shape, mean, variances, W, inverse, bits):
-        """shape: (n_kv_heads, head_dim); then what `principal_axes` and `allocate` return."""
-        used = bits.to(mean.device) > 0
+        """shape: (n_kv_heads, head_dim); mean (P,); what `principal_axes` and `allocate` return."""
+        used = (bits.to(mean.device) > 0) & (variances > 0)
         spread = variances[used].sqrt()
         self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[used])
         self.W = (W[:, used] / spread).float()  # (P, axes in use)
@@ -163,13 +163,13 @@ def rows(model, tokenizer, saes, args, before):
     layers = evaluate.coded_layers(model, saes, args)
     folder = evaluate.find_fitted(args.saes, args.model)[0] / "calibration"
     fitted = {layer: read_fitted(folder, model, layer) for layer in layers}
-    settings, made = read_settings(folder), []
+    settings, new_rows = read_settings(folder), []
     for bits in (2, 3):
         codecs = dict.fromkeys(layers, Grouped(shape, bits, 32))
-        made.append(evaluate.Row(f"grouped {bits} bits", codecs, method="grouped"))
+        new_rows.append(evaluate.Row(f"grouped {bits} bits", codecs, method="grouped"))
     for bits in (1, 2, 3):
         codecs = {layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers}
-        made.append(evaluate.Row(f"rotated {bits} bits", codecs, method="rotated",
+        new_rows.append(evaluate.Row(f"rotated {bits} bits", codecs, method="rotated",
                                  once_bytes=len(layers) * 8 * math.prod(shape)))
     axes = {layer: principal_axes(fitted[layer]["covariance"], fitted[layer]["metric"])
             for layer in layers}
@@ -180,11 +180,11 @@ def rows(model, tokenizer, saes, args, before):
                   for layer, layer_bits in zip(layers, bits)}
         once = sum(x.nbytes for codec in codecs.values()
                    for x in (codec.mean, codec.W, codec.inverse))
-        made.append(evaluate.Row(f"transform {100 * share:g}", codecs, once_bytes=once,
+        new_rows.append(evaluate.Row(f"transform {100 * share:g}", codecs, once_bytes=once,
                                  method="transform"))
-    for row in made:
+    for row in new_rows:
         row.settings = settings
-    return made
+    return new_rows
 
 def main(argv=None):
     parse_args(__doc__, argv, "")

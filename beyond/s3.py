@@ -7,8 +7,8 @@ Scan: the text passes through the model in chunks, each with up to OVERLAP token
 SAEs of a few layers turn every key into k latents, which go into an inverted index, latent ->
 positions. All else is dropped, but for the mean query of each head.
 Search: a query, before RoPE and less that mean, is described by the k key atoms with which its inner
-product is largest. A position scores, for each query of the question, inner product times inverse
-document frequency, summed over the latents that they share, and squared; all queries add up. The
+product is largest. For each query, a position sums inner product times inverse document frequency
+over the latents that they share; its score is the sum of the squares of that over the queries. The
 scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702. Ours, as it
 leaves them open: the layers (those of the best recall on other questions), the mean, weights, spans.
 --evaluate compares the recall of the passage that a question is about with BM25 over words, with
@@ -150,7 +150,7 @@ def answer(model, tokenizer, saes, ids, question, budget):
         ("s3", layer) for layer in saes]}, bm25(words, words_of(question)))
     spans, places = best_spans(scores["fused"], budget)
     print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
-          f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes a token; "
+          f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes per token; "
           f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
     for i in spans:
         print(f"  {SPAN * i:,}:", *(f"{name} {x[i]:.3g}," for name, x in scores.items()),
@@ -177,8 +177,8 @@ def contexts(rows, n, tokenizer):
                [(row["question"], encode(row["question"] + "?")) for row in group],
                [encode(p[-1]) for p in parts])
 
-def others(model, ids, layers, asked):
-    """Yields of each question {(method, layer): scores (n_spans,)}: attention without RoPE, its
+def rival_scores(model, ids, layers, asked):
+    """Yields for each question {(method, layer): scores (n_spans,)}: attention without RoPE, its
     queries less their mean, which S3 approximates; cosine of residual streams, less their mean."""
     parts, scores = [part for _, part in chunks(model, ids, layers)], {}
     text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
@@ -193,14 +193,14 @@ def others(model, ids, layers, asked):
                 F.cosine_similarity(centred, mean, dim=-1).cpu().numpy())
         yield dict(scores)
 
-def try_on(model, tokenizer, saes, rows, n, chosen):
+def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
     """n passages at a time -> {what: [its figures, one list per context]}: recall of the right
     passage's tokens; hit, whether they are half of what is returned; loss of the passage's last
     sentence (nats)."""
     figures, chance = {}, np.random.default_rng(0)
     for ids, owner, asked, last in contexts(rows, n, tokenizer):
         index, words, here = scan(model, saes, ids), span_words(tokenizer, ids), {}
-        for i, by_layer in enumerate(others(model, ids, list(saes), asked)):
+        for i, by_layer in enumerate(rival_scores(model, ids, list(saes), asked)):
             right, bm25s = owner == i, bm25(words, words_of(asked[i][0]))
             by_layer |= search(model, saes, index, asked[i][1], len(ids))
             scores = combine(by_layer, chosen, bm25s) | {"chance": chance.random(len(bm25s))}
@@ -208,11 +208,14 @@ def try_on(model, tokenizer, saes, rows, n, chosen):
                 hits = right[best_spans(score, share * len(ids))[1]]
                 for what, x in (("recall", hits.sum() / right.sum()), ("hit", hits.mean() >= 0.5)):
                     here.setdefault(f"{what} by {method} at {share:.0%}", []).append(float(x))
+            if not with_losses:
+                continue
             given = {"nothing": ids[:1], "the right passage": ids[right],
                      "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
-            if n == PASSAGES[1] and i % 10 == 0:  # as it takes longest
+            if n == PASSAGES[1] and i % 10 == 0:  # because the full context takes longest
                 given["full context"] = ids
-            asks = [(context.tolist(), last[i].tolist()) for context in given.values()]
+            room = model.get_decoder().config.max_position_embeddings - len(last[i])
+            asks = [(context[-room:].tolist(), last[i].tolist()) for context in given.values()]
             totals = evaluate.loglikelihoods(
                 lambda x: model(input_ids=x, use_cache=False).logits,
                 [evaluate.Question(asks, [], 0)], model, "losses")
@@ -231,7 +234,8 @@ def evaluate_on(model, tokenizer, saes, rows):
                              f"{N_CHOOSE + max(PASSAGES)} or more, to choose layers and to test")
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
     single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
-    figures, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single), {}
+    figures, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single,
+                             with_losses=False), {}
     for method in METHODS:
         recall = {layer: np.mean(figures[f"recall by {method} {layer} at 5%"]) for layer in saes}
         print(f"{method}, layer: recall", ", ".join(f"{i}: {x:.3f}" for i, x in recall.items()))

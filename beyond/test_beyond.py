@@ -658,7 +658,7 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     check = json.loads((tmp_path / "tiny-atoms.json").read_text())["check"]
     assert 0 <= check["1.value"]["atoms_live"] <= 1
     end = "</script><script>alert(1)</script>"
-    monkeypatch.setattr(type(tokenizer), "decode", lambda self, *a, **k: end)
+    monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: end * len(ids))
     assert script(atoms, *argv) == 0
     assert read()["words"][3] == end
 
@@ -941,7 +941,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     place = len(tokenizer("\n".join(lines[:20])).input_ids)
     starts = [int(x.replace(",", "")) for x in re.findall(r"^  ([\d,]+): s3", out, re.M)]
     assert len(starts) == 8 and any(-32 < start - place < 48 for start in starts), (place, starts)
-    assert "from the spans:" in out and "bytes a token" in out
+    assert "from the spans:" in out and "bytes per token" in out
     for more, message in (
             (["--question", ""], "--question: no words in it"),
             (["--budget", 9], "--budget 9, .* want 32 or"),
@@ -987,8 +987,8 @@ def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     assert lines[3]["window_ce"] == pytest.approx(window_ce, abs=5e-5)
 
 @pytest.mark.parametrize("change,message", [
-    ({"text_sha256": "0" * 12}, "two texts are named its own: hash .* there, 000000000000 here"),
-    ({"ce": 9.0}, "tiny on its own: the dense loss is .* there, 9.00000 here"),
+    ({"text_sha256": "0" * 12}, "two texts are named tiny/valid.txt: hash .* there, 000000000000 here"),
+    ({"ce": 9.0}, "tiny on tiny/valid.txt: the dense loss is .* there, 9.00000 here"),
     ({"marks": "negated"}, "two models are named tiny: their weights differ")])
 def test_what_does_not_belong_together_is_refused(change, message, results, evaluated, tmp_path):
     result = json.loads((evaluated / "tiny.json").read_text())
@@ -1023,7 +1023,7 @@ def test_tables_and_figures_follow_from_the_rows(results):
 
 def test_paired_comparisons_are_of_windows():
     lines = [{"kind": "row", "model": "m", "method": method, "text": "DIR/t.txt", "text_sha256": "h",
-              "seq_len": 8, "settings": {"seed": 1}, "bytes_share": 0.1875, "window_ce": ce}
+              "tokens": 24, "seq_len": 8, "settings": {"seed": 1}, "bytes_share": 0.1875, "window_ce": ce}
              for method, ce in (("additive", [1.0, 2.0, 3.0]), ("transform", [1.1, 2.1, 3.4]))]
     row = report.paired(lines, "m")[-1]
     assert row == "| t | 18.75 % | 1 | +0.2000 ± 0.1000 | 2.0 |"

@@ -7,8 +7,8 @@
 search     The encoder's one pass only guesses which atoms to use. Orthogonal matching pursuit [for
            KV caches: Lexico, arXiv 2412.08890] takes k times the atom most in line with what is
            left, and then solves for all coefficients at once, by least squares. The dictionary, the
-           bytes and the decoder are those of the dual budget; coefficients may be negative, and the
-           first j atoms are not the code at budget j.
+           bytes and the decoder are those of the dual budget. Coefficients may be negative, and those
+           of the first j atoms are not the code at budget j.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs.
@@ -32,21 +32,21 @@ from beyond.calibrate import apart, side_by_side
 def pursue(sae, x, k):
     """TopKSAE.encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, and idx."""
     target = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    n_rows = max(1, 2**21 // sae.n_latents)  # whose products with all atoms stay in cache
+    n_rows = max(1, 2**21 // sae.n_latents)  # whose products with all atoms stay in a CPU's cache
     codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(n_rows)]
     z, idx = (torch.cat(parts).view(*x.shape[:-1], k) for parts in zip(*codes))
     return z, idx
 
 def pick_atoms(target, atoms, k):
     """target (N, D), unit atoms (M, D) -> coefficients (N, k) of the chosen atoms idx (N, k)."""
-    rest, picks = target, []
+    residual, picks = target, []
     span = target.new_empty(len(target), k, target.shape[1])  # the chosen, made orthonormal
     for j in range(k):
-        picks.append((rest @ atoms.T).abs_().max(-1).indices)
+        picks.append((residual @ atoms.T).abs_().max(-1).indices)
         atom, known = atoms[picks[-1]], span[:, :j]  # (N, D), (N, j, D)
         atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]
         span[:, j] = F.normalize(atom, dim=-1)
-        rest = rest - (rest * span[:, j]).sum(-1, keepdim=True) * span[:, j]
+        residual = residual - (residual * span[:, j]).sum(-1, keepdim=True) * span[:, j]
     idx = torch.stack(picks, -1)
     chosen = atoms[idx]  # (N, k, D)
     gram = chosen @ chosen.mT + 1e-6 * torch.eye(k, device=target.device)
@@ -66,6 +66,7 @@ class Searched(sta.DualBudget):
 # ------------------------------------------------------------------ one SAE per layer
 class PerLayer:
     """A variant of train_sae.py: rows are keys and values of all heads, in units of their spread."""
+    next_step = "python evaluate.py --rows variants"
 
     def __init__(self):
         self.spreads = {}  # {layer: (P,)}, of the first rows that are read
@@ -120,7 +121,7 @@ class L1SAE(sta.TopKSAE):
         self.register_buffer("l1_weight", torch.tensor(0.05))
 
     def loss(self, x, k):
-        """As TopKSAE.loss; k is not used, but the SAE's own."""
+        """As TopKSAE.loss, but the number of active latents follows self.k; k is ignored."""
         target = x / self.scale
         z = F.relu((target - self.b_dec) @ self.W_enc + self.b_enc)  # (N, M)
         error = (target - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
@@ -155,10 +156,10 @@ class ReluCode:
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
-VARIANTS = {"layer": PerLayer, "l1": lambda: train_sae.PerHead(L1SAE)}
+VARIANTS = {"layer": PerLayer, "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
 
 def beside(folder, what):
-    """Where a variant's SAEs of a model lie, given the folder saes/<model> of its others."""
+    """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its SAEs per head."""
     return folder.parent / what / folder.name
 
 def layer_rows(model, folder, layers):
@@ -169,32 +170,33 @@ def layer_rows(model, folder, layers):
         if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
             raise sta.UsageError(f"{folder}: of another model; choose another --saes")
         saes[layer].to(model.device)
-    once = sum(p.nbytes for sae in saes.values() for p in sae.parameters())
-    return [evaluate.Row(f"layer SAE {sae.k // part}", {
-        layer: LayerBudget(sae, sae.k // part, shape) for layer, sae in saes.items()},
-        once_bytes=once, method="layer SAE", settings=metadata["settings"])
-        for part in (1, 2) for sae in [next(iter(saes.values()))]]
+    new_rows, once = [], sum(p.nbytes for sae in saes.values() for p in sae.parameters())
+    for k in (saes[layers[0]].k, saes[layers[0]].k // 2):
+        codecs = {layer: LayerBudget(sae, k, shape) for layer, sae in saes.items()}
+        new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
+                                     settings=metadata["settings"]))
+    return new_rows
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    folder, made = evaluate.find_fitted(args.saes, args.model)[0], []
+    folder, new_rows = evaluate.find_fitted(args.saes, args.model)[0], []
     layers = evaluate.coded_layers(model, saes, args)
     if saes:
         codecs = {layer: Searched(codec.key_sae, codec.value_sae, codec.budget) for layer, codec in
                   evaluate.dual_codecs(saes, args.k_key, args.k_val).items()}
-        made.append(evaluate.Row(
-            "searched", codecs, (args.k_key, args.k_val), with_tasks=True,
-            once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS),
-            settings=next((row.settings for row in before if row.settings), None)))
+        new_rows.append(evaluate.Row(
+            "searched", codecs, (args.k_key, args.k_val), once_bytes=evaluate.dictionary_bytes(
+                saes, *sta.KINDS), settings=next((row.settings for row in before if row.settings), None)))
     if (beside(folder, "layer") / f"layer{layers[0]}.layer").exists():
-        made += layer_rows(model, beside(folder, "layer"), layers)
+        new_rows += layer_rows(model, beside(folder, "layer"), layers)
     if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
         l1, metadata = sta.load_saes(beside(folder, "l1"), model, layers)
         codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
-        made.append(evaluate.Row("l1", codecs, settings=metadata["settings"]))
-    if not made:
+        new_rows.append(evaluate.Row("l1", codecs, settings=metadata["settings"],
+                                     once_bytes=evaluate.dictionary_bytes(l1, *sta.KINDS)))
+    if not new_rows:
         raise sta.UsageError("--rows variants: needs SAEs; first run: python train_sae.py")
-    return made
+    return new_rows
 
 def main(argv=None):
     parser = argparse.ArgumentParser(
