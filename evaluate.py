@@ -385,8 +385,8 @@ def find_curves(saes, vectors):
     return curves
 
 # ------------------------------------------------------------------ the run
-HEADER = ("{name:{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  fvu_V  "
-          "cos_K  cos_V")
+HEADER = ("{name:{width}} k_key k_val  perplexity  delta CE          bytes/tok  share  fvu_K  "
+          "fvu_V  cos_K  cos_V")
 
 def format_row(row, width):
     k = ["-" if row[name] is None else f"{row[name]:.3g}" for name in ("k_key", "k_val")]
@@ -423,7 +423,8 @@ def score(model, rows, windows, tasks, vectors, sink):
                   for name in totals}
         dense_tasks = dense_tasks or scores
         yield {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-               "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense), "tasks": scores,
+               "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense),
+               "tasks": scores,
                **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
 def sha256(data):
@@ -498,7 +499,8 @@ def main(argv=None):
     result = {
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
-        "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name), "text_sha256": sha256(windows),
+        "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name),
+        "text_sha256": sha256(windows),
         "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}

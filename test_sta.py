@@ -518,7 +518,8 @@ def test_windows_are_the_text_cut_once(monkeypatch):
 TEXTS = {"prose": "The year 1862, it's said, was cold;\n\n  they'd gone.\tHm... " * 200,
          "code": "def f(x):\n    return [1234567 * x]  # ünï 你好世界 \r\n\n\n" * 200,
          "one line": "no line breaks at all, only 12 words and a few more " * 300,
-         "no space": "".join(chr(0x4E00 + i * i % 997) for i in range(9000)), "rules": ("=" * 70 + "\n" + " " * 40 + "x\n") * 100,
+         "no space": "".join(chr(0x4E00 + i * i % 997) for i in range(9000)),
+         "rules": ("=" * 70 + "\n" + " " * 40 + "x\n") * 100,
          "runs": ("word " + " " * 900 + "x = 1;\n") * 20}
 
 @pytest.mark.parametrize("text", TEXTS)
@@ -557,7 +558,7 @@ def make_tokenizer(kind, template="<s> $A"):
     return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>")
 
 def test_special_tokens_stand_before_a_text_only():
-    """Also with a tokenizer that would append EOS, and so end each piece and each context with it."""
+    """Also with a tokenizer that would append EOS, and so end each piece and context with it."""
     tokenizer = make_tokenizer("gpt2", "<s> $A <unk>")
     tokenizer.eos_token = "<unk>"
     ids = sta.encode(tokenizer, "The year")
@@ -597,7 +598,7 @@ def test_a_hub_stream_is_taken_up_where_it_broke(monkeypatch):
     Stream.breaks, rows[:] = 0, [{"prose": "a", "id": 1}]
     assert list(sta.read_text("owner/name:c:train:prose", "train", "tiny")) == ["a\n\n"]
     for column in ("", ":c:train:id"):
-        with pytest.raises(sta.UsageError, match="no text in column '.*' of prose, id; want owner/n"):
+        with pytest.raises(sta.UsageError, match="no text in column '.*' of prose, id; want own"):
             list(sta.read_text(f"owner/name{column}", "train", "tiny"))
 
 # ---------------------------------------------------------------- the scripts, on tiny
@@ -638,7 +639,8 @@ def model_folder(folder, seed):
     return folder
 
 def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch):
-    a, b = (model_folder(tmp_path / name / "checkpoint-100", seed) for seed, name in enumerate("ab"))
+    a, b = (model_folder(tmp_path / name / "checkpoint-100", seed)
+            for seed, name in enumerate("ab"))
     train = ["--tokens", 2048, "--n-latents", 16, "--k-key", 2, "--k-val", 4, "--out", tmp_path,
              "--text", sta.HERE / "tiny" / "train.txt"]
     results = ["--saes", tmp_path, "--k-key", 2, "--k-val", 4, "--max-tokens", 256, "--out",
@@ -726,7 +728,8 @@ def test_two_processes_keep_equal_weights_and_train_as_well_as_one(trained, tmp_
     assert fvu[1] == pytest.approx(fvu[0], rel=0.05)
 
 def test_a_lost_process_is_one_line(tmp_path):
-    patch = ("old = train_sae.train_step; n = []; train_sae.train_step = lambda *a: os.kill(os.getpid(), 9)"
+    patch = ("old = train_sae.train_step; n = []; "
+             "train_sae.train_step = lambda *a: os.kill(os.getpid(), 9)"
              " if n.append(0) or len(n) == 5 and os.environ['RANK'] == '1' else old(*a)")
     run = run_script(patch, *SHORT, "--out", tmp_path, processes=2)
     assert "error: another process of this run is gone" in run.communicate()[1]
@@ -940,7 +943,7 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: 2 of them are named label"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
     (["--rows", "../sta"], "--rows ../sta: there is no beyond/../sta.py"),
-    (["--rows", "benchmark"], "--rows benchmark: beyond/benchmark.py is a script, and adds no rows"),
+    (["--rows", "benchmark"], "--rows benchmark: beyond/benchmark.py is a script, and adds no"),
     (["--only", "("], "--only .: no regular expression"),
     (["--sink", "256"], "--sink 256: want fewer than a window's 256"),
     (["--out", "/proc/x"], "--out /proc/x: cannot write there"),
@@ -968,7 +971,7 @@ def test_a_token_across_the_join_is_named(tmp_path):
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(
         models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
     path = write_jsonl(tmp_path / "t.jsonl", [{"context": "c", "choices": ["a", "b"], "label": 0}])
-    with pytest.raises(sta.UsageError, match="choice 0 has no token of its own: one spans the join"):
+    with pytest.raises(sta.UsageError, match="choice 0 has no token of its own: one spans"):
         evaluate.load_task(path, None, None, tokenizer, 256)
 
 def test_any_terminal():

@@ -68,8 +68,8 @@ def begin_fit(args, name):
     return model, tokenizer, layers, windows, args.out / sta.slug(args.model) / name, settings
 
 def begin_look(args, ending):
-    """-> a namespace: model, tokenizer, name, folder of the SAEs, saes {(layer, kind): SAE}, layers,
-    windows (n, T) of the text, about (provenance), path of the result. Raises UsageError."""
+    """-> a namespace: model, tokenizer, name, folder of the SAEs, saes {(layer, kind): SAE},
+    layers, windows (n, T) of the text, about (provenance), path of the result."""
     folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
     if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
@@ -86,7 +86,8 @@ def begin_look(args, ending):
                                  f"n_latents = {most}")
     pieces = sta.read_text(args.text, "valid", name)
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
-    about |= {"model": name, "text": evaluate.text_name(args.text, "valid", name), "tokens": windows.numel(),
+    about |= {"model": name, "text": evaluate.text_name(args.text, "valid", name),
+              "tokens": windows.numel(),
               "text_sha256": evaluate.sha256(windows), "seq_len": windows.shape[1],
               "settings": trained.get("settings")}
     return types.SimpleNamespace(

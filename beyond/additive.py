@@ -53,7 +53,7 @@ def nearest(x, atoms):
                       for part in x.split(2048)])
 
 def tag(gain):
-    """For a fast argmax: `number(tag(gain).amax(-1))` takes a tenth of argmax's time. gain (N, 256),
+    """For a fast argmax: `number(tag(gain).amax(-1))` takes a tenth of its time. gain (N, 256),
     which is overwritten, gets each atom's number into its lowest eight bits; that changes a float32
     by less than 1 in 2^15."""
     gain.view(torch.int32).bitwise_and_(-N_ATOMS).bitwise_or_(
@@ -90,8 +90,8 @@ def learn_layer(x, fitted, n_stages, seed):
     """Rows x (N, P) of one layer, its mean, covariance and metric -> the tensors of its code: mean
     (P,), W and inverse (P, P); for each block i that is coded, atoms.<i> (S, 256, 16) and left.<i>
     (S + 1,), the error of held-out rows after 0 to S stages. The n_stages are learned one by one,
-    each for the block whose latest stage lowered the error most. Raises UsageError at fewer than 32 rows
-    per atom."""
+    each for the block whose latest stage lowered the error most. Raises UsageError at fewer than 32
+    rows per atom."""
     if len(x) < 32 * N_ATOMS:
         raise sta.UsageError(f"a calibration of {len(x):,} tokens: too few for {N_ATOMS} atoms; "
                              f"delete it, and run python -m beyond.calibrate --tokens "

@@ -13,9 +13,9 @@
    apart. From the share of atoms that two occurrences have in common: *lexical* is that of the same
    token (after different ones) minus that of different tokens; *ngram* is how much the same token
    before adds to it; *sense* is how much less two occurrences of a word have in common if it is a
-   verb once and a noun once, by the word before it. Claimed: lexical and ngram fall from the shallow
-   to the deep third of the layers, and sense grows. Both thirds are measured on the same pairs;
-   errors are those of a bootstrap over words.
+   verb once and a noun once, by the word before it. Claimed: from the shallow to the deep third
+   of the layers, lexical and ngram fall, and sense grows. Both thirds are measured on the same
+   pairs; errors are those of a bootstrap over words.
 Writes 2 and 3 to results/<model>-atoms.json. Non-goal: naming atoms by a language model.
 """
 import collections
@@ -63,7 +63,7 @@ def describable(tokens):
 
 class FirstStage:
     """The first stage of a layer's additive code (beyond/additive.py) as an SAE of 256 latents, of
-    rows x (..., P), keys and values of all heads; z is half the squared error that an atom removes."""
+    rows x (..., P), keys and values of all heads; z: half the error that an atom removes."""
     def __init__(self, learned):
         self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"]
         self.atoms = learned["atoms.0"][0]  # (256, d)
@@ -75,8 +75,8 @@ class FirstStage:
 
 @torch.no_grad()
 def read_codes(model, saes, windows, ks, seed=0):
-    """Windows (n, T), budgets ks {kind: k} -> for each (layer, kind): codes, idx (tokens, H, k) with
-    -1 where z = 0; the Strongest of atoms and of random directions; the codes of the first tokens."""
+    """Windows (n, T), budgets ks {kind: k} -> for each (layer, kind): idx (tokens, H, k), with -1
+    where z = 0; the Strongest of atoms and of random directions; the first tokens' codes."""
     length, generator = windows.shape[1], torch.Generator().manual_seed(seed)
     codes, strongest, sentences = {site: [] for site in saes}, {}, {}
     directions = {dim: F.normalize(torch.randn(N_RANDOM, dim, generator=generator), dim=-1)
@@ -129,7 +129,7 @@ def describe(strongest, sentences, words, seed=0):
 
 # ------------------------------------------------------------------ P8
 def words_of(tokenizer, windows):
-    """The text of each token, with the space before it, which some tokenizers drop at a beginning."""
+    """The text of each token, with a space before it, which some tokenizers drop at a beginning."""
     first = sta.encode(tokenizer, ":", special=False)[-1:]
     n = len(tokenizer.decode(first))
     text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
@@ -223,12 +223,13 @@ def hierarchy(codes, windows, words, seed=0):
                     shared.setdefault(part, {})[name] = torch.stack(shares).mean(0)
         fall = {name: x - shared["deep"][name] for name, x in shared["shallow"].items()}
         samples, kinds[kind] = bootstrap(fall, of_word, generator), {}
-        for gap, a, b, sign in (("lexical", "lexical", "other", 1), ("ngram", "ngram", "lexical", 1),
-                                ("sense", "sense", "two", -1)):
+        for gap, a, b, sign in (("lexical", "lexical", "other", 1),
+                                ("ngram", "ngram", "lexical", 1), ("sense", "sense", "two", -1)):
             if a in pairs and b in pairs:
                 change = sign * (fall[a].mean() - fall[b].mean()).item()
                 stderr = (samples[a] - samples[b]).std().item()
-                kinds[kind][gap] = {"change": change, "stderr": stderr, "holds": change > 2 * stderr,
+                kinds[kind][gap] = {"change": change, "stderr": stderr,
+                                    "holds": change > 2 * stderr,
                                     **{part: (x[a].mean() - x[b].mean()).item()
                                        for part, x in shared.items()}}
     return {"layers": layers, "words": senses, "kinds": kinds,
@@ -241,8 +242,9 @@ def print_hierarchy(result):
         n = sum(gap["holds"] for gap in gaps.values())
         print("P8", "holds" if n == 3 else "holds in part" if n else "does not hold here",
               f"for {kind}s: " + "; ".join(
-                  f"{name} {gap['shallow']:+.3f} shallow, {gap['deep']:+.3f} deep, change as claimed "
-                  f"{gap['change']:+.3f} ±{gap['stderr']:.3f}" for name, gap in gaps.items()))
+                  f"{name} {gap['shallow']:+.3f} shallow, {gap['deep']:+.3f} deep, change as "
+                  f"claimed {gap['change']:+.3f} ±{gap['stderr']:.3f}"
+                  for name, gap in gaps.items()))
 
 # ------------------------------------------------------------------ the run
 def main(argv=None):

@@ -2,10 +2,10 @@
 
     python -m beyond.benchmark                  # a minute on 2 cores; random weights and rows
 
-Median times; the actions that are compared alternate, and the first three rounds are discarded. step: forward, backward, Adam,
-unit atoms, as train_sae.py makes it. codes: encode and decode, as sta.py defines them and through
-sta.fuse. cache: a further token through beyond/cache.py and through a dense cache, in four layers
-of SmolLM2's shape. Writes results/benchmark.json. Non-goal: quality.
+Median times; the actions that are compared alternate, and the first three rounds are discarded.
+step: forward, backward, Adam, unit atoms, as train_sae.py makes it. codes: encode and decode, as
+sta.py defines them and through sta.fuse. cache: a further token through beyond/cache.py and
+through a dense cache, in four layers of SmolLM2's shape. Writes results/benchmark.json. Non-goal: quality.
 """
 import contextlib
 import functools
@@ -89,7 +89,8 @@ def main(argv=None):
     for name, shape in SHAPES.items():
         row = shapes[name] = time_shape(shape, device)
         print(f"{name:12}{shape[0]:6}{shape[1]:5}{shape[2]:3}{shape[3]:6}{row['matmul_ms']:8.1f}"
-              f"{row['step_ms']:8.1f}{row['code_ms']['eager']:13.1f}{row['code_ms']['compiled']:10.1f}"
+              f"{row['step_ms']:8.1f}{row['code_ms']['eager']:13.1f}"
+              f"{row['code_ms']['compiled']:10.1f}"
               f"{shape[3] / row['step_ms'] / 1000:16.2f}")
     for context in CONTEXTS:
         contexts.append(time_cache(4, context, device))

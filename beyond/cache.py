@@ -6,11 +6,11 @@
     with compress(model, codecs, sink=1, recent=128) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
 
-The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes. Keys
-are coded as they are before RoPE, and turned again when they are read. Tokens that a chunk pushes
-out of the newest `recent` are coded before attention reads them, even for queries of that chunk.
-Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of model in
-ROTARY with plain RoPE.
+The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes.
+Keys are coded as they are before RoPE, and turned again when they are read. Tokens that a chunk
+pushes out of the newest `recent` are coded before attention reads them, even for its own queries.
+Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of
+model in ROTARY with plain RoPE.
 The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. --generate writes
 results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
 """
@@ -218,7 +218,7 @@ def rows(model, tokenizer, saes, args, before):
 @torch.no_grad()
 def write_on(model, tokenizer, rows, args):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
-    ids, costs = torch.tensor([sta.encode(tokenizer, args.generate)], device=model.device).long(), []
+    ids, costs = torch.tensor([sta.encode(tokenizer, args.generate)]).long().to(model.device), []
     if ids.numel() == 0:
         raise sta.UsageError("--generate: no tokens in it; give a beginning to go on from")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -230,8 +230,8 @@ def write_on(model, tokenizer, rows, args):
             ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
                                  do_sample=False, streamer=clock)[0, n:]
         ms = 1000 * (at[-1] - at[1]) / max(1, len(ids) - 1)
-        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms per token; cache "
-              f"{cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
+        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms per token; "
+              f"cache {cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
         costs.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
                       "bytes": cache_bytes(cache)})

@@ -14,8 +14,8 @@ P = 2 H D numbers. For each layer, from one text:
 g is the gradient of the loss to x, at targets drawn from the model's own predictions. So G is
 Fisher's information: e^T G e / 2 is the KL divergence that an error e causes, to second order. B is
 plain squared error, of keys and of values, each weighed by the mean of G's diagonal; it is there
-because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the text. The idea is
-that of Fisher pruning [arXiv 1801.05787].
+because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the
+text. The idea is that of Fisher pruning [arXiv 1801.05787].
 
 Codes that are fitted on one kind of text do not carry over to another. So --own mixes samples of
 the model itself into the text: they are of all the kinds that it was trained on [LLM-QAT, arXiv
@@ -125,7 +125,7 @@ def mix(windows, own):
 
 # ------------------------------------------------------------------ fitted files
 def keep_settings(folder, settings):
-    """Note what the folder's files are fitted with. Raises UsageError if it holds other settings."""
+    """Note what the folder's files are fitted with. Raises UsageError at other settings there."""
     path = folder / "settings.json"
     if path.exists():
         with sta.explain(f"{path}: corrupt; delete the folder"):

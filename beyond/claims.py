@@ -1,4 +1,4 @@
-"""Verdicts on the paper's claims P1 to P8 (numbered as in README.md), each by a rule that it prints.
+"""Verdicts on the paper's claims P1 to P8 (as README.md numbers them), each printed with its rule.
 
     python -m beyond.claims                       # tiny: three minutes, with the SAEs of P1's rival
 
@@ -27,7 +27,8 @@ from evaluate import mean_stderr
 def train_l1(folder, model_name, layers):
     """The folder of the L1 SAEs beside that of the Top-K SAEs; those of the layers are trained with
     the same settings if one is not there."""
-    settings, l1 = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"], beside(folder, "l1")
+    settings = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
+    l1 = beside(folder, "l1")
     if not all((l1 / f"layer{layer}.value").exists() for layer in layers):
         argv = ["--model", model_name, "--out", str(l1.parent), "--layer",
                 ",".join(map(str, layers))]
@@ -45,8 +46,8 @@ def rows(model, tokenizer, saes, args, before):
         budget = int(scale * args.k_key), int(scale * args.k_val)
         if min(budget) >= 1 and max(budget) <= most:
             codecs = evaluate.dual_codecs(saes, *budget)
-            new_rows.append(evaluate.Row("dual {},{}".format(*budget), codecs, budget, method="dual",
-                                         with_tasks=False))
+            new_rows.append(evaluate.Row("dual {},{}".format(*budget), codecs, budget,
+                                         method="dual", with_tasks=False))
     return new_rows
 
 # ------------------------------------------------------------------ attention
@@ -141,8 +142,8 @@ def judge_losses(row):
         verdict("P4", "fewer atoms for keys than for values is the better split", uniform,
                 f"against dual, uniform is {spell(*uniform)} nats worse and reverse "
                 f"{spell(*reverse)}", clear(*uniform) and clear(*reverse),
-                clear(*reverse) and not clear(-uniform[0], uniform[1]), "both are clearly worse; in "
-                "part: reverse is, and uniform is not clearly better"),
+                clear(*reverse) and not clear(-uniform[0], uniform[1]), "both are clearly worse; "
+                "in part: reverse is, and uniform is not clearly better"),
         verdict("P5", "dropping lower-ranked atoms removes noise and improves perplexity", gain,
                 ", ".join(f"{name} {row[name]['perplexity']:.2f}" for name in ("dense", *budgets)),
                 clear(*gain), helps, "some budget is clearly better than dense; in part: than a "
@@ -156,8 +157,8 @@ def judge_losses(row):
                 "10 %, none clearly lower"),
         verdict("P7", "significantly less memory", (share, None), f"{100 * share:.4g} % of bf16, "
                 f"and {row['dual']['once_bytes']:,} bytes of dictionaries, once: smaller from "
-                f"{row['dual']['break_even_tokens'] or 'no number of'} tokens on", share < 0.5, share < 1,
-                "less than half of bf16's bytes per token; in part: fewer bytes")]
+                f"{row['dual']['break_even_tokens'] or 'no number of'} tokens on", share < 0.5,
+                share < 1, "less than half of bf16's bytes per token; in part: fewer bytes")]
 
 def judge_depth(result):
     """P8 from what beyond.atoms.hierarchy returned, of three layers or more."""
@@ -167,9 +168,10 @@ def judge_depth(result):
     lexical = result["kinds"]["key"]["lexical"]
     return [verdict("P8", "shallow layers are lexical, deep layers tell senses apart",
                     (lexical["change"], lexical["stderr"]), "lexical atoms of keys fall by "
-                    f"{spell(lexical['change'], lexical['stderr'])}; {sum(g['holds'] for g in gaps)} "
-                    f"of {len(gaps)} changes are as claimed", complete and all(g["holds"] for g in gaps),
-                    any(g["holds"] for g in gaps), "lexical and ngram clearly fall, sense clearly "
+                    f"{spell(lexical['change'], lexical['stderr'])}; "
+                    f"{sum(g['holds'] for g in gaps)} of {len(gaps)} changes are as claimed",
+                    complete and all(g["holds"] for g in gaps), any(g["holds"] for g in gaps),
+                    "lexical and ngram clearly fall, sense clearly "
                     "grows, for keys and values; in part: some of them do")]
 
 # ------------------------------------------------------------------ pictures, and the run

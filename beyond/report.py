@@ -25,8 +25,8 @@ import sta
 
 FILE = sta.HERE / "figures" / "results.jsonl"
 READMES = (sta.HERE / "README.md", sta.HERE / "beyond" / "README.md")
-PROVENANCE = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit", "device",
-        "torch", "transformers", "date")
+PROVENANCE = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit",
+              "device", "torch", "transformers", "date")
 METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
 
 # ------------------------------------------------------------------ taking results in
@@ -71,8 +71,8 @@ def check_together(old, new):
     a, b = torch.tensor(old["fingerprint"]), torch.tensor(new["fingerprint"])
     if a.shape != b.shape or (a - b).norm() > 0.02 * a.norm():
         raise sta.UsageError(f"two models are named {new['model']}: their weights differ")
-    if (old["text"], old["tokens"], old["seq_len"]) == (new["text"], new["tokens"], new["seq_len"]) \
-            and old["text_sha256"] != new["text_sha256"]:
+    same_text = all(old[name] == new[name] for name in ("text", "tokens", "seq_len"))
+    if same_text and old["text_sha256"] != new["text_sha256"]:
         raise sta.UsageError(f"two texts are named {new['text']}: hash {old['text_sha256']} there, "
                              f"{new['text_sha256']} here")
     same = all(old[name] == new[name] for name in ("text_sha256", "seq_len", "dtype", "kind"))
@@ -181,7 +181,8 @@ def paired(lines, model, a="additive", b="transform"):
                 table.append([pathlib.Path(one["text"]).stem, f"{100 * one['bytes_share']:.4g} %",
                               str(seed_of(one)), f"{mean:+.4f} ± {stderr:.4f}",
                               f"{mean / stderr:.1f}"])
-    return markdown(["text", "share", "seed", f"{b} worse than {a}, nats", "standard errors"], table)
+    return markdown(["text", "share", "seed", f"{b} worse than {a}, nats", "standard errors"],
+                    table)
 
 def tasks(lines, model):
     """Change in accuracy from dense, in points, with its paired standard error."""

@@ -3,7 +3,7 @@
     python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
 
 grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to equal
-           steps from its minimum to its maximum; the minimum and the step are kept in fp16. Keys are
+           steps from its minimum to its maximum; minimum and step are kept in fp16. Keys are
            grouped over tokens of one channel, values over channels of one token. The keys are those
            before RoPE, which is kinder than KIVI's own [arXiv 2401.18079]. It is simulated:
            rounded, then computed with.
@@ -67,7 +67,7 @@ class Grouped:
 # ------------------------------------------------------------------ levels for a Gaussian
 @functools.cache
 def lloyd_max(bits):
-    """(the 2^bits levels (float64) that leave a unit Gaussian the least squared error, that error)."""
+    """(the 2^bits levels, float64, of least squared error for a unit Gaussian, that error)."""
     middle = (torch.arange(2 ** bits).double() + 0.5) / 2 ** bits
     levels = math.sqrt(3) * torch.special.ndtri(middle)  # a good start
     for _ in range(2000):

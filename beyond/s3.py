@@ -6,11 +6,11 @@
 Scan: the text passes through the model in chunks, each with up to OVERLAP tokens before it. The key
 SAEs of a few layers turn every key into k latents, which go into an inverted index, latent ->
 positions. All else is dropped, but for the mean query of each head.
-Search: a query, before RoPE and less that mean, is described by the k key atoms with which its inner
-product is largest. For each query, a position sums inner product times inverse document frequency
-over the latents that they share; its score is the sum of the squares of that over the queries. The
-scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702. Ours, as it
-leaves them open: the layers (those of the best recall on other questions), the mean, weights, spans.
+Search: a query, before RoPE and less that mean, is described by the k key atoms with which its
+inner product is largest. For each query, a position sums inner product times inverse document
+frequency over the latents that they share; its score is the sum over queries of the squares of
+that. The scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702. Ours, as it
+leaves them open: the layers (of the best recall on other questions), the mean, weights, spans.
 --evaluate compares the recall of the passage that a question is about with BM25 over words, with
 dense products of queries and keys in the same layers, and with cosines of the residual stream; its
 standard errors are over contexts, whose questions share one text.
@@ -54,8 +54,8 @@ def read(model, ids, layers):
     return parts
 
 def chunks(model, ids, layers):
-    """Token ids (n,) -> yields (position, what `read` returns) chunk by chunk, none longer, with the
-    tokens before it, than the model's context."""
+    """Token ids (n,) -> yields (position, what `read` returns) chunk by chunk; none is longer, with
+    the tokens before it, than the model's context."""
     limit = model.get_decoder().config.max_position_embeddings
     length = min(CHUNK, limit - OVERLAP)
     for at in range(0, len(ids), length):

@@ -2,12 +2,12 @@
 
     python evaluate.py --rows variants                 # search; and those of the others that exist
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
-    python -m beyond.variants --what l1                # tiny: saes/l1/tiny/; options of train_sae.py
+    python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
 
 search     The encoder's one pass only guesses which atoms to use. Orthogonal matching pursuit [for
            KV caches: Lexico, arXiv 2412.08890] takes k times the atom most in line with what is
            left, and then solves for all coefficients at once, by least squares. The dictionary, the
-           bytes and the decoder are those of the dual budget. Coefficients may be negative, and those
+           bytes and the decoder are those of the dual budget. Coefficients may be negative; those
            of the first j atoms are not the code at budget j.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
@@ -65,7 +65,7 @@ class Searched(sta.DualBudget):
 
 # ------------------------------------------------------------------ one SAE per layer
 class PerLayer:
-    """A variant of train_sae.py: rows are keys and values of all heads, in units of their spread."""
+    """A variant of train_sae.py: rows are keys and values of all heads, in units of the spread."""
     next_step = "python evaluate.py --rows variants"
 
     def __init__(self):
@@ -159,7 +159,7 @@ class ReluCode:
 VARIANTS = {"layer": PerLayer, "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
 
 def beside(folder, what):
-    """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its SAEs per head."""
+    """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
     return folder.parent / what / folder.name
 
 def layer_rows(model, folder, layers):
@@ -185,8 +185,9 @@ def rows(model, tokenizer, saes, args, before):
         codecs = {layer: Searched(codec.key_sae, codec.value_sae, codec.budget) for layer, codec in
                   evaluate.dual_codecs(saes, args.k_key, args.k_val).items()}
         new_rows.append(evaluate.Row(
-            "searched", codecs, (args.k_key, args.k_val), once_bytes=evaluate.dictionary_bytes(
-                saes, *sta.KINDS), settings=next((row.settings for row in before if row.settings), None)))
+            "searched", codecs, (args.k_key, args.k_val), settings=next((
+                row.settings for row in before if row.settings), None),
+            once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS)))
     if (beside(folder, "layer") / f"layer{layers[0]}.layer").exists():
         new_rows += layer_rows(model, beside(folder, "layer"), layers)
     if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
