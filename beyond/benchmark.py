@@ -5,7 +5,8 @@
 Median times; the actions that are compared alternate, and the first three rounds are discarded.
 step: forward, backward, Adam, unit atoms, as train_sae.py makes it. codes: encode and decode, as
 sta.py defines them and through sta.fuse. cache: a further token through beyond/cache.py and
-through a dense cache, in four layers of SmolLM2's shape. Writes results/benchmark.json. Non-goal: quality.
+through a dense cache, in four layers of SmolLM2's shape. Writes results/benchmark.json.
+Non-goal: quality.
 """
 import contextlib
 import functools
