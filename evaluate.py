@@ -8,7 +8,8 @@ Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tok
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
 lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
 Writes results/<model>.json, after every row: what was run; the rows, with the columns that
-`compare`, `fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs.
+`compare`, `fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs. What
+was there before is kept as <model>.json.previous.
 Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs in sta.reconstruct.
 """
 import argparse

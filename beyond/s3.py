@@ -10,7 +10,7 @@ Search: a query, before RoPE and less that mean, is described by the k key atoms
 inner product is largest. For each query, a position sums inner product times inverse document
 frequency over the latents that they share; its score is the sum over queries of the squares of
 that. The scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702.
-Ours, as it leaves them open: the layers (of the best recall on other questions), the mean, weights, spans.
+Ours, as it leaves them open: the layers (best recall on other questions), the mean, weights, spans.
 --evaluate compares the recall of the passage that a question is about with BM25 over words, with
 dense products of queries and keys in the same layers, and with cosines of the residual stream; its
 standard errors are over contexts, whose questions share one text.
