@@ -69,9 +69,12 @@ def parse_args(argv=None, description=__doc__):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want {least} "
                                  "or more")
-    with sta.explain(f"--only {args.only}: no regular expression"):
-        re.compile(args.only)
+    check_pattern(args.only)
     return args
+
+def check_pattern(only):
+    with sta.explain(f"--only {only}: no regular expression"):
+        re.compile(only)
 
 def find_fitted(root, model_name):
     """--saes, --model -> (the folder of what is fitted to a model: root, or one below it; whether

@@ -446,7 +446,7 @@ def pick_device(device=None, dtype=None):
     best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
-    picked = best if device in (None, "cuda") else device
+    picked = best if device in (None, "", "cuda") else device
     dtype = dtype or ("float32" if picked == "cpu" else "bfloat16")
     print(f"device {picked} ({'asked for' if device else 'the best that was found'}); model in "
           f"{dtype}, SAEs in float32")

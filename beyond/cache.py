@@ -245,6 +245,7 @@ def main(argv=None):
         generate=dict(default="The President of the United States", help="the prompt"),
         new_tokens=dict(type=int, default=100, help="(default 100)"),
         recent=dict(type=int, default=16, help="newest tokens kept exact (default 16)"))
+    evaluate.check_pattern(args.only)
     folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
     if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")

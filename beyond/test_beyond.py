@@ -227,6 +227,7 @@ def test_writing_on(trained, tmp_path, capsys):
     (["--new-tokens", "0"], "--new-tokens 0: want 1 or more"),
     (["--saes", "nowhere"], "nowhere: no SAEs; first run"),
     (["--saes", "{trained}", "--generate", ""], "--generate: no tokens in it"),
+    (["--saes", "{trained}", "--only", "("], "--only .: no regular expression"),
     (["--saes", "{trained}", "--layer", "5"], "no SAEs of layer 5, but of .1, 2")])
 def test_bad_input_of_the_cache(argv, message, trained, tmp_path, capsys):
     argv = [a.replace("{trained}", str(trained)) for a in argv]
