@@ -225,13 +225,15 @@ def check_sites(model):
     """Raises UsageError unless attention reads what `watch` sees, and that before RoPE. Random keys
     and values are written there; vectors of the same lengths must then stand in the cache."""
     written, token = {}, torch.full((1, 5), 7, device=model.device)  # the same, five times
+    generator = torch.Generator().manual_seed(0)
 
     def overwrite(layer, kind, x):  # (1, 5, H, D)
         moved = (x - x[:, :1]).abs().max() > 0.1 * x.abs().max()
         if (layer, kind) == (0, "key") and moved and has_rope:
             raise ValueError("its keys are seen only after RoPE")
-        growing = torch.arange(1, 6, device=x.device)[:, None, None]
-        written[layer, kind] = x.copy_(growing * torch.randn_like(x)).float().clone()
+        growing = torch.arange(1, 6)[:, None, None]  # lengths that a norm would make alike
+        random = growing * torch.randn(x.shape, generator=generator)
+        written[layer, kind] = x.copy_(random).float().clone()
 
     with explain(f"model type {model.config.model_type!r} is not supported"):
         decoder = model.get_decoder()
