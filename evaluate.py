@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import importlib
 import itertools
 import json
@@ -431,11 +430,6 @@ def score(model, rows, windows, tasks, vectors, sink):
                "tasks": scores,
                **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
-def sha256(data):
-    """The first 12 digits of the hash of bytes, or of token ids."""
-    data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
-    return hashlib.sha256(data).hexdigest()[:12]
-
 def text_name(spec, split, model_name):
     """What a text is called in results: --text, or the default's name."""
     return (spec or sta.default_text(split, model_name)).replace(f"{sta.HERE}/", "")
@@ -448,7 +442,7 @@ def provenance(model):
     except OSError:
         commit = None  # no git on this machine
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    words = [word if len(word) <= 200 else f"sha256:{sha256(word.encode())}"  # a prompt
+    words = [word if len(word) <= 200 else f"sha256:{sta.sha256(word.encode())}"  # a prompt
              for word in sys.orig_argv[1:]]
     return {"command": "python " + " ".join(words), "commit": commit or None,
             "marks": sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)),
@@ -504,7 +498,7 @@ def main(argv=None):
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
         "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name),
-        "text_sha256": sha256(windows),
+        "text_sha256": sta.sha256(windows),
         "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}

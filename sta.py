@@ -18,6 +18,7 @@ What the paper's text leaves open is marked `not in paper`. Non-goal: training t
 """
 import contextlib
 import functools
+import hashlib
 import inspect
 import itertools
 import json
@@ -607,6 +608,11 @@ def check_out(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
 
+def sha256(data):
+    """The first 12 digits of the hash of bytes, or of token ids."""
+    data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
+    return hashlib.sha256(data).hexdigest()[:12]
+
 @torch.no_grad()
 def model_marks(model, layers):
     """What tells models apart -> {str(layer): {dtype, sums}}: of each parameter that makes the
@@ -662,9 +668,10 @@ def load_saes(folder, model, layers=None):
     for layer in layers or there or [0]:
         if layer not in there or (layer, "key") not in sites:
             raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {there}")
+        marks = model_marks(model, [layer])
         for kind in KINDS:
             sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
-            if not same_marks(metadata.get("marks", {}), model_marks(model, [layer])):
+            if not same_marks(metadata.get("marks", {}), marks):
                 raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
             saes[layer, kind] = sae.to(sites[layer, kind][0][0].weight.device)
     return saes, metadata

@@ -533,7 +533,7 @@ def test_tokens_in_pieces_are_those_of_one_call(text, kind, monkeypatch):
 
 @functools.cache
 def make_tokenizer(kind, template="<s> $A"):
-    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, \
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, \
         processors, trainers
     tokenizer = Tokenizer(models.BPE(byte_fallback=kind == "sentencepiece", unk_token="<unk>"))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=kind == "gpt2")

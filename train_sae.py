@@ -10,7 +10,6 @@ the same bits on a CPU. Sources: Gao et al. 2024 (arXiv 2406.04093); the order i
 dictionary_learning. Non-goal: tuning the model itself.
 """
 import argparse
-import hashlib
 import itertools
 import json
 import math
@@ -309,12 +308,12 @@ def main(argv=None, variant=PerHead(), description=__doc__):
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
     folder = args.out / sta.slug(args.model)
     marks = sta.model_marks(model, layers)
-    settings = {"model_sha256": hashlib.sha256(json.dumps(marks).encode()).hexdigest()[:12]}
+    settings = {"model_sha256": sta.sha256(json.dumps(marks).encode())}
     settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr", "seed")}
     settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],  # torch.
                  "processes": n_ranks, "text": args.text or "default",
-                 "text_sha256": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:12]}
+                 "text_sha256": sta.sha256(windows)}
     sites = itertools.product(layers, variant.budgets(args, (1, 1)))
     if check_folder(folder, sites, settings, args.resume):
         return print(f"{folder}: trained already with these settings; nothing to do")

@@ -61,9 +61,9 @@ def begin_fit(args, name):
     pieces = sta.read_text(args.text, "train", args.model)
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
     marks = json.dumps(sta.model_marks(model, range(len(model.get_decoder().layers))))
-    settings = {"model_sha256": evaluate.sha256(marks.encode()),
+    settings = {"model_sha256": sta.sha256(marks.encode()),
                 "text": evaluate.text_name(args.text, "train", args.model),
-                "text_sha256": evaluate.sha256(windows), "tokens": windows.numel(),
+                "text_sha256": sta.sha256(windows), "tokens": windows.numel(),
                 "seq_len": windows.shape[1], "seed": args.seed}
     return model, tokenizer, layers, windows, args.out / sta.slug(args.model) / name, settings
 
@@ -88,7 +88,7 @@ def begin_look(args, ending):
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     about |= {"model": name, "text": evaluate.text_name(args.text, "valid", name),
               "tokens": windows.numel(),
-              "text_sha256": evaluate.sha256(windows), "seq_len": windows.shape[1],
+              "text_sha256": sta.sha256(windows), "seq_len": windows.shape[1],
               "settings": trained.get("settings")}
     return types.SimpleNamespace(
         model=model, tokenizer=tokenizer, name=name, folder=folder, saes=saes, path=path,

@@ -252,7 +252,7 @@ def main(argv=None):
     model, tokenizer, layers = sta.load_model(
         name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
     check_rope(model)
-    about = {"model": name, "prompt_sha256": evaluate.sha256(args.generate.encode()),
+    about = {"model": name, "prompt_sha256": sta.sha256(args.generate.encode()),
              **evaluate.provenance(model)}
     path = evaluate.result_path(args.out, name, about, "-cache")
     saes = sta.load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}

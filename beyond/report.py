@@ -13,7 +13,6 @@ Spreads: ± over seeds is a standard deviation; ± of one run a standard error, 
 """
 import argparse
 import json
-import math
 import pathlib
 import re
 import statistics

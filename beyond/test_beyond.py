@@ -6,10 +6,8 @@ import itertools
 import json
 import math
 import os
-import pathlib
 import re
 import shutil
-import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
