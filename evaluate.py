@@ -113,8 +113,9 @@ class OneKind:
         return (keys_hat, values) if self.kind == "key" else (keys, values_hat)
 
 def dictionary_bytes(saes, *kinds):
-    return sum(p.nbytes for (_, kind), sae in saes.items() if kind in kinds
-               for p in sae.parameters())
+    """Of all that is learned or measured once: the weights and the heads' means."""
+    return sum(x.nbytes for (_, kind), sae in saes.items() if kind in kinds
+               for x in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
 
 def dual_codecs(saes, k_key, k_val):
     """{(layer, kind): SAE} -> {layer: the paper's codec}."""
@@ -375,16 +376,11 @@ def fidelity_and_bytes(row, vectors, config):
             round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
 
 def find_curves(saes, vectors):
-    """{layer: {key: curve, value: curve, elbow_key, elbow_val}}, printed as counts of elbows."""
-    curves, elbows = {}, {kind: [] for kind in sta.KINDS}
+    """{layer: {key: curve, value: curve, elbow_key, elbow_value}} of `sta.budget_curve`."""
+    curves = {}
     for (layer, kind), sae in saes.items():
-        curve = sta.budget_curve(sae, vectors[layer, kind].flatten(0, 2).float())
-        elbows[kind].append(sta.elbow(curve))
-        curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind[:3]}": elbows[kind][-1]})
-    for kind, ks in elbows.items():
-        if ks:
-            print(f"elbow of the {kind} curves (k up to {curve[-1]['k']}), layers: "
-                  + ", ".join(f"k = {k} in {ks.count(k)}" for k in sorted(set(ks))))
+        curve = sta.budget_curve(sae, vectors[layer, kind].flatten(0, 1).float())
+        curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind}": sta.elbow(curve)})
     return curves
 
 # ------------------------------------------------------------------ the run
@@ -398,6 +394,22 @@ def format_row(row, width):
             f"{row['delta_ce']:+8.4f}{error:8} {row['bytes_per_token']:9,.0f} "
             f"{100 * row['bytes_share']:6.2f}% {row['fvu_key']:6.3f} {row['fvu_val']:6.3f} "
             f"{row['cos_key']:6.3f} {row['cos_val']:6.3f}")
+
+def print_elbows(curves):
+    """How many layers have their elbow at which k."""
+    for kind in sta.KINDS:
+        elbows = [layer[f"elbow_{kind}"] for layer in curves.values()]
+        counts = [f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows))]
+        if counts:
+            most = max(layer[kind][-1]["k"] for layer in curves.values())
+            print(f"elbow of the {kind} curves (k up to {most}), layers: {', '.join(counts)}")
+
+def print_dictionaries(rows):
+    """From how many tokens on a row's dictionaries pay."""
+    for row in rows:
+        if row["break_even_tokens"]:
+            print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with "
+                  f"them smaller than bf16 from {row['break_even_tokens']:,} tokens on")
 
 def print_tasks(rows, width):
     for task in rows[0]["tasks"]:
@@ -462,6 +474,9 @@ def result_path(out, name, about, ending=""):
             raise sta.UsageError(f"{path}: of another model of that name; choose another --out")
     return path
 
+def save(path, result):
+    sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
+
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
     args = parse_args(argv)
@@ -507,15 +522,14 @@ def main(argv=None):
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
     for row in score(model, rows, windows, tasks, vectors, args.sink):
+        result["rows"].append(row)
+        save(path, result)  # at once, lest an interrupted run loses it
         print(format_row(row, width), flush=True)
-        result["rows"].append(row)  # into the file at once, lest an interrupted run loses it
-        sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
-    for row in (row for row in result["rows"] if row["break_even_tokens"]):
-        print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with them "
-              f"smaller than bf16 from {row['break_even_tokens']:,} tokens on")
-    print_tasks(result["rows"], width)
     result["curves"] = find_curves(saes, vectors)
-    sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
+    save(path, result)
+    print_dictionaries(result["rows"])
+    print_tasks(result["rows"], width)
+    print_elbows(result["curves"])
     print(f"wrote {path}")
     return path
 

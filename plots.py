@@ -38,20 +38,20 @@ def draw_budget(panel, result, metric, label):
     for kind, (colour, marker, dash) in KIND_STYLE.items():
         ks = [point["k"] for point in layers[0][kind]]
 
-        def mean(some):
-            return [statistics.mean(layer[kind][i][metric] for layer in some)
+        def mean(chosen):
+            return [statistics.mean(layer[kind][i][metric] for layer in chosen)
                     for i in range(len(ks))]
 
-        for (name, some), alpha in zip(bands.items(), (0.3, 0.6, 1)):
-            if some:
-                panel.plot(ks, mean(some), color=colour, ls=dash, marker=marker, ms=4, alpha=alpha,
+        for (name, band), alpha in zip(bands.items(), (0.3, 0.6, 1)):
+            if band:
+                panel.plot(ks, mean(band), color=colour, ls=dash, marker=marker, ms=4, alpha=alpha,
                            label=f"{kind}s, {name} layers")
-        at = statistics.median_high(layer[f"elbow_{kind[:3]}"] for layer in layers)
+        at = statistics.median_high(layer[f"elbow_{kind}"] for layer in layers)
         panel.plot(at, mean(layers)[ks.index(at)], marker="o", ms=15, mfc="none", mec=colour, ls="",
                    mew=1.5, label=f"elbow of {kind}s, k = {at}")
-    panel.set_xscale("log", base=2)
+    panel.set_xscale("symlog", base=2, linthresh=1)  # k = 0, too: the head's mean alone
     panel.set_xticks(ks, [str(k) for k in ks])
-    panel.set_xlabel("budget k (atoms a vector)")
+    panel.set_xlabel("budget k (atoms per vector; 0: the head's mean)")
     panel.set_ylabel(label)
     panel.legend(fontsize=7, loc="lower right" if metric == "cos" else "upper right")
     if metric == "cos":
@@ -80,7 +80,7 @@ def draw_asymmetry(panel, result):
         points = {layer: at_eight(curves[kind]) for layer, curves in result["curves"].items()}
         lines[f"{kind}s"] = (*style, {layer: point["fvu"] for layer, point in points.items()})
     k = points[next(iter(points))]["k"]
-    draw_by_layer(panel, lines, f"FVU at {k} atoms (share of variance unexplained)")
+    draw_by_layer(panel, lines, f"FVU at {k} atoms (variance unexplained within heads)")
 
 def draw_bytes(panel, result):
     """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
@@ -111,14 +111,14 @@ def draw_training(panel, result):
                        marker=marker, ms=3, label=f"{kind}s")
     panel.set_yscale("log")
     panel.set_xlabel("step")
-    panel.set_ylabel("FVU of held-out rows, mean over layers")
+    panel.set_ylabel("FVU of held-out vectors, mean over layers")
     panel.legend(fontsize=8)
 
 # ------------------------------------------------------------------ one picture each
 def draw_all(result):
     """{name: figure} of one result."""
     def cos(panel, result): draw_budget(panel, result, "cos", "cosine similarity of x and x_hat")
-    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance unexplained)")
+    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance unexplained within heads)")
     wanted, figures = {"bytes": ("the price of bytes", [draw_bytes])}, {}
     if result["curves"]:
         wanted["budget"] = "what k atoms keep of a vector", [cos, fvu]

@@ -3,18 +3,20 @@
 Source: "Unlocking the Address Book: Dissecting the Sparse Semantic Structure of LLM Key-Value
 Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arXiv 2601.17702.
 
-    x      = one head's key (before RoPE) or value                                    (D,)
-    z, idx = the k largest of ReLU((x/s - b_dec) W_enc + b_enc), and their places:
+    x      = the key (before RoPE) or value of head h at one token                    (D,)
+    z, idx = the k largest of ReLU((x - b_dec[h]) / s W_enc + b_enc), and their places:
              the code of x                                                            (k,)
-    x_hat  = s (sum_j z_j W_dec[idx_j] + b_dec)                                       (D,)
-    loss   = |x - x_hat|^2 / s^2 + AuxK/32, with s^2 = mean |x - mean(x)|^2
+    x_hat  = s sum_j z_j W_dec[idx_j] + b_dec[h]                                      (D,)
+    b_dec[h] = the mean of head h;  s^2 = the variance about it, a mean over coordinates
+    loss   = |x - x_hat|^2 / (s^2 D) at budget k, and 1/8 of the same at 2k
     dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16
 
-Legend: B batch, T tokens, H kv heads, D head dim, N rows (B*T*H), M latents (atoms), k budget
+Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and its elbow,
           4 the dual budget, 5 the fast path, 6 models, text, files. Read 1-4; 5 and 6 serve them.
-What the paper's text leaves open is marked `not in paper`. Non-goal: training the model itself.
+What the paper's text leaves open is marked `not in paper`. [Gao] = Gao et al. 2024, arXiv 2406.04093.
+Non-goal: training the model itself.
 """
 import contextlib
 import functools
@@ -46,86 +48,66 @@ class UsageError(Exception):
 # ------------------------------------------------------------------ 1. the Top-K SAE
 class TopKSAE(nn.Module):
     """Top-K sparse autoencoder of one layer's keys or values, shared by the layer's kv heads.
-    W_enc (D, M), b_enc (M,), W_dec (M, D) whose unit rows are the atoms, b_dec (D,). Buffers:
-    scale (), the s above; fired (M,), 1 where a latent fired in this step: with z > 0 and among
-    the strongest k, the SAE's own budget; idle (M,), the rows since it last did. All float32."""
+    Trained: W_enc (D, M), b_enc (M,) and W_dec (M, D), whose unit rows are the atoms. Measured once,
+    by `centre`: b_dec (H, D), the mean of each head, and scale (), the s above. All float32."""
 
-    def __init__(self, head_dim, n_latents, k, generator=None):
+    def __init__(self, n_heads, head_dim, n_latents, k, generator=None):
         super().__init__()
         self.n_latents, self.k = n_latents, k
         atoms = F.normalize(torch.randn(n_latents, head_dim, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(atoms)
-        self.W_enc = nn.Parameter(atoms.T.contiguous())  # tied at first, else latents die [Gao]
+        self.W_enc = nn.Parameter(atoms.clone().T)  # tied at first, else latents die [Gao]
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
-        self.b_dec = nn.Parameter(torch.zeros(head_dim))
+        self.register_buffer("b_dec", torch.zeros(n_heads, head_dim))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("fired", torch.zeros(n_latents))
-        self.register_buffer("idle", torch.zeros(n_latents))
+        self.register_buffer("idle", torch.zeros(n_latents))  # vectors since a latent last fired
 
     @torch.no_grad()
     def centre(self, x):
-        """Set b_dec and scale so that rows x (N, D) have mean 0 and mean square norm 1 inside."""
-        mean = x.mean(0)  # (D,)
-        self.scale.copy_((x - mean).square().sum(-1).mean().sqrt().clamp_min(1e-8))
-        self.b_dec.copy_(mean / self.scale)
+        """Set b_dec and scale to those of vectors x (tokens, H, D)."""
+        self.b_dec.copy_(x.mean(0))
+        self.scale.copy_((x - self.b_dec).square().mean().sqrt().clamp_min(1e-8))
 
     def encode(self, x, k):
-        """x (..., D) -> its code: z (..., k) >= 0, strongest first, and idx (..., k).
+        """x (..., H, D) -> its code: z (..., H, k) >= 0, strongest first, and idx (..., H, k).
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
         if not 1 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
-        # (x/s - b_dec) W_enc + b_enc, multiplied out: so b_dec needs no matmul of rows in backward
-        pre = x / self.scale @ self.W_enc + (self.b_enc - self.b_dec @ self.W_enc)  # (..., M)
-        z, idx = pre.topk(k, dim=-1)
+        pre = (x - self.b_dec) / self.scale @ self.W_enc + self.b_enc  # (..., H, M)
+        z, idx = pre.topk(k)
         return F.relu(z), idx
 
     def decode(self, z, idx):
-        """z, idx (..., k) -> x_hat (..., D): a sum of k atoms, never of all M latents."""
-        atoms = F.embedding_bag(idx.flatten(0, -2), self.W_dec, mode="sum",
-                                per_sample_weights=z.flatten(0, -2))  # (N, D)
-        return (self.scale * (atoms + self.b_dec)).view(*idx.shape[:-1], len(self.b_dec))
+        """z, idx (..., H, k) -> x_hat (..., H, D), a sum of k atoms."""
+        atoms = self.W_dec[idx]  # (..., H, k, D)
+        return self.scale * (z[..., None] * atoms).sum(-2) + self.b_dec
 
-    def loss(self, x, k):
-        """The loss of rows x (N, D) at budget k, mean over rows; notes which latents fired."""
-        z, idx = self.encode(x, k)
-        self.fired[idx[:, :self.k][z[:, :self.k] > 0]] = 1
-        residual = (x - self.decode(z, idx)) / self.scale  # (N, D)
-        return residual.square().sum(-1).mean() + self.auxk(x, residual.detach()) / 32
+    def loss(self, x):
+        """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
+        one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Notes which
+        latents fired: z > 0, among a vector's k strongest."""
+        z, idx = self.encode(x, min(2 * self.k, self.n_latents))
+        error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
+        error_2k = (x - self.decode(z, idx)) / self.scale
+        self.note_fired(idx[..., :self.k][z[..., :self.k] > 0], x[..., 0].numel())
+        return error.square().mean() + error_2k.square().mean() / 8
 
-    def dead(self):
-        """Latents (n_dead,) idle for more than 8 n_latents rows. not in paper: the window."""
-        return (self.idle > 8 * self.n_latents).nonzero().squeeze(-1)
-
-    def auxk(self, x, residual):
-        """AuxK [Gao 2024, 2.3]: dead latents, at most D/2, rebuild the residual (N, D) of rows
-        x (N, D), without b_dec, in units of its variance; so they get a gradient. not in paper:
-        the first dead ones, not the strongest of each row."""
-        dead = self.dead()[:x.shape[1] // 2]
-        if len(dead) == 0:
-            return 0.0
-        pre = (x / self.scale - self.b_dec) @ self.W_enc[:, dead] + self.b_enc[dead].detach()
-        error = residual - F.relu(pre) @ self.W_dec[dead]
-        return error.square().sum() / (residual - residual.mean(0)).square().sum()
-
-    @torch.no_grad()
-    def project_gradient(self):
-        """After backward: remove the part of W_dec's gradient that would change atoms' lengths."""
-        along = (self.W_dec.grad * self.W_dec).sum(-1, keepdim=True)  # (M, 1)
-        self.W_dec.grad -= along * self.W_dec
+    def note_fired(self, latents, n_vectors):
+        """In a step of n_vectors, those latents fired, and all others were idle."""
+        self.idle += n_vectors
+        self.idle[latents] = 0
 
     @torch.no_grad()
     def renormalise(self):
-        """After the optimiser's step: unit atoms again."""
+        """After the optimiser's step, which leaves the unit sphere: unit atoms again."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
-    def revive_dead(self, n_rows):
-        """After a step of n_rows rows: count who was idle, and lift the dead a little.
-        not in paper: AuxK would drive b_enc of dead latents so low that ReLU cuts their gradient
-        for good; so AuxK does not train it, and it is raised here until they fire again."""
-        self.idle = torch.where(self.fired > 0, 0, self.idle + n_rows)
-        self.fired.zero_()
-        self.b_enc[self.dead()] += 1e-3
+    def lift_idle(self, amount):
+        """After the step: raise the bias of each latent that was idle for 16 M vectors, in which an
+        average one fires 16 k times, until it fires, and so learns, again. not in paper: the
+        alternative, AuxK [Gao], takes ten lines more."""
+        self.b_enc[self.idle > 16 * self.n_latents] += amount
 
 # ------------------------------------------------------------------ 2. where keys and values live
 # The modules that make a key or a value: a projection, and a norm after it where there is one.
@@ -180,8 +162,9 @@ def watch(model, layers, see, begin=lambda call: None):
     happen after torch.compile."""
     decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
-    for layer, _ in sorted(wanted - sites.keys()):
-        raise UsageError(f"layer {layer}: the model has layers 0 to {len(sites) // 2 - 1}")
+    absent = wanted - sites.keys()
+    if absent:
+        raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {len(sites) // 2 - 1}")
 
     def start(decoder, args, kwargs):
         nonlocal n_calls
@@ -213,13 +196,14 @@ def watch(model, layers, see, begin=lambda call: None):
 
 @contextlib.contextmanager
 def capture(model, layers):
-    """`with capture(model, layers) as rows: model(ids)` sets rows[layer, kind] to (B, T, H, D)."""
-    rows = {}
+    """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind], (B, T, H, D)."""
+    vectors = {}
+
     def keep(layer, kind, x):
-        rows[layer, kind] = x.detach().clone()  # some models go on in place
+        vectors[layer, kind] = x.detach().clone()  # some models go on in place
 
     with watch(model, layers, keep):
-        yield rows
+        yield vectors
 
 @torch.no_grad()
 def check_sites(model):
@@ -252,49 +236,52 @@ def check_sites(model):
 def harvest(model, windows, layers, sink=1):
     """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
     `sink` tokens. Raises UsageError at a value that is not finite."""
-    rows = {}  # allocated whole at once: joining batches would need twice the memory
+    vectors = {}  # allocated whole at once: joining batches would need twice the memory
     with capture(model, layers) as captured:
         for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
             model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
             for key, x in captured.items():  # (B, T, H, D)
-                if key not in rows:
-                    rows[key] = x.new_empty(len(windows), *x[0, sink:].shape)
-                rows[key][batch] = x[:, sink:]
-    for (layer, kind), x in rows.items():
+                if key not in vectors:
+                    vectors[key] = x.new_empty(len(windows), *x[0, sink:].shape)
+                vectors[key][batch] = x[:, sink:]
+    for (layer, kind), x in vectors.items():
         if not x.isfinite().all():
             raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
-    return {key: x.flatten(0, 1) for key, x in rows.items()}
+    return {key: x.flatten(0, 1) for key, x in vectors.items()}
 
 # ------------------------------------------------------------------ 3. the budget curve
 @torch.no_grad()
 def fidelity(x, x_hat):
-    """Rows x, x_hat (..., D) -> {fvu, cos, rel_norm}, in float64.
+    """Vectors x, x_hat (..., H, D) -> {fvu, cos, rel_norm}, in float64.
 
-    fvu = sum |x - x_hat|^2 / sum |x - mean(x)|^2 over all rows; cos, the cosine of x and x_hat
-    (uncentred), and rel_norm = |x_hat| / |x| are means over rows."""
-    x, x_hat = x.flatten(0, -2).double(), x_hat.flatten(0, -2).double()  # (N, D)
+    fvu = sum |x - x_hat|^2 / sum |x - mean_h|^2 over all vectors, mean_h the mean of the vector's
+    head: variance unexplained within heads. cos, the cosine of x and x_hat (of the whole vectors,
+    means and all), and rel_norm = |x_hat| / |x| are means over vectors."""
+    x, x_hat = x.flatten(0, -3).double(), x_hat.flatten(0, -3).double()  # (tokens, H, D)
     spread = (x - x.mean(0)).square().sum().clamp_min(1e-12)
     return {"fvu": ((x - x_hat).square().sum() / spread).item(),
             "cos": F.cosine_similarity(x, x_hat, dim=-1, eps=1e-12).mean().item(),
             "rel_norm": (x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).mean().item()}
 
 @torch.no_grad()
-def budget_curve(sae, x, ks=(1, 2, 4, 8, 16, 32, 64)):
-    """[{k, fvu, cos, rel_norm, dead}] of rows x (N, D) by rising k; one encode serves all of them.
-    dead: here the share of latents that no row fired."""
+def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
+    """[{k, fvu, cos, rel_norm, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
+    all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
+    none of these vectors fired."""
     ks = sorted(k for k in ks if k <= sae.n_latents)
-    z, idx = sae.encode(x, ks[-1])  # (N, ks[-1])
+    z, idx = sae.encode(x, max(1, ks[-1]))  # (tokens, H, ks[-1])
     curve = []
     for k in ks:
-        n_fired = len(idx[:, :k][z[:, :k] > 0].unique())
-        curve.append({"k": k, **fidelity(x, sae.decode(z[:, :k], idx[:, :k])),
+        n_fired = len(idx[..., :k][z[..., :k] > 0].unique())
+        curve.append({"k": k, **fidelity(x, sae.decode(z[..., :k], idx[..., :k])),
                       "dead": 1 - n_fired / sae.n_latents})
     return curve
 
 def elbow(curve):
-    """The semantic elbow: the k whose cosine lies furthest above the chord of the curve.
-    Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends on the largest k
+    """The semantic elbow: the k whose cosine lies furthest above the chord of the curve from k = 1
+    on. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends on the largest k
     measured, so state that. not in paper: the readable text gives no rule for its elbow."""
+    curve = [point for point in curve if point["k"] >= 1]
     first, last = curve[0], curve[-1]
     rise, run = max(last["cos"] - first["cos"], 1e-12), max(last["k"] - first["k"], 1)
     heights = [(p["cos"] - first["cos"]) / rise - (p["k"] - first["k"]) / run for p in curve]
@@ -395,6 +382,48 @@ def reconstruct(model, codecs, sink=1):
         yield
 
 # ------------------------------------------------------------------ 5. the fast path
+class FastSAE(TopKSAE):
+    """A TopKSAE with the same values and gradients (tested) in less time: decoding adds atoms up
+    without a copy of each, and the gradient of W_enc is a sum over codes, not a matmul."""
+
+    def encode(self, x, k):
+        if not (torch.is_grad_enabled() and 1 <= k <= self.n_latents):
+            return super().encode(x, k)
+        inside = ((x - self.b_dec) / self.scale).flatten(0, -2)  # (N, D)
+        z, idx = TopKOfMatmul.apply(inside, self.W_enc, self.b_enc, k)  # (N, k)
+        return F.relu(z).view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
+
+    def decode(self, z, idx):
+        if idx.shape[-1] == 0:  # embedding_bag wants atoms to add up
+            return super().decode(z, idx)
+        atoms = F.embedding_bag(idx.flatten(0, -2), self.W_dec, mode="sum",
+                                per_sample_weights=z.flatten(0, -2))  # (N, D)
+        return self.scale * atoms.view(*idx.shape[:-1], -1) + self.b_dec
+
+class TopKOfMatmul(torch.autograd.Function):
+    """The k largest of x W + b and their places, for x (N, D) that needs no gradient. Autograd's
+    gradient of W is x^T (N, M), of which all but k entries per row are zero; here each latent adds
+    up the rows of x that chose it."""
+
+    @staticmethod
+    def forward(ctx, x, W, b, k):
+        z, idx = torch.addmm(b, x, W).topk(k)  # (N, k)
+        ctx.save_for_backward(x, idx)
+        ctx.mark_non_differentiable(idx)
+        ctx.n_latents = len(b)
+        return z, idx
+
+    @staticmethod
+    def backward(ctx, dz, _):
+        x, idx = ctx.saved_tensors
+        order = idx.flatten().argsort(stable=True)  # the N*k choices, sorted by latent
+        counts = idx.flatten().bincount(minlength=ctx.n_latents)  # (M,)
+        dz = dz.flatten()[order]
+        first = counts.cumsum(0) - counts  # where a latent's choices begin
+        dW = F.embedding_bag(order // idx.shape[1], x, first, mode="sum", per_sample_weights=dz)
+        db = dz.new_zeros(ctx.n_latents).index_add_(0, idx.flatten()[order], dz)
+        return None, dW.T, db, None
+
 def fuse(codecs):
     """{layer: codec} -> the same with the dual budget's encode and decode in one compiled graph,
     shared by all layers, for CUDA. Warns, and returns the codecs, if nothing compiles here."""
@@ -403,8 +432,12 @@ def fuse(codecs):
     except Exception as error:  # of many kinds: no C++ compiler, no Triton, no support
         warnings.warn(f"nothing is compiled ({type(error).__name__}); computing step by step")
         return codecs
-    compiled = torch.compile(fullgraph=True, dynamic=True)(
-        lambda codec, keys, values, live: codec.decode(codec.encode(keys, values)))
+
+    @torch.compile(fullgraph=True, dynamic=True)
+    @torch.no_grad()
+    def compiled(codec, keys, values, live):
+        return codec.decode(codec.encode(keys, values))
+
     fused = {layer: types.SimpleNamespace(roundtrip=functools.partial(compiled, codec))
              for layer, codec in codecs.items() if type(codec) is DualBudget}
     return {**codecs, **fused}
@@ -639,23 +672,27 @@ def same_marks(a, b):
     return not a.keys().isdisjoint(b)
 
 def save_sae(folder, sae, metadata):
-    """cfg.json and sae_weights.safetensors in the layout of SAELens 6. The scale is folded into
-    the biases: ReLU is homogeneous, so z in units of x and s = 1 give the same function."""
-    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale,
-               "W_dec": sae.W_dec, "b_dec": sae.b_dec * sae.scale}
-    cfg = {"architecture": "topk", "d_in": len(sae.b_dec), "d_sae": sae.n_latents,
+    """cfg.json and sae_weights.safetensors in the layout of SAELens 6, for vectors less the mean of
+    their head, which head_offsets.safetensors holds. The scale is folded into b_enc: ReLU is
+    homogeneous, so z in units of x and s = 1 give the same function."""
+    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale, "W_dec": sae.W_dec,
+               "b_dec": torch.zeros_like(sae.b_dec[0])}
+    cfg = {"architecture": "topk", "d_in": sae.b_dec.shape[1], "d_sae": sae.n_latents,
            "k": sae.k, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
            "normalize_activations": "none", "metadata": {"sae_lens_version": "6.54.0", **metadata}}
-    weights = {name: w.detach().cpu().contiguous() for name, w in weights.items()}
-    write_atomic(folder / "sae_weights.safetensors", safetensors.torch.save(weights))
+    for name, tensors in (("head_offsets", {"head_offsets": sae.b_dec}), ("sae_weights", weights)):
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        write_atomic(folder / f"{name}.safetensors", safetensors.torch.save(tensors))
     write_atomic(folder / "cfg.json", json.dumps(cfg, indent=1) + "\n")  # last: now it is whole
 
 def load_sae(folder):
     """(TopKSAE, metadata) from a folder that `save_sae` wrote."""
-    with explain(f"{folder}: missing, truncated or corrupt; train it again"):
+    with explain(f"{folder}: missing, truncated or corrupt, or of an older version; train it again"):
         cfg = json.loads((folder / "cfg.json").read_text())
-        sae = TopKSAE(cfg["d_in"], cfg["d_sae"], cfg["k"])
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
+        offsets = safetensors.torch.load((folder / "head_offsets.safetensors").read_bytes())
+        weights["b_dec"] = offsets["head_offsets"]
+        sae = FastSAE(*weights["b_dec"].shape, cfg["d_sae"], cfg["k"])
         sae.load_state_dict({**dict(sae.named_buffers()), **weights})
         return sae.requires_grad_(False), cfg["metadata"]
 

@@ -24,6 +24,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is import
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import transformers
 
@@ -42,9 +43,13 @@ def rows_of(n, dim=16, seed=0):
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(n, dim, generator=generator) * 3 + 1
 
-def small_sae(dim=16, n_latents=40, seed=0, k=8):
-    sae = sta.TopKSAE(dim, n_latents, k, torch.Generator().manual_seed(seed))
-    sae.centre(rows_of(500, dim))
+def vectors_of(n, heads=2, dim=16, seed=0):
+    """(n, H, D): as a layer's keys of n tokens, whose heads have other means."""
+    return rows_of(n * heads, dim, seed).view(n, heads, dim) + torch.arange(heads)[:, None]
+
+def small_sae(dim=16, n_latents=40, seed=0, k=8, heads=2, kind=sta.TopKSAE):
+    sae = kind(heads, dim, n_latents, k, torch.Generator().manual_seed(seed))
+    sae.centre(vectors_of(250, heads, dim))
     with torch.no_grad():
         sae.b_enc.normal_(0, 0.1, generator=torch.Generator().manual_seed(seed))
     return sae
@@ -80,7 +85,8 @@ def told_live(told):
 
 def small_saes(model, n_latents=64):
     heads, dim = sta.kv_shape(model.get_decoder().config)
-    return {key: small_sae(dim, n_latents, seed) for seed, key in enumerate(sta.kv_sites(model))}
+    return {key: small_sae(dim, n_latents, seed, heads=heads)
+            for seed, key in enumerate(sta.kv_sites(model))}
 
 def dual(saes, *budget):
     return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"], sta.Budget(*budget))
@@ -99,109 +105,111 @@ def script(module, *argv):
 
 # ---------------------------------------------------------------- 1. the Top-K SAE
 def test_code_is_that_of_a_python_loop():
-    sae, x = small_sae().double(), rows_of(7).double()
+    sae, x = small_sae().double(), vectors_of(4).double()
     z, idx = sae.encode(x, 5)
     x_hat = sae.decode(z, idx)
-    for n in range(len(x)):
-        acts = [max(0.0, sum((x[n, d] / sae.scale - sae.b_dec[d]) * sae.W_enc[d, m]
-                             for d in range(16)).item() + sae.b_enc[m].item()) for m in range(40)]
-        best = sorted(range(40), key=lambda m: -acts[m])[:5]
-        assert idx[n].tolist() == best
-        assert z[n].tolist() == pytest.approx([acts[m] for m in best], abs=1e-12)
-        expected = sae.scale * (sum(acts[m] * sae.W_dec[m] for m in best) + sae.b_dec)
-        torch.testing.assert_close(x_hat[n], expected, atol=1e-10, rtol=0)
+    for n in range(4):  # a token
+        for h in range(2):  # a head
+            inside = [(x[n, h, d] - sae.b_dec[h, d]) / sae.scale for d in range(16)]
+            acts = [max(0.0, sum(inside[d] * sae.W_enc[d, m] for d in range(16)).item()
+                        + sae.b_enc[m].item()) for m in range(40)]
+            best = sorted(range(40), key=lambda m: -acts[m])[:5]
+            assert idx[n, h].tolist() == best
+            assert z[n, h].tolist() == pytest.approx([acts[m] for m in best], abs=1e-12)
+            expected = sae.scale * sum(acts[m] * sae.W_dec[m] for m in best) + sae.b_dec[h]
+            torch.testing.assert_close(x_hat[n, h], expected, atol=1e-10, rtol=0)
+
+def test_each_head_is_centred_by_itself():
+    x = vectors_of(300, heads=3)
+    sae = sta.TopKSAE(3, 16, 40, 8)
+    sae.centre(x)
+    inside = ((x - sae.b_dec) / sae.scale).numpy()
+    assert np.abs(inside.mean(0)).max() < 1e-5 and np.mean(inside ** 2) == pytest.approx(1)
 
 def test_code_at_a_smaller_budget_is_a_prefix_and_shapes_are_free():
-    sae, x = small_sae(), rows_of(24)
+    sae, x = small_sae(), vectors_of(24)
     z, idx = sae.encode(x, 9)
-    assert torch.equal(sae.encode(x, 4)[0], z[:, :4]) and (z.diff(dim=-1) <= 0).all()
-    again = through(sae, x.view(2, 3, 4, 16), 9)
-    torch.testing.assert_close(again.view(24, 16), sae.decode(z, idx))
+    assert torch.equal(sae.encode(x, 4)[0], z[..., :4]) and (z.diff(dim=-1) <= 0).all()
+    again = through(sae, x.view(2, 3, 4, 2, 16), 9)
+    torch.testing.assert_close(again.view(24, 2, 16), sae.decode(z, idx))
+    torch.testing.assert_close(sae.decode(z[..., :0], idx[..., :0]), sae.b_dec.expand(24, 2, 16))
 
 @pytest.mark.parametrize("k", [0, -1, 41])
-def test_budget_out_of_range(k):
+@pytest.mark.parametrize("kind", [sta.TopKSAE, sta.FastSAE])
+def test_budget_out_of_range(k, kind):
     with pytest.raises(sta.UsageError, match=f"k = {k}: want 1 to n_latents = 40"):
-        small_sae().encode(rows_of(2), k)
+        small_sae(kind=kind).encode(vectors_of(2), k)
 
 @pytest.mark.parametrize("k", [1, 4, 40])
 def test_loss_and_gradients_equal_a_dense_float64_autoencoder(k):
-    sae, x = small_sae().double(), rows_of(30).double()
-    loss = sae.loss(x, k)
+    sae, x = small_sae(k=k).double(), vectors_of(30).double()
+    loss = sae.loss(x)
     loss.backward()
     found = {name: p.grad.clone() for name, p in sae.named_parameters()}
     sae.zero_grad()
-    target = x / sae.scale
-    acts = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
-    keep = acts >= acts.sort(dim=-1, descending=True).values[:, k - 1:k]
-    expected = ((target - (acts * keep) @ sae.W_dec - sae.b_dec) ** 2).sum(-1).mean()
+    inside = (x - sae.b_dec) / sae.scale
+    acts = torch.relu(inside @ sae.W_enc + sae.b_enc)
+    ranks = acts.argsort(dim=-1, descending=True).argsort(dim=-1)
+    expected = sum(weight * ((inside - (acts * (ranks < n)) @ sae.W_dec) ** 2).mean()
+                   for n, weight in ((k, 1), (2 * k, 1 / 8)))
     expected.backward()
     torch.testing.assert_close(loss, expected)
     for name, p in sae.named_parameters():
         torch.testing.assert_close(found[name], p.grad, atol=1e-10, rtol=0, msg=name)
 
-def test_auxk_reaches_the_encoder_of_dead_latents_only():
-    sae, x, residual = small_sae(), rows_of(50), rows_of(50, seed=1)
-    dead = torch.arange(40) >= 35
-    sae.idle[dead] = 1e9
-    aux = sae.auxk(x, residual)
-    acts = torch.relu((x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc)[:, dead]
-    left = (residual - acts @ sae.W_dec[dead]).square().sum()
-    torch.testing.assert_close(aux, left / (residual - residual.mean(0)).square().sum())
-    aux.backward()
-    assert sae.W_enc.grad[:, dead].abs().sum() > 0 and sae.W_dec.grad[dead].abs().sum() > 0
-    assert sae.W_enc.grad[:, ~dead].abs().sum() == 0 and sae.W_dec.grad[~dead].abs().sum() == 0
-    assert sae.b_enc.grad is None  # revive_dead raises it instead
-
-def test_dead_latents_are_those_idle_at_the_saes_own_budget_and_are_lifted():
-    sae, x = small_sae(k=2), rows_of(50)
-    with torch.no_grad():
-        sae.b_enc[:20] = -100.0  # these may be chosen at k = 40, with z = 0: not fired
-    before = sae.b_enc.detach().clone()
-    for _ in range(7):  # 350 rows; the window is 8 * 40 = 320
-        sae.loss(x, 40)
-        sae.revive_dead(50)
-    fires = torch.zeros(40, dtype=torch.bool)
-    fires[sae.encode(x, 2)[1].unique()] = True  # of forty chosen, only the two strongest count
-    assert (sae.idle[fires] == 0).all() and (sae.idle[~fires] == 350).all()
-    assert sae.dead().tolist() == (~fires).nonzero().squeeze(1).tolist()
-    torch.testing.assert_close(sae.b_enc - before, torch.where(fires, 0, 1e-3))
+@pytest.mark.parametrize("k", [1, 5, 40])
+def test_the_fast_sae_is_the_plain_one(k):
+    plain, x = small_sae(k=k).double(), vectors_of(30).double()
+    fast = small_sae(k=k, kind=sta.FastSAE).double()
+    for sae in (plain, fast):
+        sae.loss(x).backward()
+    for found, expected in zip(fast.encode(x, k), plain.encode(x, k)):
+        torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(through(fast, x, k), through(plain, x, k))
+    torch.testing.assert_close(through(fast, x[None], k)[0], through(plain, x, k))
+    for name, p in plain.named_parameters():
+        torch.testing.assert_close(dict(fast.named_parameters())[name].grad, p.grad, atol=1e-10,
+                                   rtol=0, msg=name)
+    z, idx = fast.encode(x, k)
+    torch.testing.assert_close(fast.decode(z[..., :0], idx[..., :0]), fast.b_dec.expand(30, 2, 16))
 
 def test_atoms_stay_unit_and_training_reduces_the_error():
-    sae, x = small_sae(), rows_of(512)
-    before = sae.loss(x, 4).item()
+    sae, x = small_sae(k=4), vectors_of(256)
+    before = sae.loss(x).item()
     optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
     for _ in range(60):
-        sae.loss(x, 4).backward()
-        sae.project_gradient()
-        assert (sae.W_dec.grad * sae.W_dec).sum(-1).abs().max() < 1e-6
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.renormalise()
+        train_sae.train_step({"": sae}, optimizer, {"": x})
     torch.testing.assert_close(sae.W_dec.norm(dim=-1), torch.ones(40), atol=1e-6, rtol=0)
-    assert sae.loss(x, 4).item() < 0.8 * before
+    assert sae.loss(x).item() < 0.8 * before
 
 # ---------------------------------------------------------------- 2-4. hooks, elbow, budgets
 def test_fidelity_equals_numpy():
-    x, x_hat = rows_of(64), rows_of(64, seed=3)
+    """FVU is within heads: the difference of their means is no variance."""
+    x, x_hat = vectors_of(32), vectors_of(32, seed=3)
     a, b = x.numpy().astype(float), x_hat.numpy().astype(float)
-    norm_a, norm_b = np.linalg.norm(a, axis=1), np.linalg.norm(b, axis=1)
-    expected = {"fvu": ((a - b) ** 2).sum() / ((a - a.mean(0)) ** 2).sum(),
-                "cos": ((a * b).sum(1) / norm_a / norm_b).mean(),
+    norm_a, norm_b = np.linalg.norm(a, axis=2), np.linalg.norm(b, axis=2)
+    within = sum(((a[:, h] - a[:, h].mean(0)) ** 2).sum() for h in range(2))
+    expected = {"fvu": ((a - b) ** 2).sum() / within,
+                "cos": ((a * b).sum(2) / norm_a / norm_b).mean(),
                 "rel_norm": (norm_b / norm_a).mean()}
-    found = sta.fidelity(x.view(4, 16, 16), x_hat.view(4, 16, 16))
+    found = sta.fidelity(x.view(4, 8, 2, 16), x_hat.view(4, 8, 2, 16))
     assert found == pytest.approx(expected, abs=1e-9)
 
 def test_curve_and_elbow():
-    sae, x = small_sae(), rows_of(100)
-    points = sta.budget_curve(sae, x, [8, 1, 40, 64])  # 64 is over n_latents: left out
-    assert [p["k"] for p in points] == [1, 8, 40]
+    sae, x = small_sae(), vectors_of(100)
+    points = sta.budget_curve(sae, x, [8, 0, 1, 40, 64])  # 64 is over n_latents: left out
+    assert [p["k"] for p in points] == [0, 1, 8, 40]
+    mean_alone = sta.fidelity(x, sae.b_dec.expand_as(x))
+    assert points[0] == pytest.approx({"k": 0, **mean_alone, "dead": 1})
     z, idx = sae.encode(x, 8)
-    fired = {m for row, at in zip(z.tolist(), idx.tolist()) for v, m in zip(row, at) if v > 0}
+    codes = zip(z.flatten().tolist(), idx.flatten().tolist())
+    fired = {latent for strength, latent in codes if strength > 0}
     expected = {"k": 8, **sta.fidelity(x, sae.decode(z, idx)), "dead": 1 - len(fired) / 40}
-    assert points[1] == pytest.approx(expected)
-    kinked = [{"k": k, "cos": min(0.9, 0.1 * k) + 0.0001 * k} for k in range(1, 33)]
+    assert points[2] == pytest.approx(expected)
+    kinked = [{"k": k, "cos": min(0.9, 0.1 * k) + 0.0001 * k} for k in range(33)]
+    kinked[0]["cos"] = -9  # k = 0 is no end of the chord
     assert sta.elbow(kinked) == 9
-    assert sta.elbow([{"k": 1, "cos": 0.9}]) == 1
+    assert sta.elbow([{"k": 0, "cos": 0.1}, {"k": 1, "cos": 0.9}]) == 1
 
 def check_type(model):
     """Captured keys and values are those of Hugging Face's cache; what a codec returns is what
@@ -217,9 +225,9 @@ def check_type(model):
             cache = output["cache" if "cache" in output else "past_key_values"]
             return output.logits, cache.layers[1]
 
-        with sta.capture(model, [0, 1]) as rows:
+        with sta.capture(model, [0, 1]) as vectors:
             logits, cached = run({})
-        keys, values = rows[1, "key"], rows[1, "value"]  # (B, T, H, D)
+        keys, values = vectors[1, "key"], vectors[1, "value"]  # (B, T, H, D)
         assert keys.shape == (2, T, H, D)
         torch.testing.assert_close(values, cached.values.transpose(1, 2))
         turned = cached.keys.transpose(1, 2)  # by RoPE; YaRN stretches all keys alike
@@ -386,7 +394,7 @@ def test_packed_texts_have_a_sink_each():
     assert told == [[[0, 0, 1, 1, 0, 0, 1]]]
 
 def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
-    saes, k, v = [small_sae(seed=s) for s in (1, 2)], rows_of(30), rows_of(30, seed=1)
+    saes, k, v = [small_sae(seed=s) for s in (1, 2)], vectors_of(15), vectors_of(15, seed=1)
     codec = sta.DualBudget(*saes, sta.Budget(3, 5))
     stored = codec.encode(k.view(5, 3, 2, 16), v.view(5, 3, 2, 16))  # (B, T, H, D)
     assert [x.shape for x in stored] == [(5, 3, 6), (5, 3, 6), (5, 3, 10), (5, 3, 10)]
@@ -402,15 +410,15 @@ def check_fuse(device):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     for budget in ((8, 16), (3, 5)):
-        codecs = {layer: sta.DualBudget(small_sae(seed=layer).to(device),
-                                        small_sae(seed=9 + layer).to(device), sta.Budget(*budget))
+        saes = [small_sae(seed=seed, kind=sta.FastSAE).to(device) for seed in range(24)]
+        codecs = {layer: sta.DualBudget(saes[layer], saes[12 + layer], sta.Budget(*budget))
                   for layer in range(12)}
         own = {12: across(lambda keys, values, live: (keys, values))}
         fused = sta.fuse({**codecs, **own})
         assert fused[12] is own[12]
         for layer, codec in codecs.items():
             for n in (6, 7, 40):
-                x = [rows_of(n * 2, seed=s).view(1, n, 2, 16).to(device) for s in (0, 1)]
+                x = [vectors_of(n, seed=s)[None].to(device) for s in (0, 1)]
                 expected = codec.decode(codec.encode(*x))
                 for found, x_hat in zip(fused[layer].roundtrip(*x, None), expected):
                     torch.testing.assert_close(found, x_hat, atol=0.02, rtol=0)  # fp16
@@ -441,12 +449,27 @@ def test_compiled_path_equals_eager_on_cuda():
 METADATA = {"model": "small", "marks": {}, "settings": {}}
 
 def test_saved_sae_is_the_same_function(tmp_path):
-    sae, x = small_sae(), rows_of(50)
-    sta.save_sae(tmp_path / "layer0.key", sae, METADATA)
-    loaded, metadata = sta.load_sae(tmp_path / "layer0.key")
+    sae, x, folder = small_sae(), vectors_of(50), tmp_path / "layer0.key"
+    sta.save_sae(folder, sae, METADATA)
+    loaded, metadata = sta.load_sae(folder)
     torch.testing.assert_close(through(loaded, x, 8), through(sae, x, 8), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.encode(x, 8)[0], sae.encode(x, 8)[0] * sae.scale)  # folded
     assert loaded.scale == 1 and loaded.k == 8 and {k: metadata[k] for k in METADATA} == METADATA
+    (folder / "head_offsets.safetensors").unlink()  # as SAEs of one mean for all heads were saved
+    with pytest.raises(sta.UsageError, match="or of an older version; train it again"):
+        sta.load_sae(folder)
+
+def test_saved_sae_is_one_of_saelens(tmp_path):
+    """Its formula, on vectors less the mean of their head: pip install sae-lens==6.54.0 to try."""
+    lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
+    sae, x = small_sae(), vectors_of(50)
+    sta.save_sae(tmp_path, sae, METADATA)
+    other = lens.SAE.load_from_disk(tmp_path)
+    inside = x - safetensors.torch.load_file(tmp_path / "head_offsets.safetensors")["head_offsets"]
+    z, idx = sae.encode(x, 8)
+    expected = torch.zeros(50, 2, 40).scatter(-1, idx, z * sae.scale)
+    torch.testing.assert_close(other.encode(inside), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(other(inside) + sae.b_dec, sae.decode(z, idx), atol=1e-5, rtol=1e-5)
 
 @pytest.mark.parametrize("spoil", [
     lambda data: data[:len(data) // 2], lambda data: b"\xff" * 64, lambda data: b""])
@@ -602,7 +625,7 @@ def test_a_hub_stream_is_taken_up_where_it_broke(monkeypatch):
             list(sta.read_text(f"owner/name{column}", "train", "tiny"))
 
 # ---------------------------------------------------------------- the scripts, on tiny
-SHORT = ["--tokens", 16_384, "--n-latents", 64, "--batch-rows", 512, "--layer", "1-2"]
+SHORT = ["--tokens", 16_384, "--n-latents", 64, "--batch-tokens", 256, "--layer", "1-2"]
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
@@ -758,7 +781,7 @@ def test_evaluation_table(evaluated):
     assert rows["keys"]["fvu_val"] == 0 and rows["keys"]["cos_val"] == pytest.approx(1)
     assert rows["keys"]["bytes_share"] == pytest.approx((4 + 2 * (0.125 + 1) / 2) / 6)
     assert rows["values"]["bytes_share"] == pytest.approx((4 + 2 * (0.25 + 1) / 2) / 6)
-    assert dual["once_bytes"] == 4 * (2 * 64 * 128 + 64 + 128) * 4  # of four SAEs, float32
+    assert dual["once_bytes"] == 4 * (2 * 64 * 128 + 64 + 2 * 128) * 4  # of four SAEs, float32
     saved = dense["bytes_per_token"] - dual["bytes_per_token"]
     assert np.mean(dual["window_ce"]) == pytest.approx(dual["ce"], abs=1e-6)
     assert dual["break_even_tokens"] == round(dual["once_bytes"] / saved)
@@ -808,7 +831,7 @@ def test_plots(evaluated, tmp_path, capsys):
     for curves in result["curves"].values():  # of an SAE with six latents
         for kind in sta.KINDS:
             curves[kind] = [point for point in curves[kind] if point["k"] < 8]
-            curves[f"elbow_{kind[:3]}"] = 2
+            curves[f"elbow_{kind}"] = 2
     (tmp_path / "tiny.json").write_text(json.dumps(result))
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     capsys.readouterr()

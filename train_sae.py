@@ -6,8 +6,8 @@
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
-the same bits on a CPU. Sources: Gao et al. 2024 (arXiv 2406.04093); the order inside the loop,
-dictionary_learning. Non-goal: tuning the model itself.
+the same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 2406.04093.
+Non-goal: tuning the model itself.
 """
 import argparse
 import itertools
@@ -28,9 +28,9 @@ from tqdm import tqdm
 import sta
 
 CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
-BUFFER_TOKENS = 32_768  # whose rows are shuffled together, as neighbours in a text are alike
-# not in paper: the steps' budgets in turn, in multiples of k, so that one SAE serves k/2 to 2k
-BUDGET_CYCLE = (1, 0.5, 1, 2)
+DEAD_VECTORS = 1_000_000  # a latent that fires for none of so many is called dead
+LIFT = 6  # learning rates per step, of the biases of idle latents: 100 steps from 0 to firing
+BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
@@ -44,8 +44,8 @@ def parse_args(argv=None, description=__doc__):
     add("--tokens", type=int, help="to train on; a shorter text is read again (default 200,000 "
                                    "for tiny, else 10 million)")
     add("--seq-len", type=int, help="tokens per window (default 512, or the model's limit)")
-    add("--batch-rows", type=int, default=1024,
-        help="rows per step; a token gives one for each kv head (default 1024)")
+    add("--batch-tokens", type=int, default=512,
+        help="tokens per step; each gives a vector for each kv head (default 512)")
     # the SAEs
     add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
     add("--k-key", type=int, default=8, help="atoms per key (default 8)")
@@ -65,15 +65,16 @@ def parse_args(argv=None, description=__doc__):
     if not (0 < args.lr < math.inf and 0 <= args.seed < 1 << 40):
         raise sta.UsageError(f"--lr {args.lr}, --seed {args.seed}: want a rate above 0, and a seed "
                              "of 0 or more")
-    for name, most in (("tokens", 1 << 40), ("batch_rows", 1 << 30), ("n_latents", 1 << 15),
+    for name, most in (("tokens", 1 << 40), ("batch_tokens", 1 << 30), ("n_latents", 1 << 15),
                        ("k_key", args.n_latents), ("k_val", args.n_latents)):
         if not 1 <= getattr(args, name) <= most:
+            limit = f"{most:,} = --n-latents" if name in ("k_key", "k_val") else f"{most:,}"
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want 1 to "
-                                 f"{most:,}" + " = --n-latents" * (name[0] == "k"))
+                                 f"{limit}")
     return args
 
 def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
-    """Window numbers -> (those held out, [those of each buffer of rows]), in the order of training.
+    """Window numbers -> (those held out, [those of each buffer]), in the order of training.
     Drawn once from the seed, so that a buffer mixes windows from all the text and a resumed run
     finds the same ones; a text shorter than n_tokens is read again, in another order. The number
     of windows in a buffer is a multiple of n_ranks, so that processes make equally many steps."""
@@ -92,98 +93,98 @@ def learning_rate(peak, step, n_steps):
     """Linear warm-up over 5 % of the steps, linear decay over the last 30 %."""
     return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
 
-def train_step(saes, optimizer, batches, factor=1, n_ranks=1):
-    """One step of every SAE on its rows, {name: (N, D)}, at `factor` times its budget k; with
-    several processes each has 1 / n_ranks of the rows."""
+def train_step(saes, optimizer, batches, n_ranks=1):
+    """One step of every SAE on its vectors {name: (tokens, H, D)}, of which each of several
+    processes has 1 / n_ranks."""
     for name, sae in saes.items():
-        k = min(max(1, round(factor * sae.k)), sae.n_latents)
-        (sae.loss(batches[name], k) / n_ranks).backward()
+        (sae.loss(batches[name]) / n_ranks).backward()
     if n_ranks > 1:
-        add_up([p.grad for sae in saes.values() for p in sae.parameters()]
-               + [sae.fired for sae in saes.values()])
-    for sae in saes.values():
-        sae.project_gradient()  # before the step: no part of it changes the atoms' lengths
+        add_up([p.grad for sae in saes.values() for p in sae.parameters()])
+        for sae in saes.values():
+            dist.all_reduce(sae.idle, dist.ReduceOp.MIN)  # idle in all of them
     optimizer.step()
     optimizer.zero_grad()
-    for name, sae in saes.items():
-        sae.renormalise()  # after the step, which leaves the unit sphere all the same
-        sae.revive_dead(n_ranks * len(batches[name]))
+    for sae in saes.values():
+        sae.renormalise()  # after the step, which leaves the unit sphere
+        sae.lift_idle(LIFT * optimizer.param_groups[0]["lr"])
 
 class PerHead(NamedTuple):
     """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.
     beyond/variants.py has others."""
-    make_sae: Callable = sta.TopKSAE  # (dim, n_latents, k, generator) -> a TopKSAE
+    make_sae: Callable = sta.FastSAE  # (n_heads, dim, n_latents, k, generator) -> a TopKSAE
     next_step: str = "python evaluate.py --saes {folder}"  # for the user
 
     def budgets(self, args, shape):
-        """{name: (dim, k)} of a layer's SAEs; shape: (n_kv_heads, head_dim)."""
-        return {"key": (shape[1], args.k_key), "value": (shape[1], args.k_val)}
+        """{name: (n_heads, dim, k)} of a layer's SAEs; shape: (n_kv_heads, head_dim)."""
+        return {"key": (*shape, args.k_key), "value": (*shape, args.k_val)}
 
-    def rows(self, layer, keys, values):
-        """Keys and values (tokens, H, D) of a layer -> {name: rows (N, D)} of its SAEs."""
-        return {"key": keys.flatten(0, 1), "value": values.flatten(0, 1)}
+    def vectors(self, layer, keys, values):
+        """Keys and values (tokens, H, D) of a layer -> {name: vectors (tokens, n_heads, dim)}."""
+        return {"key": keys, "value": values}
 
     def finish(self, layer, sae):
         """The SAE as it is saved: of keys and values as the model has them."""
         return sae
 
-def read_rows(model, windows, layers, variant):
-    """Windows (n, T) -> {(layer, name): rows (N, D)} for the SAEs."""
-    vectors, rows = sta.harvest(model, windows, layers), {}
+def read_vectors(model, windows, layers, variant):
+    """Windows (n, T) -> {(layer, name): vectors (tokens, H, D)} for the SAEs."""
+    harvested, vectors = sta.harvest(model, windows, layers), {}
     for layer in layers:
-        named = variant.rows(layer, *(vectors.pop((layer, kind)) for kind in sta.KINDS))
-        rows |= {(layer, name): x for name, x in named.items()}
-    return rows
+        keys, values = harvested.pop((layer, "key")), harvested.pop((layer, "value"))
+        for name, x in variant.vectors(layer, keys, values).items():
+            vectors[layer, name] = x
+    return vectors
+
+def make_saes(model, layers, args, variant):
+    """{(layer, name): SAE}, each on the device of its layer."""
+    generator, sites, saes = torch.Generator().manual_seed(args.seed), sta.kv_sites(model), {}
+    shape = sta.kv_shape(model.get_decoder().config)
+    for layer in layers:
+        for name, (n_heads, dim, k) in variant.budgets(args, shape).items():
+            sae = variant.make_sae(n_heads, dim, args.n_latents, k, generator)
+            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
+    return saes
 
 def train(model, windows, layers, args, folder, settings, variant=PerHead()):
-    """-> ({(layer, name): SAE}, their held-out rows (N, D), log of the training curves)."""
+    """-> ({(layer, name): SAE}, their held-out vectors, log of the training curves)."""
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    generator, shape = torch.Generator().manual_seed(args.seed), sta.kv_shape(
-        model.get_decoder().config)
-    # one SAE for each layer and name, on the device of its layer; one optimizer for all
-    sites, saes = sta.kv_sites(model), {}
-    for layer in layers:
-        for name, (dim, k) in variant.budgets(args, shape).items():
-            sae = variant.make_sae(dim, args.n_latents, k, generator)
-            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
+    saes, seq_len = make_saes(model, layers, args, variant), windows.shape[1]
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=True)
     # where an interrupted run stopped, and the order in which the text is read
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
-    step, saved, seq_len = progress["step"], time.time(), windows.shape[1]
+    step, saved = progress["step"], time.time()
     held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, n_ranks, args.seed)
-    held_rows = read_rows(model, windows[held_out], layers, variant)
-    own_batch = max(1, args.batch_rows // n_ranks)  # vectors per step of each process
-    n_vectors = [len(buffer) // n_ranks * (seq_len - 1) * shape[0] for buffer in buffers]
-    steps = [max(1, n // own_batch) for n in n_vectors]
-    bar = tqdm(total=sum(steps), initial=step, unit="step", disable=True if rank else None)
+    held_vectors = read_vectors(model, windows[held_out], layers, variant)
+    own_batch = max(1, args.batch_tokens // n_ranks)  # tokens per step of each process
+    n_tokens = [len(buffer) // n_ranks * (seq_len - 1) for buffer in buffers]  # no first tokens
+    n_steps = [max(1, n // own_batch) for n in n_tokens]
+    bar = tqdm(total=sum(n_steps), initial=step, unit="step", disable=True if rank else None)
     if step:
-        bar.write(f"resuming at step {step}/{sum(steps)}")
+        bar.write(f"resuming at step {step}/{sum(n_steps)}")
     for b in range(progress["buffers"], len(buffers)):
-        # fill a buffer: the keys and values of some windows, shuffled
-        rows = read_rows(model, windows[buffers[b][rank::n_ranks]], layers, variant)
+        # fill a buffer: the keys and values of some windows
+        vectors = read_vectors(model, windows[buffers[b][rank::n_ranks]], layers, variant)
         if b == 0:
-            for key, sae in saes.items():
-                sae.centre(rows[key].float())
-                if n_ranks > 1:
-                    dist.broadcast(sae.b_dec.data, 0)
-                    dist.broadcast(sae.scale, 0)
-        n_rows = len(next(iter(rows.values())))
+            centre(saes, vectors, n_ranks)
+        # shuffle its tokens, and make a step with each batch of them
         seed = 1_000_003 * args.seed + 1009 * rank + b
-        order = torch.randperm(n_rows, generator=torch.Generator().manual_seed(seed))
-        # a step for each batch of it
-        for batch in order.split(max(1, own_batch * n_rows // n_vectors[b]))[:steps[b]]:
+        order = torch.randperm(n_tokens[b], generator=torch.Generator().manual_seed(seed))
+        for batch in order.split(own_batch)[:n_steps[b]]:
             began = time.time()
-            batches = {key: x[batch.to(x.device)].float() for key, x in rows.items()}
-            optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, sum(steps))
-            train_step(saes, optimizer, batches, BUDGET_CYCLE[step % len(BUDGET_CYCLE)], n_ranks)
+            lr = learning_rate(args.lr, step, sum(n_steps))
+            optimizer.param_groups[0]["lr"] = lr
+            batches = {key: x[batch.to(x.device)].float() for key, x in vectors.items()}
+            train_step(saes, optimizer, batches, n_ranks)
             step += 1
             bar.update()
-            if rank == 0 and (step % LOG_STEPS == 0 or step == sum(steps)):
-                progress["log"].append({"step": step, **held_out_error(saes, held_rows)})
-                bar.write(log_line(progress["log"][-1], sum(steps), time.time() - began, optimizer,
-                                   len(saes) * len(batch) * n_ranks))
+            if rank == 0 and (step % LOG_STEPS == 0 or step == sum(n_steps)):
+                seconds, entry = time.time() - began, held_out_error(
+                    saes, held_vectors, step * own_batch)
+                progress["log"].append({"step": step, **entry})
+                n_vectors = n_ranks * sum(x.shape[:2].numel() for x in batches.values())
+                bar.write(log_line(progress["log"][-1], sum(n_steps), seconds, lr, n_vectors))
         # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
@@ -192,25 +193,35 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
             save_state(state, saes, optimizer, {**progress, "buffers": b + 1, "step": step})
             saved = time.time()
     bar.close()
-    return saes, held_rows, progress["log"]
-
-def log_line(entry, n_steps, seconds, optimizer, n_rows):
-    fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
-    return (f"step {entry['step']}/{n_steps} | {fvus} | dead {entry['dead']:.1%} | lr "
-            f"{optimizer.param_groups[0]['lr']:.1e} | {1000 * seconds:.0f} ms | "
-            f"{n_rows / seconds / 1e6:.2f}M rows/s")
+    return saes, held_vectors, progress["log"]
 
 @torch.no_grad()
-def held_out_error(saes, held_rows):
-    """{fvu: {name: mean over layers}, dead: mean over the SAEs}, on 2,048 held-out rows of each."""
+def centre(saes, vectors, n_ranks):
+    """Measure each SAE's heads' means and scale; those of the first process serve all."""
+    for key, sae in saes.items():
+        sae.centre(vectors[key].float())
+        if n_ranks > 1:
+            dist.broadcast(sae.b_dec, 0)
+            dist.broadcast(sae.scale, 0)
+
+@torch.no_grad()
+def held_out_error(saes, held_vectors, n_tokens):
+    """{fvu: {name: mean over layers}, on up to 1,024 held-out tokens; dead: the share of latents
+    that fired for none of the last DEAD_VECTORS, or of all n_tokens so far, mean over the SAEs}."""
     fvus, dead = {}, []
     for (layer, name), sae in saes.items():
-        x = held_rows[layer, name][:2048].float()
+        x = held_vectors[layer, name][:1024].float()
         x_hat = sae.decode(*sae.encode(x, sae.k))
         fvus.setdefault(name, []).append(sta.fidelity(x, x_hat)["fvu"])
-        dead.append(len(sae.dead()) / sae.n_latents)
+        n_vectors = min(DEAD_VECTORS, n_tokens * len(sae.b_dec))
+        dead.append((sae.idle >= n_vectors).float().mean().item())
     return {"fvu": {name: sum(fvu) / len(fvu) for name, fvu in fvus.items()},
             "dead": sum(dead) / len(dead)}
+
+def log_line(entry, n_steps, seconds, lr, n_vectors):
+    fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
+    return (f"step {entry['step']}/{n_steps} | {fvus} | dead {entry['dead']:.1%} | lr {lr:.1e} | "
+            f"{1000 * seconds:.0f} ms | {n_vectors / seconds / 1e6:.2f}M vectors/s")
 
 # ------------------------------------------------------------------ several processes
 def join_processes():
@@ -280,11 +291,11 @@ def check_folder(folder, sites, settings, resume):
         expect_same(path.parent, there, settings if path.parent in done else general)
     return len(done) == len(paths) and not unfinished
 
-def save_trained(folder, marks, saes, held_rows, settings, args, variant):
+def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
-    print(f"held out ({len(next(iter(held_rows.values()))):,} rows each; dead: fired by none)")
+    print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: fired by none)")
     for (layer, name), sae in saes.items():
-        point = sta.budget_curve(sae, held_rows[layer, name].float(), [sae.k])[0]
+        point = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k])[0]
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
               f"{100 * point['dead']:5.1f}%")
         sta.save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
@@ -310,8 +321,8 @@ def main(argv=None, variant=PerHead(), description=__doc__):
     marks = sta.model_marks(model, layers)
     settings = {"model_sha256": sta.sha256(json.dumps(marks).encode())}
     settings |= {name: getattr(args, name) for name in (
-        "tokens", "batch_rows", "n_latents", "k_key", "k_val", "lr", "seed")}
-    settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype)[6:],  # torch.
+        "tokens", "batch_tokens", "n_latents", "k_key", "k_val", "lr", "seed")}
+    settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype),
                  "processes": n_ranks, "text": args.text or "default",
                  "text_sha256": sta.sha256(windows)}
     sites = itertools.product(layers, variant.budgets(args, (1, 1)))
@@ -319,9 +330,9 @@ def main(argv=None, variant=PerHead(), description=__doc__):
         return print(f"{folder}: trained already with these settings; nothing to do")
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
-    saes, held_rows, log = train(model, windows, layers, args, folder, settings, variant)
+    saes, held_vectors, log = train(model, windows, layers, args, folder, settings, variant)
     if rank == 0:
-        save_trained(folder, marks, saes, held_rows, settings, args, variant)
+        save_trained(folder, marks, saes, held_vectors, settings, args, variant)
         sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
             {"model": args.model, "settings": settings, "log": log}))
         (folder / "unfinished.safetensors").unlink(missing_ok=True)

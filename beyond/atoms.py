@@ -63,9 +63,9 @@ def describable(tokens):
 
 class FirstStage:
     """The first stage of a layer's additive code (beyond/additive.py) as an SAE of 256 latents, of
-    rows x (..., P), keys and values of all heads; z: half the error that an atom removes."""
+    vectors x (..., P), keys and values of all heads; z: half the error that an atom removes."""
     def __init__(self, learned):
-        self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"]
+        self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"][None]  # (1, P)
         self.atoms = learned["atoms.0"][0]  # (256, d)
         self.W = learned["W"][:, :self.atoms.shape[1]]
 
@@ -80,14 +80,15 @@ def read_codes(model, saes, windows, ks, seed=0):
     length, generator = windows.shape[1], torch.Generator().manual_seed(seed)
     codes, strongest, sentences = {site: [] for site in saes}, {}, {}
     directions = {dim: F.normalize(torch.randn(N_RANDOM, dim, generator=generator), dim=-1)
-             for dim in sorted({len(sae.b_dec) for sae in saes.values()})}
+             for dim in sorted({sae.b_dec.shape[1] for sae in saes.values()})}
     for start in tqdm(range(0, len(windows), 8), desc="codes", disable=None):
-        rows = sta.harvest(model, windows[start:start + 8], {layer for layer, _ in saes}, sink=0)
+        batch = windows[start:start + 8]
+        vectors = sta.harvest(model, batch, {layer for layer, _ in saes}, sink=0)
         for layer, kind in saes:
             if kind == "stage1":
-                both = side_by_side(rows[layer, "key"], rows[layer, "value"])
-                rows[layer, kind] = both[:, None]  # (tokens, 1, P)
-        for (layer, kind), x in rows.items():
+                both = side_by_side(vectors[layer, "key"], vectors[layer, "value"])
+                vectors[layer, kind] = both[:, None]  # (tokens, 1, P)
+        for (layer, kind), x in vectors.items():
             sae, x = saes[layer, kind], x.float()  # (tokens, H, D)
             z, idx = sae.encode(x, ks[kind])  # (tokens, H, k)
             codes[layer, kind].append(idx.masked_fill(z <= 0, -1).to(torch.int16).cpu())
@@ -95,7 +96,7 @@ def read_codes(model, saes, windows, ks, seed=0):
             z[sink] = 0  # a window's first token is kept exact
             dense = z.new_zeros(len(x), sae.n_latents).scatter_reduce_(
                 1, idx.flatten(1), z.flatten(1), "amax")  # the strongest head's
-            projections = (x / sae.scale - sae.b_dec) @ directions[x.shape[-1]].to(x.device).T
+            projections = (x - sae.b_dec) / sae.scale @ directions[x.shape[-1]].to(x.device).T
             projections[sink] = 0  # (tokens, H, N_RANDOM)
             atoms, random = strongest.setdefault((layer, kind), (Strongest(sae.n_latents),
                                                                  Strongest(N_RANDOM)))

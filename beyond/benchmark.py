@@ -1,17 +1,28 @@
-"""How long a training step, a code and a cached token take, and how that grows.
+"""How long things take; and other libraries' Top-K SAEs on the same vectors.
 
-    python -m beyond.benchmark                  # a minute on 2 cores; random weights and rows
+    python -m beyond.benchmark                  # a minute on 2 cores; random weights and vectors
+    python -m beyond.benchmark peers --model path/to/folder --layer 3,12,25 --text train.txt
 
-Median times; the actions that are compared alternate, and the first three rounds are discarded.
-step: forward, backward, Adam, unit atoms, as train_sae.py makes it. codes: encode and decode, as
-sta.py defines them and through sta.fuse. cache: a further token through beyond/cache.py and
-through a dense cache, in four layers of SmolLM2's shape. Writes results/benchmark.json.
-Non-goal: quality.
+times      Medians; the actions that are compared alternate, and the first three rounds are
+           discarded. step: forward, backward, Adam, unit atoms, as train_sae.py makes it. codes:
+           encode and decode, as sta.py defines them and through sta.fuse. cache: a further token
+           through beyond/cache.py and through a dense cache, in four layers of SmolLM2's shape.
+peers      Ours, EleutherAI's sparsify, dictionary_learning and SAELens train on the same vectors in
+           the same order, heads centred, for keys and values: at one budget k, with 1,024 latents,
+           in float32, by Adam, with our warm-up and decay. Each has the best of LEARNING_RATES by
+           the error on vectors of other windows, and is then trained with three seeds. Beside them:
+           ours as train_sae.py trains it, for budgets k and 2k. Then the time of a step, in turn.
+           The peers want an environment of their own, in which one that is missing is skipped:
+           pip install eai-sparsify==1.3.3 sae-lens==6.54.0 matplotlib && pip install --no-deps
+           dictionary-learning==0.1.0
+Writes results/benchmark.json, or <model>-peers.json. Non-goal: tuning more than the rate.
 """
 import contextlib
 import functools
 import json
 import platform
+import statistics
+import sys
 import time
 
 import torch
@@ -19,7 +30,8 @@ import transformers
 
 import sta
 import train_sae
-from beyond import parse_args
+import evaluate
+from beyond import OPTIONS, parse_args
 from beyond.cache import ARGUMENT, cache_bytes, compress
 
 SHAPES = {"tiny": (128, 512, 16, 1024), "SmolLM2": (64, 1024, 16, 1024),
@@ -43,19 +55,19 @@ def time_shape(shape, device):
     """One row of the benchmark: a training step and codes at (D, M, k, rows) on random rows."""
     D, M, k, n_rows = shape
     generator = torch.Generator().manual_seed(0)
-    sae = sta.TopKSAE(D, M, k, generator).to(device)
-    x = torch.randn(n_rows, D, generator=generator).to(device)
+    sae = sta.FastSAE(1, D, M, k, generator).to(device)
+    x = torch.randn(n_rows, 1, D, generator=generator).to(device)
     optimizer = torch.optim.Adam(sae.parameters(), lr=1e-4, fused=True)
 
     def step(): train_sae.train_step({"": sae}, optimizer, {"": x})
 
     codec = sta.DualBudget(sae, sae, sta.Budget(k, k))
-    x_half = x[:n_rows // 2, None, None]  # keys, and values: (N, 1, 1, D)
+    x_half = x[:n_rows // 2]  # keys, and values: (N, 1, D)
     codecs = {"eager": codec, "compiled": sta.fuse({"": codec})[""]}
     codes = {name: functools.partial(sta.roundtrip, codec, x_half, x_half, None)
              for name, codec in codecs.items()}
     with torch.no_grad():
-        ms = timed({"matmul": lambda: torch.addmm(sae.b_enc, x, sae.W_enc), **codes}, device)
+        ms = timed({"matmul": lambda: torch.addmm(sae.b_enc, x[:, 0], sae.W_enc), **codes}, device)
     return {"D": D, "M": M, "k": k, "rows": n_rows, "matmul_ms": ms.pop("matmul"), "code_ms": ms,
             "step_ms": timed({"": step}, device)[""]}
 
@@ -68,7 +80,7 @@ def time_cache(n_layers, context, device):
         num_attention_heads=9, num_key_value_heads=3, max_position_embeddings=2 * context)
     torch.manual_seed(0)
     model = transformers.LlamaForCausalLM(config).to(device).eval()
-    sae = {kind: sta.TopKSAE(64, 1024, 16).to(device) for kind in sta.KINDS}
+    sae = {kind: sta.FastSAE(3, 64, 1024, 16).to(device) for kind in sta.KINDS}
     codecs = dict.fromkeys(range(n_layers), sta.DualBudget(sae["key"], sae["value"]))
     ids, row = torch.randint(512, (1, context), device=device), {"layers": n_layers,
                                                                  "context": context}
@@ -82,7 +94,184 @@ def time_cache(n_layers, context, device):
                                       device, 10)[""]
     return row
 
+# ------------------------------------------------------------------ peers
+LEARNING_RATES = (2e-3, 3e-3, 5e-3, 8e-3)
+PEER_SHAPES = ((64, 1024, 16, 1024), (128, 1024, 16, 2048), (512, 4096, 32, 2048))  # D, M, k, rows
+
+class KAlone(sta.FastSAE):
+    """Ours, trained for one budget as the peers are."""
+
+    def loss(self, x):
+        z, idx = self.encode(x, self.k)
+        self.note_fired(idx[z > 0], x[..., 0].numel())
+        return ((x - self.decode(z, idx)) / self.scale).square().mean()
+
+class Ours:
+    """A trainer has step(x), for vectors x (N, D), and rebuild(x) -> x_hat."""
+
+    def __init__(self, D, M, k, lr, n_steps, seed, kind=KAlone):
+        self.sae = kind(1, D, M, k, torch.Generator().manual_seed(seed))
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr, betas=(0.9, 0.99), fused=True)
+        self.plan = schedule(self.optimizer, n_steps)
+
+    def step(self, x):
+        train_sae.train_step({"": self.sae}, self.optimizer, {"": x[:, None]})
+        self.plan.step()
+
+    def rebuild(self, x):
+        return self.sae.decode(*self.sae.encode(x[:, None], self.sae.k))[:, 0]
+
+class Sparsify:
+    def __init__(self, D, M, k, lr, n_steps, seed):
+        import sparsify
+        torch.manual_seed(seed)
+        self.sae = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=k))
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr, betas=(0.9, 0.99), fused=True)
+        self.plan = schedule(self.optimizer, n_steps)
+
+    def step(self, x):  # as in its trainer
+        self.sae(x).fvu.backward()
+        self.sae.remove_gradient_parallel_to_decoder_directions()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.sae.set_decoder_norm_to_unit_norm()
+        self.plan.step()
+
+    def rebuild(self, x):
+        return self.sae(x).sae_out
+
+class DictionaryLearning:
+    def __init__(self, D, M, k, lr, n_steps, seed):
+        from dictionary_learning.trainers.top_k import TopKTrainer
+        self.trainer = TopKTrainer(
+            n_steps, D, M, k, layer=0, lm_name="", lr=lr, warmup_steps=max(1, n_steps // 20),
+            decay_start=max(2, round(0.7 * n_steps)), device="cpu", seed=seed)
+        self.n_made = 0
+
+    def step(self, x):
+        self.trainer.update(self.n_made, x)
+        self.n_made += 1
+
+    def rebuild(self, x):
+        return self.trainer.ae(x)
+
+class SAELens:
+    def __init__(self, D, M, k, lr, n_steps, seed):
+        from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
+        torch.manual_seed(seed)
+        self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=M, k=k))
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr)
+        self.plan, self.silent = schedule(self.optimizer, n_steps), torch.zeros(M)
+
+    def step(self, x):  # as in its trainer
+        from sae_lens.saes.sae import TrainStepInput
+        output = self.sae.training_forward_pass(TrainStepInput(x, {}, self.silent > 1000, 0, False))
+        self.silent = torch.where((output.feature_acts > 0).any(0), 0, self.silent + 1)
+        output.loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.plan.step()
+
+    def rebuild(self, x):
+        return self.sae(x)
+
+TRAINERS = {"ours": Ours, "sparsify": Sparsify, "dictionary_learning": DictionaryLearning,
+            "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.FastSAE)}
+
+def schedule(optimizer, n_steps):
+    return torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: train_sae.learning_rate(1, min(step, n_steps - 1), n_steps))
+
+def installed_trainers():
+    """Those of TRAINERS that can be had here; a line for each that cannot."""
+    there = {}
+    for name, make in TRAINERS.items():
+        try:
+            make(4, 8, 2, 1e-3, 100, 0).step(torch.randn(16, 4))
+            there[name] = make
+        except ImportError as error:
+            print(f"{name}: skipped ({error})")
+    return there
+
+def fit(make, x, held, lr, seed, batch, M, k):
+    """Train on vectors x (N, D), in batches -> (FVU of held, those alive in it, ms per step)."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(batch)
+    trainer, began = make(x.shape[1], M, k, lr, len(order), seed), time.time()
+    for rows in order:
+        trainer.step(x[rows])
+    ms = 1000 * (time.time() - began) / len(order)
+    with torch.no_grad():
+        return ((held - trainer.rebuild(held)).square().sum() / held.square().sum()).item(), ms
+
+def compare_peers(args):
+    """{site: {trainer: {lr, fvu of each seed, ms}}} for keys and values of some layers."""
+    model, tokenizer, layers = sta.load_model(args.model, "cpu", getattr(torch, args.dtype),
+                                              args.layer, no_deeper=True)
+    windows = sta.token_windows(sta.read_text(args.text, "train", args.model), tokenizer, model,
+                                args.seq_len, 512, args.tokens, least=30)
+    windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
+    n, trainers, sites = len(windows) // 15, installed_trainers(), {}
+    vectors = sta.harvest(model, windows, layers)
+    for (layer, kind), x in vectors.items():
+        x = x.float()  # (tokens, H, D)
+        x = ((x - x.mean(0)) / (x - x.mean(0)).square().mean().sqrt()).flatten(0, 1)  # centred
+        per_window = len(x) // len(windows)
+        held, choose, x = x[:n * per_window], x[n * per_window:2 * n * per_window], x[
+            2 * n * per_window:]
+        M, k = args.n_latents, args.k_key if kind == "key" else args.k_val
+        fitted = sites[f"layer {layer} {kind}"] = {}
+        for name, make in trainers.items():
+            by_rate = {lr: fit(make, x, choose, lr, 9, args.batch, M, k)[0]
+                       for lr in LEARNING_RATES}
+            lr = min(by_rate, key=by_rate.get)
+            runs = [fit(make, x, held, lr, seed, args.batch, M, k) for seed in range(3)]
+            fvu = [run[0] for run in runs]
+            fitted[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "ms": [m for _, m in runs]}
+            print(f"layer {layer:3} {kind:5} {name:20} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "
+                  f"±{statistics.stdev(fvu):.4f}  {statistics.median(m for _, m in runs):5.1f} ms",
+                  flush=True)
+    return {"sites": sites, "vectors": len(x), "tokens": windows.numel(),
+            "text_sha256": sta.sha256(windows), "batch": args.batch, "n_latents": args.n_latents,
+            "marks": sta.model_marks(model, layers)}
+
+def time_peers():
+    """{shape: {trainer: median ms of a step}}, in turn, on random vectors."""
+    steps = {}
+    for D, M, k, n_rows in PEER_SHAPES:
+        x = torch.randn(n_rows, D)
+        trainers = {name: make(D, M, k, 1e-3, 1000, 0)
+                    for name, make in installed_trainers().items()}
+        steps[f"{D}, {M}, {k}, {n_rows}"] = ms = timed(
+            {name: functools.partial(trainer.step, x) for name, trainer in trainers.items()},
+            x.device)
+        print(f"step at D, M, k, rows = {D}, {M}, {k}, {n_rows}, ms: " + ", ".join(
+            f"{name} {t:.1f}" for name, t in ms.items()), flush=True)
+    return steps
+
+def peers_main(argv):
+    args = parse_args(
+        __doc__, argv, "layer text seq-len k-key k-val out",
+        model=dict(default="tiny", help=OPTIONS["model"]["help"]),
+        dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of the model"),
+        tokens=dict(type=int, default=132_000, help="of the text (default 132,000)"),
+        n_latents=dict(type=int, default=1024, help="(default 1024)"),
+        batch=dict(type=int, default=1024, help="vectors per step (default 1024)"))
+    sta.check_out(args.out)
+    args.layer = args.layer or "all"
+    result = {"model": args.model, "text": evaluate.text_name(args.text, "train", args.model),
+              "times": time_peers(), **compare_peers(args), "torch": torch.__version__,
+              "command": "python -m beyond.benchmark " + " ".join(sys.argv[1:]),
+              "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"}
+    path = args.out / f"{sta.slug(args.model)}-peers.json"
+    sta.write_atomic(path, json.dumps(result) + "\n")
+    print(f"wrote {path}")
+
+# ------------------------------------------------------------------ the runs
 def main(argv=None):
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["peers"]:
+        return peers_main(argv[1:])
     args = parse_args(__doc__, argv, "device out")
     sta.check_out(args.out)
     device, shapes, contexts = torch.device(sta.pick_device(args.device)[0]), {}, []

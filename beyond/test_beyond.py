@@ -21,9 +21,9 @@ import plots
 import sta
 import train_sae
 from beyond import (additive, atoms, benchmark, cache, calibrate, claims, report, rivals, s3,
-                    sparse, variants)
+                    variants)
 from test_sta import (SHORT, across, assert_one_line, dual, evaluated, mask_forms, rows_of, script,
-                      small_model, small_sae, small_saes, tokens_of, trained)
+                      small_model, small_sae, small_saes, tokens_of, trained, vectors_of)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
@@ -98,11 +98,11 @@ def test_recent_is_a_sliding_window():
             model(ids[:, i:i + 1], past_key_values=kept)
             assert kept.layers[1].exact[0].shape[1] == min(4, i + 1)
             assert kept.layers[1].n_codes() == max(0, i + 1 - 4)
-    with sta.capture(model, [0]) as rows, cache.compress(model, codecs, 1, 4) as again:
+    with sta.capture(model, [0]) as vectors, cache.compress(model, codecs, 1, 4) as again:
         model(ids, past_key_values=again)
     layer = again.layers[0]
-    torch.testing.assert_close(layer.exact[1], rows[0, "value"][:, -4:])
-    z, _ = codecs[0].value_sae.encode(rows[0, "value"][:, :8], 3)
+    torch.testing.assert_close(layer.exact[1], vectors[0, "value"][:, -4:])
+    z, _ = codecs[0].value_sae.encode(vectors[0, "value"][:, :8], 3)
     torch.testing.assert_close(layer.codes[2], z.half().flatten(-2))
 
 def test_beam_search_and_sampling():
@@ -435,27 +435,31 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------- variants.py
 def test_search_against_least_squares():
-    sae, x = small_sae().double(), rows_of(5).double()
-    W_dec, (z, idx) = sae.W_dec.detach().numpy(), variants.pursue(sae, x, 4)
-    for n, target in enumerate((x / sae.scale - sae.b_dec).detach().numpy()):
-        chosen, rest = [], target
-        for _ in range(4):
-            chosen.append(np.abs(W_dec @ rest).argmax())
-            best = np.linalg.lstsq(W_dec[chosen].T, target)[0]
-            rest = target - best @ W_dec[chosen]
-        assert idx[n].tolist() == chosen
-        assert z[n].tolist() == pytest.approx(best, abs=1e-4)
+    sae, x = small_sae().double(), vectors_of(5).double()
+    atoms, (z, idx) = sae.W_dec.detach().numpy(), variants.pursue(sae, x, 4)
+    targets = ((x - sae.b_dec) / sae.scale).detach().flatten(0, 1).numpy()
+    for target, first, coefficients, chosen in zip(targets, sae.encode(x, 4)[1].flatten(0, 1),
+                                                   z.flatten(0, 1), idx.flatten(0, 1)):
+        picks = first.numpy()
+        for _ in range(variants.ROUNDS):
+            best = np.linalg.lstsq(atoms[picks].T, target)[0]
+            gain = atoms @ (target - best @ atoms[picks])
+            gain[picks] += best
+            picks = np.argsort(-np.abs(gain))[:4]
+        assert chosen.tolist() == picks.tolist()
+        best = np.linalg.lstsq(atoms[picks].T, target)[0]
+        assert coefficients.tolist() == pytest.approx(best, abs=1e-4)
     codec = variants.Searched(small_sae(), small_sae(), sta.Budget(4, 4))
-    keys_hat, _ = codec.decode(codec.encode(x[:, None].float(), x[:, None].float()))
-    torch.testing.assert_close(keys_hat[:, 0], sae.decode(z, idx).float(), atol=0.01, rtol=0)
+    keys_hat, _ = codec.decode(codec.encode(x.float(), x.float()))
+    torch.testing.assert_close(keys_hat, sae.decode(z, idx).float(), atol=0.01, rtol=0)
 
 def test_atoms_that_are_nearly_alike_do_not_overflow():
-    sae, x = small_sae(), 1e5 * rows_of(50)
+    sae, x = small_sae(), 1e5 * vectors_of(50)
     with torch.no_grad():
         sae.scale.fill_(1)
         sae.W_dec[20:] = sae.W_dec[:20] + 1e-5 * torch.randn(20, 16)
         sae.renormalise()
-    stored = variants.Searched(sae, sae, sta.Budget(16, 16)).encode(x[:, None], x[:, None])
+    stored = variants.Searched(sae, sae, sta.Budget(16, 16)).encode(x, x)
     assert all(part.isfinite().all() for part in stored)
 
 @pytest.fixture(scope="session")
@@ -484,15 +488,15 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, "--n-latents 64: want 96 = n_kv_heads")
 
 def test_one_sae_per_layer_weighs_keys_and_values_alike():
-    """Rows are in units of each kind's spread; the finished SAE is the same function of x."""
+    """Vectors are in units of each kind's spread; the finished SAE is the same function of x."""
     variant, (keys, values) = variants.PerLayer(), (
         scale * rows_of(800, 32, seed=seed).view(400, 2, 2, 16)[:, seed]
         for scale, seed in ((5.0, 0), (0.1, 1)))
-    x = variant.rows(3, keys, values)["layer"]  # (400, P)
+    x = variant.vectors(3, keys, values)["layer"]  # (400, 1, P)
     parts = x.view(400, 2, 32).var(0, correction=0).mean(1)
     torch.testing.assert_close(parts, torch.ones(2))
-    sae = small_sae(64)
-    expected = through(sae, x, 6) * variant.spreads[3]
+    sae = small_sae(64, heads=1)
+    expected = through(sae, x, 6)[:, 0] * variant.spreads[3]
     codec = variants.LayerBudget(variant.finish(3, sae), 6, (2, 16))
     stored = codec.encode(keys, values)
     assert sum(part[0].nbytes for part in stored) == 6 * 4
@@ -503,24 +507,20 @@ def through(sae, x, k):
     return sae.decode(*sae.encode(x, k))
 
 def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
-    sae, x = variants.L1SAE(16, 40, 4, torch.Generator().manual_seed(0)), rows_of(512)
-    sae.centre(x)
-    target = x / sae.scale
-    z = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
-    expected = (((target - z @ sae.W_dec - sae.b_dec) ** 2).sum(-1) + 0.05 * z.sum(-1)).mean()
+    sae, x = small_sae(k=4, kind=variants.L1SAE), vectors_of(256)
+    inside = (x - sae.b_dec) / sae.scale
+    z = torch.relu(inside @ sae.W_enc + sae.b_enc)
+    expected = ((inside - z @ sae.W_dec) ** 2).mean() + 0.05 * z.sum(-1).mean() / 16
     sae.k = (z > 0).sum(-1).float().mean()  # then the weight stays
-    torch.testing.assert_close(sae.loss(x, None), expected)
+    torch.testing.assert_close(sae.loss(x), expected)
     sae.k, optimizer = 4, torch.optim.Adam(sae.parameters(), lr=3e-3)
     for _ in range(300):
-        sae.loss(x, None).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        sae.renormalise()
-    codec = variants.ReluCode(sae.requires_grad_(False), sae)
-    stored = codec.encode(x.view(64, 4, 2, 16), x.view(64, 4, 2, 16))
+        train_sae.train_step({"": sae}, optimizer, {"": x})
+    codec, x = variants.ReluCode(sae.requires_grad_(False), sae), x.view(64, 4, 2, 16)
+    stored = codec.encode(x, x)
     assert 3 < len(stored[0]) / 512 < 5 and stored[2].sum() == len(stored[0]) == len(stored[1])
-    z = torch.relu((target - sae.b_dec) @ sae.W_enc + sae.b_enc)
-    expected = ((z @ sae.W_dec + sae.b_dec) * sae.scale).view(64, 4, 2, 16)
+    z = torch.relu((x - sae.b_dec) / sae.scale @ sae.W_enc + sae.b_enc)
+    expected = z @ sae.W_dec * sae.scale + sae.b_dec
     torch.testing.assert_close(codec.decode(stored)[1], expected, atol=0.01, rtol=0)
 
 # ---------------------------------------------------------------- claims.py
@@ -857,26 +857,6 @@ def test_other_codes_through_the_cache():
     exact = 2 * 4 * 2 * shape[0] * shape[1] / 256 + 5  # sinks of two layers; a position
     assert row.bytes_per_token - dense - exact == pytest.approx(24 + 200 / 8, rel=0.01)
 
-# ---------------------------------------------------------------- sparse.py
-@pytest.mark.parametrize("k", [1, 5, 40])
-def test_sparse_gradient_is_that_of_plain_autograd(k):
-    plain, x = small_sae().double(), rows_of(30).double()
-    twin = sparse.SparseSAE(16, 40, 8).double()
-    twin.load_state_dict(plain.state_dict())
-    for sae in (plain, twin):
-        sae.loss(x, k).backward()
-    assert torch.equal(twin.fired, plain.fired)
-    for name, p in plain.named_parameters():
-        torch.testing.assert_close(dict(twin.named_parameters())[name].grad, p.grad, atol=1e-10,
-                                   rtol=0, msg=name)
-
-def test_training_with_a_sparse_gradient(trained, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sae, "BUFFER_TOKENS", 2048)  # as in `trained`
-    assert script(sparse, *SHORT, "--out", tmp_path) == 0
-    log, dense_log = (json.loads((out / "tiny" / "run-1-2.json").read_text())["log"]
-                      for out in (tmp_path, trained))
-    assert log[-1]["fvu"]["value"] == pytest.approx(dense_log[-1]["fvu"]["value"], rel=0.05)
-
 # ---------------------------------------------------------------- s3.py
 def test_index_and_scores_against_loops(monkeypatch):
     monkeypatch.setattr(s3, "CHUNK", 16)
@@ -1045,8 +1025,7 @@ def test_every_picture_is_shown():
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
            "variants": {"calibrate"}, "cache": set(), "atoms": {"calibrate"},
-           "claims": {"variants", "atoms"}, "s3": set(), "benchmark": {"cache"}, "report": set(),
-           "sparse": set()}
+           "claims": {"variants", "atoms"}, "s3": set(), "benchmark": {"cache"}, "report": set()}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):

@@ -4,11 +4,11 @@
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
     python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
 
-search     The encoder's one pass only guesses which atoms to use. Orthogonal matching pursuit [for
-           KV caches: Lexico, arXiv 2412.08890] takes k times the atom most in line with what is
-           left, and then solves for all coefficients at once, by least squares. The dictionary, the
-           bytes and the decoder are those of the dual budget. Coefficients may be negative; those
-           of the first j atoms are not the code at budget j.
+search     The encoder's one pass only guesses which atoms to use. Hard thresholding pursuit
+           [Foucart 2011] solves for the coefficients of the chosen atoms by least squares, looks
+           for atoms in line with what is left, keeps the k best of all, and begins again: ROUNDS
+           times. The dictionary, the bytes and the decoder are those of the dual budget.
+           Coefficients may be negative; those of the first j atoms are not the code at budget j.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs.
@@ -27,32 +27,34 @@ import sta
 import train_sae
 from beyond.calibrate import apart, side_by_side
 
+ROUNDS = 2  # of pursuit: a second one still gains, a third little
+
 # ------------------------------------------------------------------ search
 @torch.no_grad()
 def pursue(sae, x, k):
-    """TopKSAE.encode by orthogonal matching pursuit: x (..., D) -> z (..., k), signed, and idx."""
-    target = (x / sae.scale - sae.b_dec).flatten(0, -2)  # (N, D)
-    n_rows = max(1, 2**21 // sae.n_latents)  # whose products with all atoms stay in a CPU's cache
-    codes = [pick_atoms(rows, sae.W_dec, k) for rows in target.split(n_rows)]
-    z, idx = (torch.cat(parts).view(*x.shape[:-1], k) for parts in zip(*codes))
-    return z, idx
+    """TopKSAE.encode by hard thresholding pursuit: x (..., H, D) -> z (..., H, k), signed, and idx.
+    Begins with the encoder's atoms."""
+    _, idx = sae.encode(x, k)
+    target = ((x - sae.b_dec) / sae.scale).flatten(0, -2)  # (N, D)
+    parts = zip(target.split(4096), idx.flatten(0, -2).split(4096))
+    codes = [pursue_rows(rows, start, sae.W_dec) for rows, start in parts]
+    return tuple(torch.cat(part).view(idx.shape) for part in zip(*codes))
 
-def pick_atoms(target, atoms, k):
-    """target (N, D), unit atoms (M, D) -> coefficients (N, k) of the chosen atoms idx (N, k)."""
-    residual, picks = target, []
-    span = target.new_empty(len(target), k, target.shape[1])  # the chosen, made orthonormal
-    for j in range(k):
-        picks.append((residual @ atoms.T).abs_().max(-1).indices)
-        atom, known = atoms[picks[-1]], span[:, :j]  # (N, D), (N, j, D)
-        atom = atom - ((known @ atom[..., None]).mT @ known)[:, 0]
-        span[:, j] = F.normalize(atom, dim=-1)
-        residual = residual - (residual * span[:, j]).sum(-1, keepdim=True) * span[:, j]
-    idx = torch.stack(picks, -1)
-    chosen = atoms[idx]  # (N, k, D)
-    gram = chosen @ chosen.mT + 1e-6 * torch.eye(k, device=target.device)
+def pursue_rows(target, idx, atoms):
+    """target (N, D), first choice idx (N, k) of the unit atoms (M, D) -> z (N, k), idx (N, k)."""
+    for _ in range(ROUNDS):
+        z = solve(target, atoms[idx])
+        left = target - F.embedding_bag(idx, atoms, per_sample_weights=z, mode="sum")
+        gain = (left @ atoms.T).scatter_add_(1, idx, z)  # (N, M): what each atom would carry
+        idx = gain.abs_().topk(k=idx.shape[1]).indices
+    return solve(target, atoms[idx]), idx
+
+def solve(target, chosen):
+    """The coefficients (N, k) with which atoms chosen (N, k, D) come closest to target (N, D)."""
+    gram = chosen @ chosen.mT + 1e-6 * torch.eye(chosen.shape[1], device=target.device)
     z = torch.linalg.solve(gram, chosen @ target[..., None])[..., 0]
     # atoms that are nearly alike may get large coefficients that cancel; fp16 ends at 65,504
-    return z.clamp(-65_504, 65_504), idx
+    return z.clamp(-65_504, 65_504)
 
 class Searched(sta.DualBudget):
     """The dual budget with searched codes; decoding is the same."""
@@ -65,33 +67,34 @@ class Searched(sta.DualBudget):
 
 # ------------------------------------------------------------------ one SAE per layer
 class PerLayer:
-    """A variant of train_sae.py: rows are keys and values of all heads, in units of the spread."""
+    """A variant of train_sae.py: one vector per token, of all heads' keys and values, in units of
+    their spread."""
     next_step = "python evaluate.py --rows variants"
 
     def __init__(self):
-        self.spreads = {}  # {layer: (P,)}, of the first rows that are read
+        self.spreads = {}  # {layer: (P,)}, of the first vectors that are read
 
-    def make_sae(self, dim, n_latents, k, generator=None):
-        return sta.TopKSAE(dim, n_latents, k, generator)
+    def make_sae(self, n_heads, dim, n_latents, k, generator=None):
+        return sta.FastSAE(n_heads, dim, n_latents, k, generator)
 
     def budgets(self, args, shape):
         k = shape[0] * (args.k_key + args.k_val)
         if k > args.n_latents:
             raise sta.UsageError(f"--n-latents {args.n_latents}: want {k} = n_kv_heads (k_key + "
                                  "k_val) or more")
-        return {"layer": (2 * shape[0] * shape[1], k)}
+        return {"layer": (1, 2 * shape[0] * shape[1], k)}
 
-    def rows(self, layer, keys, values):
+    def vectors(self, layer, keys, values):
         x = side_by_side(keys, values)  # (tokens, P)
         if layer not in self.spreads:
             variance = (x - x.mean(0)).square().mean(0)  # (P,)
             self.spreads[layer] = torch.cat([part.mean().sqrt().expand_as(part)
                                              for part in variance.chunk(2)])
-        return {"layer": x / self.spreads[layer]}
+        return {"layer": (x / self.spreads[layer])[:, None]}  # (tokens, 1, P)
 
     @torch.no_grad()
     def finish(self, layer, sae):
-        """The SAE of rows x / spread becomes that of rows x; its atoms are no unit vectors then."""
+        """The SAE of x / spread becomes that of x; its atoms are no unit vectors then."""
         sae.W_enc /= self.spreads[layer][:, None]
         sae.W_dec *= self.spreads[layer]
         sae.b_dec *= self.spreads[layer]
@@ -106,30 +109,31 @@ class LayerBudget:
 
     def encode(self, keys, values):
         """-> coefficients fp16 and indices int16, (..., k) each."""
-        z, idx = self.sae.encode(side_by_side(keys, values), self.k)
-        return z.half(), idx.short()
+        z, idx = self.sae.encode(side_by_side(keys, values)[..., None, :], self.k)  # (..., 1, k)
+        return z.flatten(-2).half(), idx.flatten(-2).short()
 
     def decode(self, stored):
-        return apart(self.sae.decode(stored[0].float(), stored[1].int()), self.shape)
+        z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]
+        return apart(self.sae.decode(z, idx)[..., 0, :], self.shape)
 
 # ------------------------------------------------------------------ L1
 class L1SAE(sta.TopKSAE):
     """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
 
-    def __init__(self, head_dim, n_latents, k, generator=None):
-        super().__init__(head_dim, n_latents, k, generator)
+    def __init__(self, n_heads, head_dim, n_latents, k, generator=None):
+        super().__init__(n_heads, head_dim, n_latents, k, generator)
         self.register_buffer("l1_weight", torch.tensor(0.05))
 
-    def loss(self, x, k):
-        """As TopKSAE.loss, but the number of active latents follows self.k; k is ignored."""
-        target = x / self.scale
-        z = F.relu((target - self.b_dec) @ self.W_enc + self.b_enc)  # (N, M)
-        error = (target - z @ self.W_dec - self.b_dec).square().sum(-1).mean()
+    def loss(self, x):
+        """As TopKSAE.loss, but the number of active latents follows k."""
+        inside = (x - self.b_dec) / self.scale  # (tokens, H, D)
+        z = F.relu(inside @ self.W_enc + self.b_enc)  # (tokens, H, M)
         with torch.no_grad():
             active = (z > 0).sum(-1).float().mean()
             self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.03
-            self.fired[(z > 0).any(0)] = 1
-        return error + self.l1_weight * z.sum(-1).mean()
+            self.note_fired((z > 0).nonzero()[:, -1], x[..., 0].numel())
+        error = (inside - z @ self.W_dec).square().mean()
+        return error + self.l1_weight * z.sum(-1).mean() / x.shape[-1]
 
 class ReluCode:
     """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
@@ -142,7 +146,7 @@ class ReluCode:
         each vector has, int16 (..., H)."""
         stored = []
         for x, sae in zip((keys, values), self.saes):
-            z = (x / sae.scale - sae.b_dec) @ sae.W_enc + sae.b_enc  # (..., H, M)
+            z = (x - sae.b_dec) / sae.scale @ sae.W_enc + sae.b_enc  # (..., H, M)
             stored += [z[z > 0].half(), (z > 0).nonzero()[:, -1].short(), (z > 0).sum(-1).short()]
         return tuple(stored)
 
@@ -151,8 +155,8 @@ class ReluCode:
         for (z, idx, counts), sae in zip((stored[:3], stored[3:]), self.saes):
             ends = counts.flatten().long().cumsum(0)
             x = F.embedding_bag(idx.long(), sae.W_dec, ends - counts.flatten(), mode="sum",
-                                per_sample_weights=z.float())
-            both.append((sae.scale * (x + sae.b_dec)).view(*counts.shape, -1))
+                                per_sample_weights=z.float())  # (N, D)
+            both.append(sae.scale * x.view(*counts.shape, -1) + sae.b_dec)
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
@@ -170,7 +174,7 @@ def layer_rows(model, folder, layers):
         if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
             raise sta.UsageError(f"{folder}: of another model; choose another --saes")
         saes[layer].to(model.device)
-    new_rows, once = [], sum(p.nbytes for sae in saes.values() for p in sae.parameters())
+    new_rows, once = [], evaluate.dictionary_bytes({(layer, "layer"): sae for layer, sae in saes.items()}, "layer")
     for k in (saes[layers[0]].k, saes[layers[0]].k // 2):
         codecs = {layer: LayerBudget(sae, k, shape) for layer, sae in saes.items()}
         new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
