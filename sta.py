@@ -387,8 +387,8 @@ class FastSAE(TopKSAE):
     without a copy of each, and the gradient of W_enc is a sum over codes, not a matmul."""
 
     def encode(self, x, k):
-        if not (torch.is_grad_enabled() and 1 <= k <= self.n_latents):
-            return super().encode(x, k)
+        if not 1 <= k <= self.n_latents:
+            return super().encode(x, k)  # which says what is wrong
         inside = ((x - self.b_dec) / self.scale).flatten(0, -2)  # (N, D)
         z, idx = TopKOfMatmul.apply(inside, self.W_enc, self.b_enc, k)  # (N, k)
         return F.relu(z).view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)

@@ -29,7 +29,7 @@ import sta
 
 CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
 DEAD_VECTORS = 1_000_000  # a latent that fires for none of so many is called dead
-LIFT = 6  # learning rates per step, of the biases of idle latents: 100 steps from 0 to firing
+LIFT = 10  # learning rates per step, for the biases of idle latents: about 60 steps to firing
 BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
 
 def parse_args(argv=None, description=__doc__):
