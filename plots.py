@@ -80,7 +80,7 @@ def draw_asymmetry(panel, result):
         points = {layer: at_eight(curves[kind]) for layer, curves in result["curves"].items()}
         lines[f"{kind}s"] = (*style, {layer: point["fvu"] for layer, point in points.items()})
     k = points[next(iter(points))]["k"]
-    draw_by_layer(panel, lines, f"FVU at {k} atoms (variance unexplained within heads)")
+    draw_by_layer(panel, lines, f"FVU at {k} atoms (variance left within heads)")
 
 def draw_bytes(panel, result):
     """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
@@ -118,7 +118,7 @@ def draw_training(panel, result):
 def draw_all(result):
     """{name: figure} of one result."""
     def cos(panel, result): draw_budget(panel, result, "cos", "cosine similarity of x and x_hat")
-    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance unexplained within heads)")
+    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance left within heads)")
     wanted, figures = {"bytes": ("the price of bytes", [draw_bytes])}, {}
     if result["curves"]:
         wanted["budget"] = "what k atoms keep of a vector", [cos, fvu]

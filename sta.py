@@ -15,8 +15,8 @@ Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
 Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and its elbow,
           4 the dual budget, 5 the fast path, 6 models, text, files. Read 1-4; 5 and 6 serve them.
-What the paper's text leaves open is marked `not in paper`. [Gao] = Gao et al. 2024, arXiv 2406.04093.
-Non-goal: training the model itself.
+What the paper's text leaves open is marked `not in paper`; [Gao] is Gao et al. 2024, "Scaling and
+evaluating sparse autoencoders", arXiv 2406.04093. Non-goal: training the model itself.
 """
 import contextlib
 import functools
@@ -48,8 +48,10 @@ class UsageError(Exception):
 # ------------------------------------------------------------------ 1. the Top-K SAE
 class TopKSAE(nn.Module):
     """Top-K sparse autoencoder of one layer's keys or values, shared by the layer's kv heads.
-    Trained: W_enc (D, M), b_enc (M,) and W_dec (M, D), whose unit rows are the atoms. Measured once,
-    by `centre`: b_dec (H, D), the mean of each head, and scale (), the s above. All float32."""
+    Trained: W_enc (D, M), b_enc (M,) and W_dec (M, D), whose unit rows are the atoms. Measured, by
+    `centre`: b_dec (H, D), the mean of each head, and scale (), the s above. Counted: idle (M,),
+    the vectors since a latent last fired. All float32. not in paper: a mean per head, not trained.
+    The heads' means differ by more than a head varies; one for all would cost atoms and latents."""
 
     def __init__(self, n_heads, head_dim, n_latents, k, generator=None):
         super().__init__()
@@ -60,7 +62,7 @@ class TopKSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.register_buffer("b_dec", torch.zeros(n_heads, head_dim))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("idle", torch.zeros(n_latents))  # vectors since a latent last fired
+        self.register_buffer("idle", torch.zeros(n_latents))
 
     @torch.no_grad()
     def centre(self, x):
@@ -196,7 +198,8 @@ def watch(model, layers, see, begin=lambda call: None):
 
 @contextlib.contextmanager
 def capture(model, layers):
-    """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind], (B, T, H, D)."""
+    """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind] to the keys or
+    values of the call, (B, T, H, D)."""
     vectors = {}
 
     def keep(layer, kind, x):
@@ -687,7 +690,7 @@ def save_sae(folder, sae, metadata):
 
 def load_sae(folder):
     """(TopKSAE, metadata) from a folder that `save_sae` wrote."""
-    with explain(f"{folder}: missing, truncated or corrupt, or of an older version; train it again"):
+    with explain(f"{folder}: missing, truncated or corrupt, or of an older version; train again"):
         cfg = json.loads((folder / "cfg.json").read_text())
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
         offsets = safetensors.torch.load((folder / "head_offsets.safetensors").read_bytes())

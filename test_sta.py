@@ -456,7 +456,7 @@ def test_saved_sae_is_the_same_function(tmp_path):
     torch.testing.assert_close(loaded.encode(x, 8)[0], sae.encode(x, 8)[0] * sae.scale)  # folded
     assert loaded.scale == 1 and loaded.k == 8 and {k: metadata[k] for k in METADATA} == METADATA
     (folder / "head_offsets.safetensors").unlink()  # as SAEs of one mean for all heads were saved
-    with pytest.raises(sta.UsageError, match="or of an older version; train it again"):
+    with pytest.raises(sta.UsageError, match="or of an older version; train again"):
         sta.load_sae(folder)
 
 def test_saved_sae_is_one_of_saelens(tmp_path):

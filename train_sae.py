@@ -27,10 +27,14 @@ from tqdm import tqdm
 
 import sta
 
-CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
-DEAD_VECTORS = 1_000_000  # a latent that fires for none of so many is called dead
+# The recipe; --lr and --batch-tokens belong to it.
+BETAS = (0.9, 0.99)  # of Adam: 0.999 remembers gradients for too long, and leaves 2 % more error
+WARM_UP, DECAY = 0.05, 0.3  # shares of the steps: the first, at which the rate rises; the last
 LIFT = 10  # learning rates per step, for the biases of idle latents: about 60 steps to firing
 BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
+
+CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
+DEAD_VECTORS = 1_000_000  # a latent that fires for none of so many is called dead
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
@@ -90,22 +94,23 @@ def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
 
 # ------------------------------------------------------------------ the loop
 def learning_rate(peak, step, n_steps):
-    """Linear warm-up over 5 % of the steps, linear decay over the last 30 %."""
-    return peak * min(1, (step + 1) / (0.05 * n_steps + 1), (n_steps - step) / (0.3 * n_steps))
+    """Linear warm-up to the peak, then constant, then linear decay to zero."""
+    warm_up, decay = WARM_UP * n_steps + 1, DECAY * n_steps
+    return peak * min(1, (step + 1) / warm_up, (n_steps - step) / decay)
 
 def train_step(saes, optimizer, batches, n_ranks=1):
     """One step of every SAE on its vectors {name: (tokens, H, D)}, of which each of several
     processes has 1 / n_ranks."""
-    for name, sae in saes.items():
+    for name, sae in saes.items():  # forward, loss, backward
         (sae.loss(batches[name]) / n_ranks).backward()
-    if n_ranks > 1:
+    if n_ranks > 1:  # the gradient of all processes' vectors
         add_up([p.grad for sae in saes.values() for p in sae.parameters()])
         for sae in saes.values():
             dist.all_reduce(sae.idle, dist.ReduceOp.MIN)  # idle in all of them
     optimizer.step()
     optimizer.zero_grad()
-    for sae in saes.values():
-        sae.renormalise()  # after the step, which leaves the unit sphere
+    for sae in saes.values():  # after the step: unit atoms; latents that would die are lifted
+        sae.renormalise()
         sae.lift_idle(LIFT * optimizer.param_groups[0]["lr"])
 
 class PerHead(NamedTuple):
@@ -150,7 +155,7 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
     rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saes, seq_len = make_saes(model, layers, args, variant), windows.shape[1]
     parameters = list(nn.ModuleList(saes.values()).parameters())
-    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=BETAS, fused=True)
     # where an interrupted run stopped, and the order in which the text is read
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)

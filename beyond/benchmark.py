@@ -11,7 +11,7 @@ peers      Ours, EleutherAI's sparsify, dictionary_learning and SAELens train on
            the same order, heads centred, for keys and values: at one budget k, with 1,024 latents,
            in float32, by Adam, with our warm-up and decay. Each has the best of LEARNING_RATES by
            the error on vectors of other windows, and is then trained with three seeds. Beside them:
-           ours as train_sae.py trains it, for budgets k and 2k. Then the time of a step, in turn.
+           ours as train_sae.py trains it, for budgets k and 2k. And the time of a step, in turn.
            The peers want an environment of their own, in which one that is missing is skipped:
            pip install eai-sparsify==1.3.3 sae-lens==6.54.0 matplotlib && pip install --no-deps
            dictionary-learning==0.1.0
@@ -28,9 +28,9 @@ import time
 import torch
 import transformers
 
+import evaluate
 import sta
 import train_sae
-import evaluate
 from beyond import OPTIONS, parse_args
 from beyond.cache import ARGUMENT, cache_bytes, compress
 
@@ -107,27 +107,26 @@ class KAlone(sta.FastSAE):
         return ((x - self.decode(z, idx)) / self.scale).square().mean()
 
 class Ours:
-    """A trainer has step(x), for vectors x (N, D), and rebuild(x) -> x_hat."""
+    """A trainer: step(x) for vectors x (N, D), and rebuild(x) -> x_hat, the latents that fired."""
 
     def __init__(self, D, M, k, lr, n_steps, seed, kind=KAlone):
         self.sae = kind(1, D, M, k, torch.Generator().manual_seed(seed))
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr, betas=(0.9, 0.99), fused=True)
-        self.plan = schedule(self.optimizer, n_steps)
+        self.optimizer, self.plan = adam(self.sae, lr, n_steps)
 
     def step(self, x):
         train_sae.train_step({"": self.sae}, self.optimizer, {"": x[:, None]})
         self.plan.step()
 
     def rebuild(self, x):
-        return self.sae.decode(*self.sae.encode(x[:, None], self.sae.k))[:, 0]
+        z, idx = self.sae.encode(x[:, None], self.sae.k)
+        return self.sae.decode(z, idx)[:, 0], idx[z > 0]
 
 class Sparsify:
     def __init__(self, D, M, k, lr, n_steps, seed):
         import sparsify
         torch.manual_seed(seed)
         self.sae = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=k))
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr, betas=(0.9, 0.99), fused=True)
-        self.plan = schedule(self.optimizer, n_steps)
+        self.optimizer, self.plan = adam(self.sae, lr, n_steps)
 
     def step(self, x):  # as in its trainer
         self.sae(x).fvu.backward()
@@ -138,7 +137,8 @@ class Sparsify:
         self.plan.step()
 
     def rebuild(self, x):
-        return self.sae(x).sae_out
+        output = self.sae(x)
+        return output.sae_out, output.latent_indices[output.latent_acts > 0]
 
 class DictionaryLearning:
     def __init__(self, D, M, k, lr, n_steps, seed):
@@ -153,15 +153,16 @@ class DictionaryLearning:
         self.n_made += 1
 
     def rebuild(self, x):
-        return self.trainer.ae(x)
+        x_hat, acts = self.trainer.ae(x, output_features=True)
+        return x_hat, acts.nonzero()[:, 1]
 
 class SAELens:
     def __init__(self, D, M, k, lr, n_steps, seed):
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         torch.manual_seed(seed)
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=M, k=k))
-        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr)
-        self.plan, self.silent = schedule(self.optimizer, n_steps), torch.zeros(M)
+        self.optimizer, self.plan = adam(self.sae, lr, n_steps, betas=(0.9, 0.999))  # its own
+        self.silent = torch.zeros(M)
 
     def step(self, x):  # as in its trainer
         from sae_lens.saes.sae import TrainStepInput
@@ -174,13 +175,16 @@ class SAELens:
         self.plan.step()
 
     def rebuild(self, x):
-        return self.sae(x)
+        acts = self.sae.encode(x)
+        return self.sae.decode(acts), acts.nonzero()[:, 1]
 
 TRAINERS = {"ours": Ours, "sparsify": Sparsify, "dictionary_learning": DictionaryLearning,
             "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.FastSAE)}
 
-def schedule(optimizer, n_steps):
-    return torch.optim.lr_scheduler.LambdaLR(
+def adam(sae, lr, n_steps, betas=train_sae.BETAS):
+    """(Adam for an SAE, its plan of our warm-up and decay)."""
+    optimizer = torch.optim.Adam(sae.parameters(), lr, betas=betas, fused=True)
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: train_sae.learning_rate(1, min(step, n_steps - 1), n_steps))
 
 def installed_trainers():
@@ -194,59 +198,67 @@ def installed_trainers():
             print(f"{name}: skipped ({error})")
     return there
 
-def fit(make, x, held, lr, seed, batch, M, k):
-    """Train on vectors x (N, D), in batches -> (FVU of held, those alive in it, ms per step)."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(batch)
-    trainer, began = make(x.shape[1], M, k, lr, len(order), seed), time.time()
-    for rows in order:
-        trainer.step(x[rows])
-    ms = 1000 * (time.time() - began) / len(order)
-    with torch.no_grad():
-        return ((held - trainer.rebuild(held)).square().sum() / held.square().sum()).item(), ms
+@torch.no_grad()
+def measure(trainer, x, n_latents):
+    """(FVU of vectors x (N, D), which have mean 0; the share of latents that none of them fires)."""
+    error, alive = 0, torch.zeros(n_latents, dtype=torch.bool)
+    for rows in x.split(8192):
+        x_hat, fired = trainer.rebuild(rows)
+        error += (rows - x_hat).square().sum()
+        alive[fired] = True
+    return (error / x.square().sum()).item(), 1 - alive.float().mean().item()
+
+def fit(make, x, lr, seed, args, k):
+    """(A trainer after one pass over vectors x (N, D); ms per step)."""
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(args.batch)
+    trainer, began = make(x.shape[1], args.n_latents, k, lr, len(order), seed), time.time()
+    for batch in order:
+        trainer.step(x[batch])
+    return trainer, 1000 * (time.time() - began) / len(order)
 
 def compare_peers(args):
-    """{site: {trainer: {lr, fvu of each seed, ms}}} for keys and values of some layers."""
+    """{site: {trainer: {lr, by_rate, and of each seed fvu, dead, ms}}} for some layers' keys and
+    values. Of 15 parts of the text one is held out, one chooses the rate, the others train."""
     model, tokenizer, layers = sta.load_model(args.model, "cpu", getattr(torch, args.dtype),
-                                              args.layer, no_deeper=True)
+                                              args.layer or "all", no_deeper=True)
     windows = sta.token_windows(sta.read_text(args.text, "train", args.model), tokenizer, model,
                                 args.seq_len, 512, args.tokens, least=30)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
     n, trainers, sites = len(windows) // 15, installed_trainers(), {}
-    vectors = sta.harvest(model, windows, layers)
-    for (layer, kind), x in vectors.items():
-        x = x.float()  # (tokens, H, D)
-        x = ((x - x.mean(0)) / (x - x.mean(0)).square().mean().sqrt()).flatten(0, 1)  # centred
+    for (layer, kind), x in sta.harvest(model, windows, layers).items():
+        x = x.float() - x.float().mean(0)  # (tokens, H, D): heads centred
+        x = (x / x.square().mean().sqrt()).flatten(0, 1)  # (N, D)
         per_window = len(x) // len(windows)
-        held, choose, x = x[:n * per_window], x[n * per_window:2 * n * per_window], x[
-            2 * n * per_window:]
-        M, k = args.n_latents, args.k_key if kind == "key" else args.k_val
-        fitted = sites[f"layer {layer} {kind}"] = {}
+        held, choose, x = x.split([n * per_window, n * per_window, len(x) - 2 * n * per_window])
+        k, results = args.k_key if kind == "key" else args.k_val, {}
         for name, make in trainers.items():
-            by_rate = {lr: fit(make, x, choose, lr, 9, args.batch, M, k)[0]
+            by_rate = {lr: measure(fit(make, x, lr, 9, args, k)[0], choose, args.n_latents)[0]
                        for lr in LEARNING_RATES}
             lr = min(by_rate, key=by_rate.get)
-            runs = [fit(make, x, held, lr, seed, args.batch, M, k) for seed in range(3)]
-            fvu = [run[0] for run in runs]
-            fitted[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "ms": [m for _, m in runs]}
-            print(f"layer {layer:3} {kind:5} {name:20} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "
-                  f"±{statistics.stdev(fvu):.4f}  {statistics.median(m for _, m in runs):5.1f} ms",
-                  flush=True)
+            runs = [fit(make, x, lr, seed, args, k) for seed in range(3)]
+            fvu, _ = zip(*(measure(trainer, held, args.n_latents) for trainer, _ in runs))
+            _, dead = zip(*(measure(trainer, x, args.n_latents) for trainer, _ in runs))
+            ms = statistics.median(ms for _, ms in runs)
+            results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "dead": dead, "ms": ms}
+            print(f"layer {layer:2} {kind:5} {name:19} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "
+                  f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):6.2%}  {ms:5.1f} ms  "
+                  f"{args.batch / ms / 1000:.2f}M vectors/s", flush=True)
+        sites[f"layer {layer} {kind}"] = results
     return {"sites": sites, "vectors": len(x), "tokens": windows.numel(),
             "text_sha256": sta.sha256(windows), "batch": args.batch, "n_latents": args.n_latents,
             "marks": sta.model_marks(model, layers)}
 
 def time_peers():
     """{shape: {trainer: median ms of a step}}, in turn, on random vectors."""
-    steps = {}
+    steps, makers = {}, installed_trainers()
     for D, M, k, n_rows in PEER_SHAPES:
-        x = torch.randn(n_rows, D)
-        trainers = {name: make(D, M, k, 1e-3, 1000, 0)
-                    for name, make in installed_trainers().items()}
-        steps[f"{D}, {M}, {k}, {n_rows}"] = ms = timed(
-            {name: functools.partial(trainer.step, x) for name, trainer in trainers.items()},
-            x.device)
-        print(f"step at D, M, k, rows = {D}, {M}, {k}, {n_rows}, ms: " + ", ".join(
-            f"{name} {t:.1f}" for name, t in ms.items()), flush=True)
+        x, actions = torch.randn(n_rows, D), {}
+        for name, make in makers.items():
+            actions[name] = functools.partial(make(D, M, k, 1e-3, 1000, 0).step, x)
+        shape = f"D {D}, M {M}, k {k}, {n_rows} vectors"
+        steps[shape] = timed(actions, x.device)
+        print(f"step at {shape}, ms: " + ", ".join(
+            f"{name} {ms:.1f}" for name, ms in steps[shape].items()), flush=True)
     return steps
 
 def peers_main(argv):
@@ -258,7 +270,6 @@ def peers_main(argv):
         n_latents=dict(type=int, default=1024, help="(default 1024)"),
         batch=dict(type=int, default=1024, help="vectors per step (default 1024)"))
     sta.check_out(args.out)
-    args.layer = args.layer or "all"
     result = {"model": args.model, "text": evaluate.text_name(args.text, "train", args.model),
               "times": time_peers(), **compare_peers(args), "torch": torch.__version__,
               "command": "python -m beyond.benchmark " + " ".join(sys.argv[1:]),

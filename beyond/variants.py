@@ -174,7 +174,8 @@ def layer_rows(model, folder, layers):
         if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
             raise sta.UsageError(f"{folder}: of another model; choose another --saes")
         saes[layer].to(model.device)
-    new_rows, once = [], evaluate.dictionary_bytes({(layer, "layer"): sae for layer, sae in saes.items()}, "layer")
+    new_rows, once = [], evaluate.dictionary_bytes(
+        {(layer, "layer"): sae for layer, sae in saes.items()}, "layer")
     for k in (saes[layers[0]].k, saes[layers[0]].k // 2):
         codecs = {layer: LayerBudget(sae, k, shape) for layer, sae in saes.items()}
         new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
