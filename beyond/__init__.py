@@ -33,7 +33,7 @@ FIT_OPTIONS = OPTIONS | {
     "out": OPTIONS["saes"]}
 LOOK = "model saes layer text seq-len max-tokens k-key k-val device dtype out"
 MINIMUM = {"tokens": 2, "max_tokens": 2, "k_key": 1, "k_val": 1, "sink": 0, "seed": 0, "recent": 0,
-         "new_tokens": 1, "limit": 1}
+         "new_tokens": 1, "limit": 1, "n_latents": 1, "batch": 1}
 
 def parse_args(doc, argv, names, **more):
     """Parse the shared options listed in `names`, and more: {name: arguments of add_argument}.
