@@ -51,7 +51,8 @@ class TopKSAE(nn.Module):
     Trained: W_enc (D, M), b_enc (M,) and W_dec (M, D), whose unit rows are the atoms. Measured, by
     `centre`: b_dec (H, D), the mean of each head, and scale (), the s above. Counted: idle (M,),
     the vectors since a latent last fired. All float32. not in paper: a mean per head, not trained.
-    The heads' means differ by more than a head varies; one for all would cost atoms and latents."""
+    What tells heads apart can be most of a key; with one mean for all, atoms would be spent on it,
+    and latents that are far from every head would never fire."""
 
     def __init__(self, n_heads, head_dim, n_latents, k, generator=None):
         super().__init__()

@@ -173,6 +173,23 @@ def test_the_fast_sae_is_the_plain_one(k):
     z, idx = fast.encode(x, k)
     torch.testing.assert_close(fast.decode(z[..., :0], idx[..., :0]), fast.b_dec.expand(30, 2, 16))
 
+def test_latents_that_stay_idle_are_lifted_until_they_fire():
+    sae, x = small_sae(k=2), vectors_of(50)
+    with torch.no_grad():
+        sae.b_enc[:20] = -100.0  # these never fire, though at k = 40 they are chosen, with z = 0
+    before = sae.b_enc.detach().clone()
+    for _ in range(7):  # 700 vectors; the limit is 16 * 40
+        sae.loss(x)
+    fires = torch.zeros(40, dtype=torch.bool)
+    fires[sae.encode(x, 2)[1].unique()] = True  # not those among the four strongest, of the loss
+    assert (sae.idle[fires] == 0).all() and (sae.idle[~fires] == 700).all()
+    sae.lift_idle(0.5)
+    torch.testing.assert_close(sae.b_enc - before, torch.where(fires, 0, 0.5))
+    for _ in range(220):
+        sae.lift_idle(0.5)
+    sae.loss(x)
+    assert not fires[:20].any() and (sae.idle[:20] == 0).any()
+
 def test_atoms_stay_unit_and_training_reduces_the_error():
     sae, x = small_sae(k=4), vectors_of(256)
     before = sae.loss(x).item()
