@@ -327,9 +327,9 @@ def main(argv=None, variant=PerHead(), description=__doc__):
     settings = {"model_sha256": sta.sha256(json.dumps(marks).encode())}
     settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_tokens", "n_latents", "k_key", "k_val", "lr", "seed")}
-    settings |= {"seq_len": windows.shape[1], "layers": layers, "dtype": str(dtype).removeprefix("torch."),
-                 "processes": n_ranks, "text": args.text or "default",
-                 "text_sha256": sta.sha256(windows)}
+    settings |= {"seq_len": windows.shape[1], "layers": layers,
+                 "dtype": str(dtype).removeprefix("torch."), "processes": n_ranks,
+                 "text": args.text or "default", "text_sha256": sta.sha256(windows)}
     sites = itertools.product(layers, variant.budgets(args, (1, 1)))
     if check_folder(folder, sites, settings, args.resume):
         return print(f"{folder}: trained already with these settings; nothing to do")
