@@ -740,7 +740,7 @@ def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, cap
     assert script(train_sae, *SHORT, "--out", tmp_path) == 2
     assert "unfinished run: add --resume" in capsys.readouterr().err
     assert script(train_sae, *SHORT, "--lr", 1, "--out", tmp_path, "--resume") == 2
-    assert "trained with lr = 0.005, not 1.0" in capsys.readouterr().err
+    assert "trained with lr = 0.01, not 1.0" in capsys.readouterr().err
     assert script(train_sae, *SHORT, "--out", tmp_path, "--resume") == 0
     assert "resuming at step" in capsys.readouterr().out
     for path in trained.rglob("*.safetensors"):

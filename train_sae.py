@@ -45,7 +45,7 @@ def parse_args(argv=None, description=__doc__):
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
     add("--text", help="UTF-8 file, or hub data set (default: tiny's own, else WikiText-103)")
     # how much
-    add("--tokens", type=int, help="to train on; a shorter text is read again (default 200,000 "
+    add("--tokens", type=int, help="to train on; a shorter text is read again (default 131,072 "
                                    "for tiny, else 10 million)")
     add("--seq-len", type=int, help="tokens per window (default 512, or the model's limit)")
     add("--batch-tokens", type=int, default=512,
@@ -54,7 +54,8 @@ def parse_args(argv=None, description=__doc__):
     add("--n-latents", type=int, help="atoms in each dictionary (default 512 for tiny, else 1024)")
     add("--k-key", type=int, default=8, help="atoms per key (default 8)")
     add("--k-val", type=int, default=16, help="atoms per value (default 16)")
-    add("--lr", type=float, default=0.005, help="Adam's peak rate (default 0.005)")
+    add("--lr", type=float, help="Adam's peak rate; the fewer steps, the higher (default 0.01 for "
+                                 "tiny, else 0.005)")
     add("--seed", type=int, default=0)
     # where
     add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
@@ -63,9 +64,13 @@ def parse_args(argv=None, description=__doc__):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--resume", action="store_true", help="take up the unfinished run in --out")
     args = parser.parse_args(argv)
-    tokens, n_latents = (200_000, 512) if args.model == "tiny" else (10_000_000, 1024)
-    args.tokens = tokens if args.tokens is None else args.tokens
-    args.n_latents = n_latents if args.n_latents is None else args.n_latents
+    if args.model == "tiny":
+        defaults = {"tokens": 131_072, "n_latents": 512, "lr": 0.01}
+    else:
+        defaults = {"tokens": 10_000_000, "n_latents": 1024, "lr": 0.005}
+    for name, value in defaults.items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
     if not (0 < args.lr < math.inf and 0 <= args.seed < 1 << 40):
         raise sta.UsageError(f"--lr {args.lr}, --seed {args.seed}: want a rate above 0, and a seed "
                              "of 0 or more")

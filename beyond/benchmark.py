@@ -95,7 +95,7 @@ def time_cache(n_layers, context, device):
     return row
 
 # ------------------------------------------------------------------ peers
-LEARNING_RATES = (2e-3, 3e-3, 5e-3, 8e-3)
+LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
 PEER_SHAPES = ((64, 1024, 16, 1024), (128, 1024, 16, 2048), (512, 4096, 32, 2048))  # D, M, k, rows
 
 class KAlone(sta.FastSAE):
@@ -217,10 +217,10 @@ def fit(make, x, lr, seed, args, k):
     return trainer, 1000 * (time.time() - began) / len(order)
 
 def compare_peers(args):
-    """{site: {trainer: {lr, by_rate, and of each seed fvu, dead, ms}}} for some layers' keys and
-    values. Of 15 parts of the text one is held out, one chooses the rate, the others train."""
+    """-> ({site: {trainer: {lr, by_rate, fvu and dead of each seed, ms}}} for keys and values of
+    some layers; about the text). Of 15 parts of it, one is held out and one chooses the rate."""
     model, tokenizer, layers = sta.load_model(args.model, "cpu", getattr(torch, args.dtype),
-                                              args.layer or "all", no_deeper=True)
+                                              args.layer or "all")
     windows = sta.token_windows(sta.read_text(args.text, "train", args.model), tokenizer, model,
                                 args.seq_len, 512, args.tokens, least=30)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
@@ -244,9 +244,8 @@ def compare_peers(args):
                   f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):6.2%}  {ms:5.1f} ms  "
                   f"{args.batch / ms / 1000:.2f}M vectors/s", flush=True)
         sites[f"layer {layer} {kind}"] = results
-    return {"sites": sites, "vectors": len(x), "tokens": windows.numel(),
-            "text_sha256": sta.sha256(windows), "batch": args.batch, "n_latents": args.n_latents,
-            "marks": sta.model_marks(model, layers)}
+    return sites, {"tokens": windows.numel(), "text_sha256": sta.sha256(windows),
+                   "seq_len": windows.shape[1], **evaluate.provenance(model)}
 
 def time_peers():
     """{shape: {trainer: median ms of a step}}, in turn, on random vectors."""
@@ -270,12 +269,13 @@ def peers_main(argv):
         n_latents=dict(type=int, default=1024, help="(default 1024)"),
         batch=dict(type=int, default=1024, help="vectors per step (default 1024)"))
     sta.check_out(args.out)
-    result = {"model": args.model, "text": evaluate.text_name(args.text, "train", args.model),
-              "times": time_peers(), **compare_peers(args), "torch": torch.__version__,
-              "command": "python -m beyond.benchmark " + " ".join(sys.argv[1:]),
-              "device": f"cpu ({platform.machine()}, {torch.get_num_threads()} threads)"}
+    times, (sites, about) = time_peers(), compare_peers(args)
+    settings = {name: getattr(args, name) for name in ("k_key", "k_val", "n_latents", "batch")}
     path = args.out / f"{sta.slug(args.model)}-peers.json"
-    sta.write_atomic(path, json.dumps(result) + "\n")
+    sta.write_atomic(path, json.dumps({
+        "model": args.model, "text": evaluate.text_name(args.text, "train", args.model),
+        "dtype": args.dtype, "settings": settings, **about,
+        "peers": {"sites": sites, "times": times}}) + "\n")
     print(f"wrote {path}")
 
 # ------------------------------------------------------------------ the runs

@@ -49,7 +49,8 @@ def lines_of(result, folder):
                       str(int(x)) for x in task["right"])} for name, task in row["tasks"].items()}}
                  for row in result["rows"]]
     else:
-        kind = next((kind for kind in ("check", "caches", "table") if kind in result), None)
+        kinds = [kind for kind in ("check", "caches", "table", "peers") if kind in result]
+        kind = kinds[0] if kinds else None
         if kind is None:
             raise ValueError("neither rows nor claims")
         new_lines = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
@@ -120,9 +121,9 @@ def markdown(header, rows):
 
 def quick_start(lines):
     """What the README's first command prints for tiny, seed 0."""
-    rows = [row for row in pick(lines, kind="row", model="tiny") if seed_of(row) in (0, None)]
+    rows = pick(lines, kind="row", model="tiny", tokens=16_384)  # the default
     rows = [row for row in rows if row["name"] in ("dense", "keys", "values", "dual", "uniform",
-                                                   "reverse")]
+                                                   "reverse", "searched")]
     return ["```", evaluate.HEADER.format(name="row", width=8),
             *(evaluate.format_row(row, 8) for row in rows), "```"]
 
@@ -192,6 +193,16 @@ def tasks(lines, model):
         f"{100 * row['tasks'][name]['delta_acc']:+.1f} ± "
         f"{100 * row['tasks'][name]['delta_acc_stderr']:.1f}" for name in names)] for row in rows])
 
+def peers(lines):
+    """FVU of held-out vectors by site and library, then ms per step by shape."""
+    result = pick(lines, kind="peers")[-1]["peers"]
+    names = list(next(iter(result["sites"].values())))
+    fvu = [[f"FVU, {site}", *(spread(by_name[name]["fvu"], 4) for name in names)]
+           for site, by_name in result["sites"].items()]
+    ms = [[f"ms per step, {shape}", *(f"{by_name[name]:.1f}" for name in names)]
+          for shape, by_name in result["times"].items()]
+    return markdown(["", *names], fvu + ms)
+
 SMOLLM2 = "DIR/smollm2-135m-instruct"
 TABLES = {"quick start": quick_start, "verdicts": verdicts,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
@@ -200,8 +211,8 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts,
           "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2)}
 
 def tiny_ratio(name):
-    return lambda lines: spread([row["ratio"] for row in pick(lines, kind="row", model="tiny",
-                                                              name=name)])
+    return lambda lines: spread([row["ratio"] for row in longest(
+        pick(lines, kind="row", model="tiny", name=name))])
 
 def tiny_break_even(lines):
     return f"{pick(lines, kind='row', model='tiny', name='dual')[0]['break_even_tokens']:,}"
