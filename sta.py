@@ -4,12 +4,13 @@ Source: "Unlocking the Address Book: Dissecting the Sparse Semantic Structure of
 Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arXiv 2601.17702.
 
     x      = the key (before RoPE) or value of head h at one token                    (D,)
-    z, idx = the k largest of ReLU((x - b_dec[h]) / s W_enc + b_enc), and their places:
+    z, idx = the k largest of ReLU(((x - b_dec[h]) / s) W_enc + b_enc), and their places:
              the code of x                                                            (k,)
     x_hat  = s sum_j z_j W_dec[idx_j] + b_dec[h]                                      (D,)
-    b_dec[h] = the mean of head h;  s^2 = the variance about it, a mean over coordinates
-    loss   = |x - x_hat|^2 / (s^2 D) at budget k, and 1/8 of the same at 2k
-    dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16
+    b_dec[h] = the mean of head h;  s^2 = the mean square of x - b_dec[h], over all numbers
+    loss   = |x - x_hat|^2 / (s^2 D) at budget k, and 1/8 of the same at 2k, a mean over x
+    dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16, stored as
+             fp16 coefficients z and int16 places idx
 
 Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
@@ -48,11 +49,12 @@ class UsageError(Exception):
 # ------------------------------------------------------------------ 1. the Top-K SAE
 class TopKSAE(nn.Module):
     """Top-K sparse autoencoder of one layer's keys or values, shared by the layer's kv heads.
-    Trained: W_enc (D, M), b_enc (M,) and W_dec (M, D), whose unit rows are the atoms. Measured, by
-    `centre`: b_dec (H, D), the mean of each head, and scale (), the s above. Counted: idle (M,),
-    the vectors since a latent last fired. All float32. not in paper: a mean per head, not trained.
-    What tells heads apart can be most of a key; with one mean for all, atoms would be spent on it,
-    and latents that are far from every head would never fire."""
+    All tensors are float32:
+        W_enc (D, M), b_enc (M,), W_dec (M, D)   are trained; the unit rows of W_dec are the atoms
+        b_dec (H, D), scale ()                   are measured by `centre`: heads' means, the s above
+        idle (M,)                                counts the vectors since a latent last fired
+    not in paper: a mean per head, and not trained. The difference between heads can be most of a
+    key; with one mean for all, atoms would be spent on it, and many latents would never fire."""
 
     def __init__(self, n_heads, head_dim, n_latents, k, generator=None):
         super().__init__()
@@ -67,7 +69,7 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def centre(self, x):
-        """Set b_dec and scale to those of vectors x (tokens, H, D)."""
+        """Set b_dec and scale to those of vectors x (tokens, H, D), float32."""
         self.b_dec.copy_(x.mean(0))
         self.scale.copy_((x - self.b_dec).square().mean().sqrt().clamp_min(1e-8))
 
@@ -87,8 +89,8 @@ class TopKSAE(nn.Module):
 
     def loss(self, x):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
-        one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Notes which
-        latents fired: z > 0, among a vector's k strongest."""
+        one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Side effect:
+        counts in `idle` which latents fired: z > 0, among a vector's k strongest."""
         z, idx = self.encode(x, min(2 * self.k, self.n_latents))
         error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
         error_2k = (x - self.decode(z, idx)) / self.scale
@@ -102,14 +104,14 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def renormalise(self):
-        """After the optimiser's step, which leaves the unit sphere: unit atoms again."""
+        """To be called after each step of the optimiser: makes the atoms unit vectors again."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
     def lift_idle(self, amount):
-        """After the step: raise the bias of each latent that was idle for 16 M vectors, in which an
-        average one fires 16 k times, until it fires, and so learns, again. not in paper: the
-        alternative, AuxK [Gao], takes ten lines more."""
+        """To be called after each step: raises the bias of latents that were idle for more than
+        16 * n_latents vectors, in which an average one fires 16 * k times, until they fire, and so
+        learn, again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
         self.b_enc[self.idle > 16 * self.n_latents] += amount
 
 # ------------------------------------------------------------------ 2. where keys and values live
@@ -124,8 +126,8 @@ def kv_shape(config):
     return getattr(config, "num_key_value_heads", None) or n_heads, head_dim
 
 def per_head(config, name, part, x, y):
-    """The keys (part 1) or values (part 2) in the output y of the module called name, of which x is
-    the input: a view (B, T, H, D)."""
+    """The keys (part 1; queries would be 0) or values (part 2) in the output y of the module called
+    name, of which x is the input: a view (B, T, H, D)."""
     H, D = kv_shape(config)
     if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
         return y.unflatten(-1, (H, 3, D))[..., part, :]
@@ -161,8 +163,8 @@ def kv_sites(model):
 def watch(model, layers, see, begin=lambda call: None):
     """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
     the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
-    UsageError: no such layer; a call that computes none of them, or no call at all, which both
-    happen after torch.compile."""
+    UsageError: no such layer; a call in which one of them is not seen, or no call at all, which
+    both happen after torch.compile."""
     decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     absent = wanted - sites.keys()
@@ -177,7 +179,7 @@ def watch(model, layers, see, begin=lambda call: None):
         begin({**bound.arguments, **bound.kwargs})
 
     def hook(site, view, module, args, y):
-        if site in missing:  # else this is no part of a call of the decoder
+        if site in missing:  # else outside a call of the decoder, or seen already in this one
             missing.remove(site)
             see(*site, view(args[0], y))
 
@@ -204,7 +206,7 @@ def capture(model, layers):
     vectors = {}
 
     def keep(layer, kind, x):
-        vectors[layer, kind] = x.detach().clone()  # some models go on in place
+        vectors[layer, kind] = x.detach().clone()  # some models change it in place
 
     with watch(model, layers, keep):
         yield vectors
@@ -229,7 +231,8 @@ def check_sites(model):
         has_rope = any("rotary" in name for name, _ in decoder.named_modules())
         with watch(model, range(decoder.config.num_hidden_layers), overwrite):
             output = decoder(input_ids=token, use_cache=True)
-        cache = output["cache" if "cache" in output else "past_key_values"]  # before 5.24
+        # transformers before 5.24 calls it past_key_values
+        cache = output["cache" if "cache" in output else "past_key_values"]
         for (layer, kind), x in written.items():
             kept = getattr(cache.layers[layer], f"{kind}s").transpose(1, 2).float()  # (B, T, H, D)
             ratio = kept.norm(dim=-1) / x.norm(dim=-1)  # RoPE may stretch all keys alike
@@ -299,7 +302,8 @@ class Budget(NamedTuple):
 
 class DualBudget:
     """The paper's codec of one layer: each key becomes its k_key strongest atoms, each value its
-    k_val. A codec says what a layer keeps of a token: encode returns it, decode undoes that."""
+    k_val. A codec says what a layer keeps of a token: encode returns it, and decode rebuilds the
+    keys and values from it, up to the code's error."""
 
     def __init__(self, key_sae, value_sae, budget=Budget()):
         self.key_sae, self.value_sae, self.budget = key_sae, value_sae, budget
@@ -320,17 +324,19 @@ class DualBudget:
                 self.value_sae.decode(z_val.float(), idx_val.int()))
 
 def roundtrip(codec, keys, values, live):
-    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), token by token. One
-    that does not work token by token has a `roundtrip` of its own, which ignores tokens that are
-    not live (B, T). It gets the tokens of one call of the model: in generation, one alone."""
+    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), or what its own
+    `roundtrip` returns. A codec has one if it looks across tokens, of which it then ignores those
+    that are not live (B, T), or is faster by it. In generation a call brings a single token."""
     if hasattr(codec, "roundtrip"):
         return codec.roundtrip(keys, values, live)
     return codec.decode(codec.encode(keys, values))
 
 def live_tokens(call, sink):
-    """The tokens of a call of the decoder that a codec may touch, (B, T) bool: not padding, which
-    the mask tells, in any form that transformers takes; not sinks, whose position is below `sink`:
-    by position_ids, which begin again in packed texts, else the number of tokens that they see."""
+    """The tokens of a call of the decoder that a codec may touch, (B, T) bool. Padding is left out,
+    as the mask tells, in any form that transformers takes: (B, T), or, as `generate` makes it for
+    a static cache, (B, 1, T, slots). So are sinks, the tokens whose position is below `sink`. The
+    position is that of position_ids, which begin again in packed texts; without them, it is the
+    number of earlier tokens that a token sees."""
     tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
     cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
     past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
@@ -346,7 +352,7 @@ def live_tokens(call, sink):
             position = mask.bool().cumsum(-1)[:, past:past + T] - 1
         elif mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
             sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4  # (B, T, slots)
-            slot = min(past, sees.shape[2] - T)  # of the first of these tokens
+            slot = min(past, sees.shape[2] - T)  # the column of the first of these tokens
             real, position = sees.diagonal(slot, 1, 2), sees.tril(slot).sum(-1) - 1
         else:
             raise ValueError(f"{mask.dtype} {list(mask.shape)} for {past} + {T} tokens")
@@ -359,12 +365,13 @@ def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with decoded keys and values, in prefill and in generation; its own
     cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
     The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
-    2309.17453). Raises UsageError as `watch` and `live_tokens` do. In time:
+    2309.17453). Raises UsageError as `watch` and `live_tokens` do. The order of events:
 
         the decoder is called          begin: which of the new tokens are live?
         a layer's k_proj, k_norm       note: keys are there
-                  v_proj               note: values too; both are coded and decoded, and written
-                                       over the projections' outputs, where tokens are live
+                  v_proj               note: values too; the second of the two triggers both: they
+                                       are coded, decoded, and written over the projections'
+                                       outputs, where tokens are live
                   RoPE, cache, attention read what was written; then the next layer's k_proj"""
     now, waiting = {}, {}
 
@@ -400,9 +407,9 @@ class FastSAE(TopKSAE):
     def decode(self, z, idx):
         if idx.shape[-1] == 0:  # embedding_bag wants atoms to add up
             return super().decode(z, idx)
-        atoms = F.embedding_bag(idx.flatten(0, -2), self.W_dec, mode="sum",
-                                per_sample_weights=z.flatten(0, -2))  # (N, D)
-        return self.scale * atoms.view(*idx.shape[:-1], -1) + self.b_dec
+        sums = F.embedding_bag(idx.flatten(0, -2), self.W_dec, mode="sum",
+                               per_sample_weights=z.flatten(0, -2))  # (N, D)
+        return self.scale * sums.view(*idx.shape[:-1], -1) + self.b_dec
 
 class TopKOfMatmul(torch.autograd.Function):
     """The k largest of x W + b and their places, for x (N, D) that needs no gradient. Autograd's
