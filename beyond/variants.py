@@ -27,7 +27,7 @@ import sta
 import train_sae
 from beyond.calibrate import apart, side_by_side
 
-ROUNDS = 3  # of pursuit: each gains less than the one before
+ROUNDS = 2  # of pursuit: each gains less than the one before
 
 # ------------------------------------------------------------------ search
 @torch.no_grad()
