@@ -8,6 +8,7 @@ import math
 import os
 import re
 import shutil
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
 
@@ -724,6 +725,22 @@ def test_codes_for_p8(trained):
     assert (codes[1, "value"] == -1).any()  # of sixty, not all are positive
 
 # ---------------------------------------------------------------- benchmark.py
+def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(benchmark, "PEER_SHAPES", [(16, 32, 4, 64)])
+    monkeypatch.setattr(benchmark, "LEARNING_RATES", [1e-5, 1e-2])
+    for package in ("sparsify", "sae_lens", "dictionary_learning"):
+        monkeypatch.setitem(sys.modules, package, None)
+    assert script(benchmark, "peers", "--model", "tiny", "--layer", 2, "--tokens", 8192,
+                  "--n-latents", 32, "--batch", 128, "--out", tmp_path) == 0
+    assert "SAELens: skipped (" in capsys.readouterr().out
+    result = json.loads((tmp_path / "tiny-peers.json").read_text())
+    for by_name in result["peers"]["sites"].values():
+        assert list(by_name) == ["ours", "ours, k and 2k"]
+        for trainer in by_name.values():
+            assert trainer["lr"] == 1e-2 and len(trainer["fvu"]) == 3
+            assert max(trainer["fvu"]) < 0.7 < min(1, trainer["by_rate"]["1e-05"])
+    assert report.peers(report.lines_of(result, ""))[0] == "|  | ours | ours, k and 2k |"
+
 def test_benchmark_rows():
     """Plausible times and memory; the caches' bytes are those of their tensors."""
     row = benchmark.time_shape((16, 64, 4, 256), torch.device("cpu"))
