@@ -141,10 +141,9 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
         codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
         rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind),
                         settings=settings, with_tasks=False))
-    half = (k_key + k_val) // 2
+    half, once_bytes = (k_key + k_val) // 2, dictionary_bytes(saes, *sta.KINDS)
     for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
                          ("reverse", (k_val, k_key))):
-        once_bytes = dictionary_bytes(saes, *sta.KINDS)
         rows.append(Row(name, dual_codecs(saes, *budget), budget, once_bytes, settings=settings,
                         with_tasks=name == "dual"))
     return rows

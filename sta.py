@@ -73,11 +73,15 @@ class TopKSAE(nn.Module):
         self.b_dec.copy_(x.mean(0))
         self.scale.copy_((x - self.b_dec).square().mean().sqrt().clamp_min(1e-8))
 
+    def check_budget(self, k):
+        """Raises UsageError unless 1 <= k <= M."""
+        if not 1 <= k <= self.n_latents:
+            raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
+
     def encode(self, x, k):
         """x (..., H, D) -> its code: z (..., H, k) >= 0, strongest first, and idx (..., H, k).
         The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
-        if not 1 <= k <= self.n_latents:
-            raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
+        self.check_budget(k)
         pre = (x - self.b_dec) / self.scale @ self.W_enc + self.b_enc  # (..., H, M)
         z, idx = pre.topk(k)
         return F.relu(z), idx
@@ -398,8 +402,7 @@ class FastSAE(TopKSAE):
     without a copy of each, and the gradient of W_enc is a sum over codes, not a matmul."""
 
     def encode(self, x, k):
-        if not 1 <= k <= self.n_latents:
-            return super().encode(x, k)  # which says what is wrong
+        self.check_budget(k)
         inside = ((x - self.b_dec) / self.scale).flatten(0, -2)  # (N, D)
         z, idx = TopKOfMatmul.apply(inside, self.W_enc, self.b_enc, k)  # (N, k)
         return F.relu(z).view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)

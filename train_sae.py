@@ -190,11 +190,11 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
             step += 1
             bar.update()
             if rank == 0 and (step % LOG_STEPS == 0 or step == sum(n_steps)):
-                seconds, entry = time.time() - began, held_out_error(
-                    saes, held_vectors, step * own_batch)
-                progress["log"].append({"step": step, **entry})
+                seconds = time.time() - began
+                entry = {"step": step, **held_out_error(saes, held_vectors, step * own_batch)}
+                progress["log"].append(entry)
                 n_vectors = n_ranks * sum(x.shape[:2].numel() for x in batches.values())
-                bar.write(log_line(progress["log"][-1], sum(n_steps), seconds, lr, n_vectors))
+                bar.write(log_line(entry, sum(n_steps), seconds, lr, n_vectors))
         # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "

@@ -60,7 +60,7 @@ def begin_fit(args, name):
         args.model, *sta.pick_device(args.device, args.dtype), args.layer or "all")
     pieces = sta.read_text(args.text, "train", args.model)
     windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
-    marks = json.dumps(sta.model_marks(model, range(len(model.get_decoder().layers))))
+    marks = json.dumps(sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)))
     settings = {"model_sha256": sta.sha256(marks.encode()),
                 "text": evaluate.text_name(args.text, "train", args.model),
                 "text_sha256": sta.sha256(windows), "tokens": windows.numel(),

@@ -200,7 +200,7 @@ def installed_trainers():
 
 @torch.no_grad()
 def measure(trainer, x, n_latents):
-    """(FVU of vectors x (N, D), which have mean 0; the share of latents that none of them fires)."""
+    """(FVU of vectors x (N, D) of mean 0; the share of latents that none of them fires)."""
     error, alive = 0, torch.zeros(n_latents, dtype=torch.bool)
     for rows in x.split(8192):
         x_hat, fired = trainer.rebuild(rows)
@@ -216,7 +216,7 @@ def fit(make, x, lr, seed, args, k):
         trainer.step(x[batch])
     return trainer, 1000 * (time.time() - began) / len(order)
 
-def compare_peers(args):
+def compare_peers(trainers, args):
     """-> ({site: {trainer: {lr, by_rate, fvu and dead of each seed, ms}}} for keys and values of
     some layers; about the text). Of 15 parts of it, one is held out and one chooses the rate."""
     model, tokenizer, layers = sta.load_model(args.model, "cpu", getattr(torch, args.dtype),
@@ -224,9 +224,10 @@ def compare_peers(args):
     windows = sta.token_windows(sta.read_text(args.text, "train", args.model), tokenizer, model,
                                 args.seq_len, 512, args.tokens, least=30)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    n, trainers, sites = len(windows) // 15, installed_trainers(), {}
+    n, sites = len(windows) // 15, {}
     for (layer, kind), x in sta.harvest(model, windows, layers).items():
-        x = x.float() - x.float().mean(0)  # (tokens, H, D): heads centred
+        x = x.float()  # (tokens, H, D)
+        x = x - x.mean(0)  # heads centred
         x = (x / x.square().mean().sqrt()).flatten(0, 1)  # (N, D)
         per_window = len(x) // len(windows)
         held, choose, x = x.split([n * per_window, n * per_window, len(x) - 2 * n * per_window])
@@ -247,12 +248,12 @@ def compare_peers(args):
     return sites, {"tokens": windows.numel(), "text_sha256": sta.sha256(windows),
                    "seq_len": windows.shape[1], **evaluate.provenance(model)}
 
-def time_peers():
+def time_peers(trainers):
     """{shape: {trainer: median ms of a step}}, in turn, on random vectors."""
-    steps, makers = {}, installed_trainers()
+    steps = {}
     for D, M, k, n_rows in PEER_SHAPES:
         x, actions = torch.randn(n_rows, D), {}
-        for name, make in makers.items():
+        for name, make in trainers.items():
             actions[name] = functools.partial(make(D, M, k, 1e-3, 1000, 0).step, x)
         shape = f"D {D}, M {M}, k {k}, {n_rows} vectors"
         steps[shape] = timed(actions, x.device)
@@ -269,7 +270,8 @@ def peers_main(argv):
         n_latents=dict(type=int, default=1024, help="(default 1024)"),
         batch=dict(type=int, default=1024, help="vectors per step (default 1024)"))
     sta.check_out(args.out)
-    times, (sites, about) = time_peers(), compare_peers(args)
+    trainers = installed_trainers()
+    times, (sites, about) = time_peers(trainers), compare_peers(trainers, args)
     settings = {name: getattr(args, name) for name in ("k_key", "k_val", "n_latents", "batch")}
     path = args.out / f"{sta.slug(args.model)}-peers.json"
     sta.write_atomic(path, json.dumps({

@@ -50,9 +50,9 @@ def lines_of(result, folder):
                  for row in result["rows"]]
     else:
         kinds = [kind for kind in ("check", "caches", "table", "peers") if kind in result]
-        kind = kinds[0] if kinds else None
-        if kind is None:
+        if not kinds:
             raise ValueError("neither rows nor claims")
+        kind = kinds[0]
         new_lines = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
             "settings")}]
     text = json.dumps([{**about, **line} for line in new_lines])
@@ -120,7 +120,7 @@ def markdown(header, rows):
             *("| " + " | ".join(row) + " |" for row in rows)]
 
 def quick_start(lines):
-    """What the README's first command prints for tiny, seed 0."""
+    """What the README's quick start prints for tiny, seed 0."""
     rows = pick(lines, kind="row", model="tiny")
     rows = pick(rows, tokens=min((row["tokens"] for row in rows), default=0))  # others: longer
     rows = [row for row in rows if row["name"] in ("dense", "keys", "values", "dual", "uniform",

@@ -24,7 +24,7 @@ import train_sae
 from beyond import (additive, atoms, benchmark, cache, calibrate, claims, report, rivals, s3,
                     variants)
 from test_sta import (SHORT, across, assert_one_line, dual, evaluated, mask_forms, rows_of, script,
-                      small_model, small_sae, small_saes, tokens_of, trained, vectors_of)
+                      small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
@@ -503,9 +503,6 @@ def test_one_sae_per_layer_weighs_keys_and_values_alike():
     assert sum(part[0].nbytes for part in stored) == 6 * 4
     torch.testing.assert_close(calibrate.side_by_side(*codec.decode(stored)), expected, atol=0.05,
                                rtol=0.01)
-
-def through(sae, x, k):
-    return sae.decode(*sae.encode(x, k))
 
 def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     sae, x = small_sae(k=4, kind=variants.L1SAE), vectors_of(256)
