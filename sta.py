@@ -61,7 +61,8 @@ class TopKSAE(nn.Module):
         self.n_latents, self.k = n_latents, k
         atoms = F.normalize(torch.randn(n_latents, head_dim, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(atoms)
-        self.W_enc = nn.Parameter(atoms.T.contiguous())  # tied at first, else latents die [Gao]
+        # tied at first, else latents die [Gao]; half as long, as atoms that are alike share a sum
+        self.W_enc = nn.Parameter(atoms.T.contiguous() / 2)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.register_buffer("b_dec", torch.zeros(n_heads, head_dim))
         self.register_buffer("scale", torch.ones(()))

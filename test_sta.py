@@ -190,6 +190,19 @@ def test_latents_that_stay_idle_are_lifted_until_they_fire():
     sae.loss(x)
     assert not fires[:20].any() and (sae.idle[:20] == 0).any()
 
+def test_a_step_leaves_latents_that_did_not_fire_where_they_were():
+    sae, x = small_sae(k=2), vectors_of(50)
+    optimizer = torch.optim.Adam(sae.parameters(), lr=3e-3)
+    train_sae.train_step({"": sae}, optimizer, {"": x})
+    with torch.no_grad():
+        sae.b_enc[:20] -= 100.0  # these fire no more, though Adam remembers where they were going
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    train_sae.train_step({"": sae}, optimizer, {"": x})
+    assert (sae.idle[:20] > 0).all()
+    for latents_last in (lambda p: p["W_enc"], lambda p: p["b_enc"], lambda p: p["W_dec"].T):
+        moved = (latents_last(dict(sae.named_parameters())) - latents_last(before)).abs() > 1e-6
+        assert not moved[..., sae.idle > 0].any() and moved[..., sae.idle == 0].any()
+
 def test_atoms_stay_unit_and_training_reduces_the_error():
     sae, x = small_sae(k=4), vectors_of(256)
     before = sae.loss(x).item()

@@ -10,6 +10,7 @@ the same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 240
 Non-goal: tuning the model itself.
 """
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -112,11 +113,24 @@ def train_step(saes, optimizer, batches, n_ranks=1):
         add_up([p.grad for sae in saes.values() for p in sae.parameters()])
         for sae in saes.values():
             dist.all_reduce(sae.idle, dist.ReduceOp.MIN)  # idle in all of them
-    optimizer.step()
+    with kept_still(saes):
+        optimizer.step()
     optimizer.zero_grad()
     for sae in saes.values():  # after the step: unit atoms; latents that would die are lifted
         sae.renormalise()
         sae.lift_idle(LIFT * optimizer.param_groups[0]["lr"])
+
+@contextlib.contextmanager
+@torch.no_grad()
+def kept_still(saes):
+    """Around the optimiser's step: latents that did not fire are put back to where they were. By
+    their momentum Adam would move them on, without a gradient, until no vector fires them."""
+    parts = [(part, sae.idle > 0) for sae in saes.values()
+             for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]  # (M, ...) each
+    before = [part[idle] for part, idle in parts]
+    yield
+    for (part, idle), x in zip(parts, before):
+        part[idle] = x
 
 class PerHead(NamedTuple):
     """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.
