@@ -196,7 +196,10 @@ def tasks(lines, model):
 
 def peers(lines):
     """FVU of held-out vectors by site and library, then ms per step by shape."""
-    result = pick(lines, kind="peers")[-1]["peers"]
+    found = pick(lines, kind="peers")
+    if not found:
+        return []
+    result = found[-1]["peers"]
     names = list(next(iter(result["sites"].values())))
     fvu = [[f"FVU, {site}", *(spread(by_name[name]["fvu"], 4) for name in names)]
            for site, by_name in result["sites"].items()]
@@ -209,7 +212,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
-          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2)}
+          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers}
 
 def tiny_ratio(name):
     return lambda lines: spread([row["ratio"] for row in longest(
