@@ -29,7 +29,7 @@ from tqdm import tqdm
 import sta
 
 # The recipe; --lr and --batch-tokens belong to it.
-BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread of seeds
+BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread
 WARM_UP, DECAY = 0.05, 0.3  # shares of the steps: the first, at which the rate rises; the last
 LIFT = 10  # learning rates per step, for the biases of idle latents: about 60 steps to firing
 BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
