@@ -63,6 +63,7 @@ def parse_args(argv=None, description=__doc__):
     add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default="results", help="(default results)")
+    add("--resume", action="store_true", help="keep the rows that an interrupted run left in --out")
     args = parser.parse_args(argv)
     for name, least in (("sink", 0), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -122,6 +123,12 @@ def dual_codecs(saes, k_key, k_val):
     return {layer: sta.DualBudget(saes[layer, "key"], sae, sta.Budget(k_key, k_val))
             for (layer, kind), sae in saes.items() if kind == "value"}
 
+def splits(k_key, k_val):
+    """{name: (atoms per key, atoms per value)}: the dual budget, and others of the same total."""
+    half = (k_key + k_val) // 2
+    return {"dual": (k_key, k_val), "uniform": (half, k_key + k_val - half),
+            "reverse": (k_val, k_key)}
+
 def paper_rows(saes, shape, k_key, k_val, settings=None):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; keys,
     values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total. Tasks
@@ -141,9 +148,8 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
         codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
         rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind),
                         settings=settings, with_tasks=False))
-    half, once_bytes = (k_key + k_val) // 2, dictionary_bytes(saes, *sta.KINDS)
-    for name, budget in (("dual", (k_key, k_val)), ("uniform", (half, k_key + k_val - half)),
-                         ("reverse", (k_val, k_key))):
+    once_bytes = dictionary_bytes(saes, *sta.KINDS)
+    for name, budget in splits(k_key, k_val).items():
         rows.append(Row(name, dual_codecs(saes, *budget), budget, once_bytes, settings=settings,
                         with_tasks=name == "dual"))
     return rows
@@ -422,10 +428,17 @@ def print_tasks(rows, width):
                      for name in ("acc", "acc_norm", "delta_acc")]
             print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score(model, rows, windows, tasks, vectors, sink):
-    """Yields the JSON's rows one by one. vectors: the dense model's keys and values."""
+def score(model, rows, windows, tasks, vectors, sink, finished):
+    """Yields the JSON's rows one by one. vectors: the dense model's keys and values; finished:
+    {name: row of the JSON} of an interrupted run."""
     dense, dense_tasks = None, {}
     for row in rows:
+        columns = finished.get(row.name)
+        if columns and columns["settings"] == row.settings:
+            if dense is None:
+                dense, dense_tasks = torch.tensor(columns["window_ce"]).double(), columns["tasks"]
+            yield columns
+            continue
         enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
         with enter(model) as forward:
             losses = window_losses(forward, windows, model, row.name)
@@ -442,6 +455,21 @@ def score(model, rows, windows, tasks, vectors, sink):
                "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense),
                "tasks": scores,
                **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
+
+def finished_rows(path, result):
+    """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
+    with other options, or on another text."""
+    if not path.exists():
+        return {}
+    config = json.loads(json.dumps(result["config"], default=str))
+    with sta.explain(f"{path}: --resume cannot take it up; choose another --out"):
+        there = json.loads(path.read_text())
+        for name in config.keys() - {"rows", "only", "resume", "out"}:
+            if there["config"][name] != config[name]:
+                raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
+        if there["text_sha256"] != result["text_sha256"]:
+            raise ValueError("it is of another text")
+        return {row["name"]: row for row in there["rows"]}
 
 def text_name(spec, split, model_name):
     """What a text is called in results: --text, or the default's name."""
@@ -520,11 +548,12 @@ def main(argv=None):
         "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}
+    finished = finished_rows(path, result) if args.resume else {}
     if path.exists():  # an interrupted run must not cost the last complete one
         path.replace(path.with_name(f"{path.name}.previous"))
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
-    for row in score(model, rows, windows, tasks, vectors, args.sink):
+    for row in score(model, rows, windows, tasks, vectors, args.sink, finished):
         result["rows"].append(row)
         save(path, result)  # at once, lest an interrupted run loses it
         print(format_row(row, width), flush=True)

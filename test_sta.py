@@ -794,6 +794,26 @@ def evaluated(trained, tmp_path_factory):
                   "--out", out) == 0
     return out
 
+def test_an_interrupted_evaluation_is_taken_up(trained, evaluated, tmp_path, monkeypatch, capsys):
+    whole, scored = json.loads((evaluated / "tiny.json").read_text()), []
+    (tmp_path / "tiny.json").write_text(json.dumps({**whole, "rows": whole["rows"][:3]}))
+    window_losses = evaluate.window_losses
+
+    def note(forward, windows, model, name):
+        scored.append(name)
+        return window_losses(forward, windows, model, name)
+
+    monkeypatch.setattr(evaluate, "window_losses", note)
+    argv = ("--saes", trained, "--max-tokens", 2048, "--limit", 20, "--out", tmp_path, "--resume")
+    assert script(evaluate, *argv) == 0
+    assert scored == ["dual", "uniform", "reverse"]
+    for before, after in zip(whole["rows"], json.loads((tmp_path / "tiny.json").read_text())["rows"]):
+        assert after["delta_ce"] == pytest.approx(before["delta_ce"], abs=1e-6)
+        assert after["tasks"] == before["tasks"] and after["by_layer"] == before["by_layer"]
+    capsys.readouterr()
+    assert script(evaluate, *argv, "--k-key", 4) == 2
+    assert_one_line(capsys.readouterr().err, "--resume cannot take it up.*k_key is 8 there, 4 here")
+
 def test_evaluation_table(evaluated):
     result = json.loads((evaluated / "tiny.json").read_text())
     rows = {row["name"]: row for row in result["rows"]}

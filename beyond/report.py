@@ -12,6 +12,7 @@ figure in a sentence before <!--=NAME-->; a test compares all of them with what 
 Spreads: ± over seeds is a standard deviation; ± of one run a standard error, paired over windows.
 """
 import argparse
+import collections
 import json
 import pathlib
 import re
@@ -138,11 +139,19 @@ def verdicts(lines):
         cells = []
         for model in models:
             some = pick(claims, claim=claim, model=model)
-            words = sorted({line["verdict"] for line in some})
-            cells.append(f"{spread([line['figure'] for line in some])}: {' or '.join(words)}"
+            counts = collections.Counter(line["verdict"] for line in some).most_common()
+            words = [word if len(counts) == 1 else f"{word} ({n} of {len(some)})"
+                     for word, n in counts]
+            cells.append(f"{spread([line['figure'] for line in some])}: {', '.join(words)}"
                          if some else "")
         rows.append([claim, pick(claims, claim=claim)[0]["statement"], *cells])
     return markdown(["", "claim", *(pathlib.Path(model).name for model in models)], rows)
+
+def rules(lines):
+    """Each claim's rule, as the newest line has it."""
+    newest = {line["claim"]: line["rule"] for line in pick(lines, kind="claim")}
+    return markdown(["claim", "holds if; and in part if"], [[claim, newest[claim]]
+                                                            for claim in sorted(newest)])
 
 def longest(rows):
     """Of the rows, those on the longest part of each text."""
@@ -208,7 +217,7 @@ def peers(lines):
     return markdown(["", *names], fvu + ms)
 
 SMOLLM2 = "DIR/smollm2-135m-instruct"
-TABLES = {"quick start": quick_start, "verdicts": verdicts,
+TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),

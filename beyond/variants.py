@@ -1,7 +1,8 @@
-"""The same atoms, chosen or shaped otherwise: search, one SAE per layer, an L1 penalty.
+"""The same atoms, chosen or shaped otherwise: search, one SAE per layer, other budgets, L1.
 
     python evaluate.py --rows variants                 # search; and those of the others that exist
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
+    python -m beyond.variants --what splits            # tiny: saes/splits/tiny/
     python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
 
 search     The encoder's one pass only guesses which atoms to use. Hard thresholding pursuit
@@ -12,8 +13,12 @@ search     The encoder's one pass only guesses which atoms to use. Hard threshol
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs.
+splits     SAEs trained for the other splits of the same bytes: as many atoms per key as per value,
+           and the dual budget reversed. The controls of the dual budget, whose SAEs are trained
+           for it.
 l1         A ReLU autoencoder with an L1 penalty, which follows the number of active latents until
-           that is the SAE's k on average: the rival of the paper's first claim.
+           that is the SAE's k on average: the rival of the paper's first claim. It needs three times
+           the tokens and four times the rate of the others (beyond/claims.py).
 Non-goals: search among the atoms of a layer's SAE.
 """
 import argparse
@@ -64,6 +69,11 @@ class Searched(sta.DualBudget):
         z_val, idx_val = pursue(self.value_sae, values, self.budget.k_val)
         return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
                 z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+
+def search(codecs):
+    """{layer: dual budget} -> the same with searched codes."""
+    return {layer: Searched(codec.key_sae, codec.value_sae, codec.budget)
+            for layer, codec in codecs.items()}
 
 # ------------------------------------------------------------------ one SAE per layer
 class PerLayer:
@@ -116,6 +126,42 @@ class LayerBudget:
         z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]
         return apart(self.sae.decode(z, idx)[..., 0, :], self.shape)
 
+# ------------------------------------------------------------------ other splits
+class Splits:
+    """A variant of train_sae.py: for each split but the dual one, an SAE of keys and one of values,
+    named by kind and budget."""
+    next_step, make_sae = PerLayer.next_step, staticmethod(sta.FastSAE)
+
+    def budgets(self, args, shape):
+        self.ks = [(kind, k) for budget in other_splits(args.k_key, args.k_val).values()
+                   for kind, k in zip(sta.KINDS, budget)]
+        return {f"{kind}{k}": (*shape, k) for kind, k in self.ks}
+
+    def vectors(self, layer, keys, values):
+        return {f"{kind}{k}": keys if kind == "key" else values for kind, k in self.ks}
+
+    def finish(self, layer, sae):
+        return sae
+
+def other_splits(k_key, k_val):
+    """evaluate.splits without the dual one."""
+    return {name: budget for name, budget in evaluate.splits(k_key, k_val).items()
+            if name != "dual"}
+
+def split_rows(model, folder, layers, args):
+    """[Row]: uniform and reverse by SAEs trained for them."""
+    new_rows = []
+    for name, budget in other_splits(args.k_key, args.k_val).items():
+        saes = {}
+        for layer in layers:
+            for kind, k in zip(sta.KINDS, budget):
+                path = folder / f"layer{layer}.{kind}{k}"
+                saes[layer, kind], settings = load_variant(path, model, layer)
+        new_rows.append(evaluate.Row(
+            f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
+            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=settings, with_tasks=False))
+    return new_rows
+
 # ------------------------------------------------------------------ L1
 class L1SAE(sta.TopKSAE):
     """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
@@ -130,7 +176,7 @@ class L1SAE(sta.TopKSAE):
         z = F.relu(inside @ self.W_enc + self.b_enc)  # (tokens, H, M)
         with torch.no_grad():
             active = (z > 0).sum(-1).float().mean()
-            self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.03
+            self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.02
             self.note_fired((z > 0).nonzero()[:, -1], x[..., 0].numel())
         error = (inside - z @ self.W_dec).square().mean()
         return error + self.l1_weight * z.sum(-1).mean() / x.shape[-1]
@@ -160,41 +206,52 @@ class ReluCode:
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
-VARIANTS = {"layer": PerLayer, "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
+VARIANTS = {"layer": PerLayer, "splits": Splits,
+            "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
 
 def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
     return folder.parent / what / folder.name
 
+def load_variant(path, model, layer):
+    """(The SAE in a folder, its settings). Raises UsageError if it is of another model."""
+    sae, metadata = sta.load_sae(path)
+    if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
+        raise sta.UsageError(f"{path}: of another model; choose another --saes")
+    return sae.to(model.device), metadata["settings"]
+
 def layer_rows(model, folder, layers):
     """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
-    shape, saes = sta.kv_shape(model.get_decoder().config), {}
+    shape = sta.kv_shape(model.get_decoder().config)
+    saes = {}
     for layer in layers:
-        saes[layer], metadata = sta.load_sae(folder / f"layer{layer}.layer")
-        if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
-            raise sta.UsageError(f"{folder}: of another model; choose another --saes")
-        saes[layer].to(model.device)
+        saes[layer], settings = load_variant(folder / f"layer{layer}.layer", model, layer)
     new_rows, once = [], evaluate.dictionary_bytes(
         {(layer, "layer"): sae for layer, sae in saes.items()}, "layer")
     for k in (saes[layers[0]].k, saes[layers[0]].k // 2):
         codecs = {layer: LayerBudget(sae, k, shape) for layer, sae in saes.items()}
         new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
-                                     settings=metadata["settings"]))
+                                     settings=settings))
     return new_rows
+
+def settings_of(before):
+    """Those with which the SAEs of the rows before were trained."""
+    return next((row.settings for row in before if row.settings), None)
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     folder, new_rows = evaluate.find_fitted(args.saes, args.model)[0], []
     layers = evaluate.coded_layers(model, saes, args)
     if saes:
-        codecs = {layer: Searched(codec.key_sae, codec.value_sae, codec.budget) for layer, codec in
-                  evaluate.dual_codecs(saes, args.k_key, args.k_val).items()}
+        codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
         new_rows.append(evaluate.Row(
-            "searched", codecs, (args.k_key, args.k_val), settings=next((
-                row.settings for row in before if row.settings), None),
+            "searched", codecs, (args.k_key, args.k_val), settings=settings_of(before),
             once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS)))
     if (beside(folder, "layer") / f"layer{layers[0]}.layer").exists():
         new_rows += layer_rows(model, beside(folder, "layer"), layers)
+    uniform_key = evaluate.splits(args.k_key, args.k_val)["uniform"][0]
+    if (beside(folder, "splits") / f"layer{layers[0]}.key{uniform_key}").exists():
+        new_rows += split_rows(model, beside(folder, "splits"), layers, args)
     if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
         l1, metadata = sta.load_saes(beside(folder, "l1"), model, layers)
         codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
