@@ -458,7 +458,7 @@ def score(model, rows, windows, tasks, vectors, sink, finished):
 
 def finished_rows(path, result):
     """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
-    with other options, or on another text."""
+    with other options, on another text, or with SAEs that have been trained anew since."""
     if not path.exists():
         return {}
     config = json.loads(json.dumps(result["config"], default=str))
@@ -469,6 +469,8 @@ def finished_rows(path, result):
                 raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
         if there["text_sha256"] != result["text_sha256"]:
             raise ValueError("it is of another text")
+        if there["training"] != result["training"]:
+            raise ValueError("the SAEs have been trained anew since")
         return {row["name"]: row for row in there["rows"]}
 
 def text_name(spec, split, model_name):

@@ -807,12 +807,17 @@ def test_an_interrupted_evaluation_is_taken_up(trained, evaluated, tmp_path, mon
     argv = ("--saes", trained, "--max-tokens", 2048, "--limit", 20, "--out", tmp_path, "--resume")
     assert script(evaluate, *argv) == 0
     assert scored == ["dual", "uniform", "reverse"]
-    for before, after in zip(whole["rows"], json.loads((tmp_path / "tiny.json").read_text())["rows"]):
+    again = json.loads((tmp_path / "tiny.json").read_text())
+    for before, after in zip(whole["rows"], again["rows"]):
         assert after["delta_ce"] == pytest.approx(before["delta_ce"], abs=1e-6)
         assert after["tasks"] == before["tasks"] and after["by_layer"] == before["by_layer"]
     capsys.readouterr()
     assert script(evaluate, *argv, "--k-key", 4) == 2
     assert_one_line(capsys.readouterr().err, "--resume cannot take it up.*k_key is 8 there, 4 here")
+    again["training"][0]["log"].pop()
+    (tmp_path / "tiny.json").write_text(json.dumps(again))
+    assert script(evaluate, *argv) == 2
+    assert_one_line(capsys.readouterr().err, "the SAEs have been trained anew since")
 
 def test_evaluation_table(evaluated):
     result = json.loads((evaluated / "tiny.json").read_text())

@@ -125,12 +125,13 @@ def train_step(saes, optimizer, batches, n_ranks=1):
 def kept_still(saes):
     """Around the optimiser's step: latents that did not fire are put back to where they were. By
     their momentum Adam would move them on, without a gradient, until no vector fires them."""
-    parts = [(part, sae.idle > 0) for sae in saes.values()
-             for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]  # (M, ...) each
-    before = [part[idle] for part, idle in parts]
+    still = []
+    for sae in saes.values():
+        idle = sae.idle.nonzero().squeeze(1)
+        still += [(part, idle, part[idle]) for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
     yield
-    for (part, idle), x in zip(parts, before):
-        part[idle] = x
+    for part, idle, before in still:  # part: (M, ...)
+        part[idle] = before
 
 class PerHead(NamedTuple):
     """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.

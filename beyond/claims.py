@@ -33,7 +33,7 @@ FACTORS = {"splits": {}, "l1": {"tokens": 3, "lr": 4}}
 
 def train_controls(what, folder, model_name, layers):
     """Train the variant `what` beside the SAEs of a folder, with their settings times FACTORS,
-    unless it is there. -> Its folder."""
+    unless it is there."""
     settings = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
     there = beside(folder, what)
     if not all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
@@ -45,7 +45,6 @@ def train_controls(what, folder, model_name, layers):
                 value = value * FACTORS[what][option] if option in FACTORS[what] else value
                 argv += ["--" + option.replace("_", "-"), str(value)]
         train_sae.main(argv, VARIANTS[what]())
-    return there
 
 class HeadMeans:
     """A codec of one layer that keeps nothing: each vector becomes the mean of its head."""

@@ -17,8 +17,8 @@ splits     SAEs trained for the other splits of the same bytes: as many atoms pe
            and the dual budget reversed. The controls of the dual budget, whose SAEs are trained
            for it.
 l1         A ReLU autoencoder with an L1 penalty, which follows the number of active latents until
-           that is the SAE's k on average: the rival of the paper's first claim. It needs three times
-           the tokens and four times the rate of the others (beyond/claims.py).
+           that is the SAE's k on average: the rival of the paper's first claim. It needs three
+           times the tokens and four times the rate of the others (beyond/claims.py).
 Non-goals: search among the atoms of a layer's SAE.
 """
 import argparse
@@ -127,10 +127,9 @@ class LayerBudget:
         return apart(self.sae.decode(z, idx)[..., 0, :], self.shape)
 
 # ------------------------------------------------------------------ other splits
-class Splits:
+class Splits(train_sae.PerHead):
     """A variant of train_sae.py: for each split but the dual one, an SAE of keys and one of values,
     named by kind and budget."""
-    next_step, make_sae = PerLayer.next_step, staticmethod(sta.FastSAE)
 
     def budgets(self, args, shape):
         self.ks = [(kind, k) for budget in other_splits(args.k_key, args.k_val).values()
@@ -139,9 +138,6 @@ class Splits:
 
     def vectors(self, layer, keys, values):
         return {f"{kind}{k}": keys if kind == "key" else values for kind, k in self.ks}
-
-    def finish(self, layer, sae):
-        return sae
 
 def other_splits(k_key, k_val):
     """evaluate.splits without the dual one."""
@@ -206,7 +202,7 @@ class ReluCode:
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
-VARIANTS = {"layer": PerLayer, "splits": Splits,
+VARIANTS = {"layer": PerLayer, "splits": lambda: Splits(next_step=PerLayer.next_step),
             "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
 
 def beside(folder, what):
@@ -222,8 +218,7 @@ def load_variant(path, model, layer):
 
 def layer_rows(model, folder, layers):
     """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
-    shape = sta.kv_shape(model.get_decoder().config)
-    saes = {}
+    shape, saes = sta.kv_shape(model.get_decoder().config), {}
     for layer in layers:
         saes[layer], settings = load_variant(folder / f"layer{layer}.layer", model, layer)
     new_rows, once = [], evaluate.dictionary_bytes(
