@@ -3,6 +3,8 @@
 Who may import whom is listed in README.md, and held by a test.
 """
 import argparse
+import contextlib
+import functools
 import json
 import pathlib
 import types
@@ -93,3 +95,24 @@ def begin_look(args, ending):
     return types.SimpleNamespace(
         model=model, tokenizer=tokenizer, name=name, folder=folder, saes=saes, path=path,
         layers=sorted({layer for layer, _ in saes}), windows=windows, about=about)
+
+@contextlib.contextmanager
+def capture_queries(model, layers):
+    """`with capture_queries(model, layers) as queries: model(ids)` sets queries[layer] to the
+    queries of the call before RoPE, (B, T, query heads, D). Llama, Mistral, Qwen2 and Qwen3 have
+    modules of these names; a layer of another type is left out."""
+    queries, D = {}, sta.kv_shape(model.get_decoder().config)[1]
+
+    def keep(layer, module, args, y):
+        queries[layer] = y.detach().flatten(2).unflatten(2, (-1, D))
+
+    with contextlib.ExitStack() as hooks:
+        for layer in layers:
+            try:
+                attention = model.get_decoder().layers[layer].self_attn
+                last = getattr(attention, "q_norm", attention.q_proj)
+            except AttributeError:
+                continue
+            hook = functools.partial(keep, layer)
+            hooks.callback(last.register_forward_hook(hook).remove)
+        yield queries

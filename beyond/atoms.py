@@ -1,24 +1,25 @@
-"""What atoms stand for, and how that changes with depth: a page to browse, a check by rule, P8.
+"""What atoms stand for: a page to browse, and a blind check by rule.
 
-    python -m beyond.atoms                     # the newest SAEs: a minute for tiny
-    python -m beyond.atoms --model yi-6b --layer 12 --text my.txt
+    python -m beyond.atoms                     # the newest SAEs: two minutes for tiny
+    python -m beyond.atoms --model FOLDER --layer 14 --sentence "The capital of France is Paris"
 
-1. Each atom's ten strongest tokens of a text, with how often it fires: results/<model>-atoms.html,
-   one page without network, made from atoms.html. Where beyond/additive.py has learned codes of the
-   model, also their first stage, whose 256 atoms stand for keys and values of all heads at once.
-2. An atom is *describable* if at least 8 of its ten strongest tokens share the token, the token
-   before, or a shape of it (digits, punctuation, a capital, the last three letters). That is
-   counted for 20 random live atoms, for all of them, and for random directions.
-3. The paper's P8, hierarchical addressing: shallow layers are lexical, deep layers tell senses
-   apart. From the share of atoms that two occurrences have in common: *lexical* is that of the same
-   token (after different ones) minus that of different tokens; *ngram* is how much the same token
-   before adds to it; *sense* is how much less two occurrences of a word have in common if it is a
-   verb once and a noun once, by the word before it. Claimed: from the shallow to the deep third
-   of the layers, lexical and ngram fall, and sense grows. Both thirds are measured on the same
-   pairs; errors are those of a bootstrap over words.
-Writes 2 and 3 to results/<model>-atoms.json. Non-goal: naming atoms by a language model.
+The page, results/<model>-atoms.html, is one file without network, made from atoms.html. Of each
+atom it shows the strongest tokens of a text, each a different word; tokens drawn at random from all
+for which the atom fires; and how its coefficients are distributed. Of a value atom, the tokens that
+it makes likelier and less likely, through W_O, the last norm's weights and the unembedding; of a
+key atom, the words whose queries have the largest product with it, before RoPE. These two are those
+of the kv head in which the atom fires most. A sentence stands above; a click shows a token's code.
+
+The check: ten tokens are *describable* if eight of them share the token, the token before, or a
+shape of it (digits, punctuation, a capital, the last three letters). It is made of each live atom's
+ten strongest tokens, and of ten drawn at random from all for which it fires. Two rivals fire for as
+many tokens as an average atom: random directions, and directions through the mean of one frequent
+token's vectors, which find that token and need no SAE.
+Writes the check, and the code of the sentence's last token, to results/<model>-atoms.json.
+Non-goal: naming atoms by a language model.
 """
 import collections
+import functools
 import json
 import pathlib
 
@@ -27,32 +28,108 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-from beyond import LOOK, begin_look, parse_args
-from beyond.calibrate import read_fitted, side_by_side
+from beyond import LOOK, begin_look, capture_queries, parse_args
+from beyond.depth import words_of
 
-N_RANDOM = 100  # directions to compare atoms with
-N_PAIRS, N_BOOTSTRAP = 20_000, 200
-MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
-NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
+N_RIVALS = 200  # directions of each kind to compare atoms with
+N_KEPT, N_SHOWN = 200, 6  # tokens per atom: kept of each kind, shown on the page
 
-# ------------------------------------------------------------------ the page, and the check
-class Strongest:
-    """For each of M latents the ten tokens of a stream where it is strongest, and how often it
-    fires."""
+# ------------------------------------------------------------------ what is seen of a latent
+class Kept:
+    """For each of M latents, the tokens of a stream that come first in some order, strongest or
+    random, and their z; where z = 0 there is none."""
 
     def __init__(self, n_latents):
-        self.z, self.token = torch.zeros(n_latents, 10), torch.zeros(n_latents, 10).long()
-        self.fired = torch.zeros(n_latents).long()
+        self.order, self.z = torch.zeros(2, n_latents, N_KEPT)
+        self.token = torch.zeros(n_latents, N_KEPT).long()
+
+    def update(self, order, z, first):
+        """order (M, T), above 0 where a latent fires; z (M, T). The stream's tokens are numbered,
+        and `first` is the number of the first of these."""
+        order, places = order.topk(min(N_KEPT, order.shape[1]))
+        joined = torch.cat([self.order, order], 1)
+        z = torch.cat([self.z, z.gather(1, places)], 1)
+        token = torch.cat([self.token, first + places], 1)
+        self.order, places = joined.topk(N_KEPT)
+        self.z, self.token = z.gather(1, places), token.gather(1, places)
+
+class Seen:
+    """What is kept of M latents: the strongest tokens, some at random, and how many there were."""
+
+    def __init__(self, n_latents, generator):
+        self.strongest, self.sample = Kept(n_latents), Kept(n_latents)
+        self.n_fired, self.generator = torch.zeros(n_latents).long(), generator
 
     def update(self, z, first):
-        """z (M, T): each latent at each of T tokens, of which the first has the number `first`."""
-        self.fired += (z > 0).sum(1).cpu()
-        top = z.topk(min(10, z.shape[1]))
-        self.z, places = torch.cat([self.z, top.values.cpu()], 1).topk(10)
-        self.token = torch.cat([self.token, first + top.indices.cpu()], 1).gather(1, places)
+        """z (T, M) of T tokens."""
+        z = z.T.cpu()  # (M, T)
+        at_random = 1 - torch.rand(z.shape, generator=self.generator)  # in (0, 1]
+        self.n_fired += (z > 0).sum(1)
+        self.strongest.update(z, z, first)
+        self.sample.update(at_random * (z > 0), z, first)
 
+class Directions:
+    """A rival of atoms: R unit directions (R, D), each of which fires for a given share of
+    tokens, those with the largest products."""
+
+    def __init__(self, directions, generator):
+        self.directions, self.threshold = directions, None
+        self.seen = Seen(len(directions), generator)
+
+    def update(self, x, live, share, first):
+        """x (T, H, D), centred, of which `live` (T,) may fire. The first call finds the thresholds
+        at which a share of them does."""
+        products = (x @ self.directions.to(x.device).T).amax(1)  # (T, R): the strongest head's
+        if self.threshold is None:
+            self.threshold = products[live].quantile(1 - share, dim=0)  # (R,)
+        self.seen.update(F.relu(products - self.threshold) * live[:, None], first)
+
+def token_means(x, ids, generator):
+    """Directions (R, D) through the mean of one token's vectors in one head, less the head's mean:
+    R of the tokens that occur ten times or more, at random. x (T, H, D), centred; ids (T,)."""
+    frequent, counts = ids.unique(return_counts=True)
+    frequent = frequent[counts >= 10]
+    chosen = frequent[torch.randperm(len(frequent), generator=generator)[:N_RIVALS]].tolist()
+    means = [x[ids == token, i % x.shape[1]].mean(0) for i, token in enumerate(chosen)]
+    return F.normalize(torch.stack(means), dim=-1) if means else x.new_zeros(0, x.shape[2])
+
+@torch.no_grad()
+def read_atoms(model, saes, windows, ks, seed=0):
+    """Windows (n, T), budgets {kind: k} -> {(layer, kind): {name: Seen}} of atoms, random and token
+    means; {(layer, kind): (H, M), for how many tokens an atom fires in a head}."""
+    length, generator, seen, n_fired = windows.shape[1], torch.Generator().manual_seed(seed), {}, {}
+    layers, rivals = sorted({layer for layer, _ in saes}), {}
+    per_batch = max(1, 16_384 // length)
+    for n, ids in enumerate(tqdm(windows.split(per_batch), desc="atoms", disable=None)):
+        for (layer, kind), x in sta.harvest(model, ids, layers, sink=0).items():
+            sae, first = saes[layer, kind], n * per_batch * length
+            z, idx = sae.encode(x.float(), ks[kind])  # (tokens, H, k)
+            inside = (x.float() - sae.b_dec) / sae.scale
+            live = torch.arange(len(x), device=x.device) % length > 0  # first tokens are kept exact
+            z = z * live[:, None, None]
+            by_head = z.new_zeros(*x.shape[:2], sae.n_latents).scatter_(2, idx, z)
+            fired = (by_head > 0).sum(0)  # (H, M)
+            if n == 0:
+                seen[layer, kind] = Seen(sae.n_latents, generator)
+                n_fired[layer, kind] = torch.zeros_like(fired)
+                random = F.normalize(torch.randn(N_RIVALS, x.shape[2], generator=generator), dim=-1)
+                rivals[layer, kind] = {"random": random, "token means": token_means(
+                    inside, ids.flatten(), generator)}
+                rivals[layer, kind] = {name: Directions(directions, generator) for name, directions
+                                       in rivals[layer, kind].items()}
+            n_fired[layer, kind] += fired
+            dense = by_head.amax(1)  # (tokens, M)
+            seen[layer, kind].update(dense, first)
+            ever = (dense > 0).any(0)
+            share = (dense[:, ever] > 0).float().mean().item()  # of tokens, for the average atom
+            for rival in rivals[layer, kind].values():
+                rival.update(inside, live, share, first)
+    return {site: {"atoms": seen[site], **{name: rival.seen for name, rival in some.items()}}
+            for site, some in rivals.items()}, n_fired
+
+# ------------------------------------------------------------------ the check
 def describable(tokens):
-    """Whether an atom's ten strongest [(previous token, token)] meet the rule above."""
+    """Whether ten [(previous token, token)] meet the rule above."""
     bare = [(a.strip().lower(), b.strip()) for a, b in tokens]
     shared = [[b.lower() for _, b in bare], [a for a, _ in bare], [b[-3:] for _, b in bare]]
     most = [collections.Counter(shape).most_common(1)[0][1] for shape in shared]
@@ -61,218 +138,149 @@ def describable(tokens):
     most.append(sum(b[:1].isupper() for _, b in bare))
     return max(most) >= 8
 
-class FirstStage:
-    """The first stage of a layer's additive code (beyond/additive.py) as an SAE of 256 latents, of
-    vectors x (..., P), keys and values of all heads; z: half the error that an atom removes."""
-    def __init__(self, learned):
-        self.n_latents, self.scale, self.b_dec = 256, 1, learned["mean"][None]  # (1, P)
-        self.atoms = learned["atoms.0"][0]  # (256, d)
-        self.W = learned["W"][:, :self.atoms.shape[1]]
+def check_site(seen, words):
+    """{name: Seen} of a site -> {name: {n, strongest, range}}: of how many latents that fire for
+    ten tokens or more, and which shares of them are describable."""
+    rows = {}
+    for name, latents in seen.items():
+        live = (latents.n_fired >= 10).nonzero().squeeze(1).tolist()
+        rows[name] = {"n": len(live)}
+        for column, kept in (("strongest", latents.strongest), ("range", latents.sample)):
+            verdicts = [describable([(words[i - 1], words[i]) for i in kept.token[m, :10].tolist()])
+                        for m in live]
+            rows[name][column] = sum(verdicts) / max(1, len(live))
+    return rows
 
-    def encode(self, x, k):
-        y = (x - self.b_dec) @ self.W
-        return (y @ self.atoms.T - self.atoms.square().sum(-1) / 2).topk(k)
+# ------------------------------------------------------------------ what writes, and what reads
+@torch.no_grad()
+def promoted(model, layer, atoms, heads):
+    """What value atoms (M, D) of kv heads (M,) add to the logits, up to a factor, if all queries of
+    the head read alike -> (ids (M, n) of the tokens that gain most, of those that lose most); None
+    for a model without o_proj and a final norm of that name."""
+    decoder = model.get_decoder()
+    H, D = sta.kv_shape(decoder.config)
+    try:
+        W_O = decoder.layers[layer].self_attn.o_proj.weight.float()
+        gain = decoder.norm.weight.float()
+    except AttributeError:
+        return None
+    W_O = W_O.unflatten(1, (H, -1, D)).mean(2)  # (width, H, D)
+    written = gain * torch.einsum("whd,md->hmw", W_O, atoms)[heads, torch.arange(len(atoms))]
+    most, least = [], []
+    for part in written.split(128):  # (128, width)
+        logits = model.get_output_embeddings()(part.to(model.dtype)).float()  # (128, V)
+        most.append(logits.topk(N_SHOWN).indices)
+        least.append((-logits).topk(N_SHOWN).indices)
+    return torch.cat(most), torch.cat(least)
 
 @torch.no_grad()
-def read_codes(model, saes, windows, ks, seed=0):
-    """Windows (n, T), budgets ks {kind: k} -> for each (layer, kind): idx (tokens, H, k), with -1
-    where z = 0; the Strongest of atoms and of random directions; the first tokens' codes."""
-    length, generator = windows.shape[1], torch.Generator().manual_seed(seed)
-    codes, strongest, sentences = {site: [] for site in saes}, {}, {}
-    directions = {dim: F.normalize(torch.randn(N_RANDOM, dim, generator=generator), dim=-1)
-             for dim in sorted({sae.b_dec.shape[1] for sae in saes.values()})}
-    for start in tqdm(range(0, len(windows), 8), desc="codes", disable=None):
-        batch = windows[start:start + 8]
-        vectors = sta.harvest(model, batch, {layer for layer, _ in saes}, sink=0)
-        for layer, kind in saes:
-            if kind == "stage1":
-                both = side_by_side(vectors[layer, "key"], vectors[layer, "value"])
-                vectors[layer, kind] = both[:, None]  # (tokens, 1, P)
-        for (layer, kind), x in vectors.items():
-            sae, x = saes[layer, kind], x.float()  # (tokens, H, D)
-            z, idx = sae.encode(x, ks[kind])  # (tokens, H, k)
-            codes[layer, kind].append(idx.masked_fill(z <= 0, -1).to(torch.int16).cpu())
-            sink = torch.arange(len(x), device=x.device) % length == 0
-            z[sink] = 0  # a window's first token is kept exact
-            dense = z.new_zeros(len(x), sae.n_latents).scatter_reduce_(
-                1, idx.flatten(1), z.flatten(1), "amax")  # the strongest head's
-            projections = (x - sae.b_dec) / sae.scale @ directions[x.shape[-1]].to(x.device).T
-            projections[sink] = 0  # (tokens, H, N_RANDOM)
-            atoms, random = strongest.setdefault((layer, kind), (Strongest(sae.n_latents),
-                                                                 Strongest(N_RANDOM)))
-            atoms.update(dense.T, start * length)
-            random.update(projections.amax(1).T, start * length)
-            if start == 0:  # [[(atom, z) of a head] of a token]
-                sentences[layer, kind] = [
-                    [[[m, round(v, 3)] for m, v in zip(*head)] for head in zip(*token)]
-                    for token in zip(idx[1:49].tolist(), z[1:49].tolist())]
-    return {site: torch.cat(parts) for site, parts in codes.items()}, strongest, sentences
+def readers(queries, ids, atoms, heads):
+    """Queries (tokens, H, D), the mean over each kv head's queries; ids (tokens,); key atoms (M, D)
+    of kv heads (M,) -> token ids (M, n) whose mean query has the largest product with the atom, of
+    those that occur three times or more."""
+    known, label, counts = ids.unique(return_inverse=True, return_counts=True)
+    sums = queries.new_zeros(len(known), *queries.shape[1:]).index_add_(0, label, queries)
+    means = (sums / counts[:, None, None])[counts >= 3]  # (words, H, D)
+    products = torch.einsum("whd,md->hmw", means, atoms)[heads, torch.arange(len(atoms))]
+    return known[counts >= 3][products.topk(min(2 * N_SHOWN, len(means))).indices]
 
-def describe(strongest, sentences, words, seed=0):
-    """-> (page: what atoms.html shows, check: {layer.kind: shares of describable atoms})."""
-    generator, page, check = torch.Generator().manual_seed(seed), {}, {}
+def different(items, text):
+    """The first N_SHOWN items whose texts are different words."""
+    chosen = {}
+    for item in items:
+        chosen.setdefault(text(item).strip().lower(), item)
+    return list(chosen.values())[:N_SHOWN]
 
-    def share(best, atoms):
-        verdicts = [describable([(words[i - 1], words[i]) for i in best.token[m].tolist()])
-                    for m in atoms]
-        return sum(verdicts) / max(1, len(verdicts))
+def find_readers(run, windows, n_fired):
+    """{site: [[word]]}: what tokens key atoms are read by, and value atoms promote and suppress."""
+    with capture_queries(run.model, run.layers) as queries:
+        run.model.get_decoder()(input_ids=windows.to(run.model.device), use_cache=False)
+    found = {}
+    for (layer, kind), sae in run.saes.items():
+        heads = n_fired[layer, kind].argmax(0)  # (M,): in which an atom fires most
+        if kind == "key" and layer in queries:
+            H = len(sae.b_dec)
+            mean = queries[layer].unflatten(2, (H, -1)).mean(3).flatten(0, 1).float()
+            found[layer, kind] = {"queries": readers(mean, windows.flatten(), sae.W_dec, heads)}
+        elif kind == "value":
+            both = promoted(run.model, layer, sae.W_dec, heads)
+            found[layer, kind] = dict(zip(("promoted", "suppressed"), both)) if both else {}
+    decode = functools.lru_cache(None)(lambda i: run.tokenizer.decode([i]))
 
-    for (layer, kind), (atoms, random) in strongest.items():
-        live = (atoms.z[:, -1] > 0).nonzero().squeeze(1)  # at least ten tokens
-        sample, site = live[torch.randperm(len(live), generator=generator)[:20]], f"{layer}.{kind}"
-        check[site] = {"atoms_20": share(atoms, sample.tolist()), "atoms_live": share(
-            atoms, live.tolist()), "random": share(random, range(N_RANDOM)), "live": len(live)}
-        page[site] = {
-            "sentence": sentences[layer, kind], "fired": (atoms.fired / len(words)).tolist(),
-            "contexts": [[[i, round(v, 3)] for i, v in zip(*pair) if v > 0]
-                         for pair in zip(atoms.token.tolist(), atoms.z.tolist())]}
-    return {"words": words, "sites": page}, check
+    def words(ids):
+        return [decode(i) for i in different(ids, decode)]
 
-# ------------------------------------------------------------------ P8
-def words_of(tokenizer, windows):
-    """The text of each token, with a space before it, which some tokenizers drop at a beginning."""
-    first = sta.encode(tokenizer, ":", special=False)[-1:]
-    n = len(tokenizer.decode(first))
-    text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
-    return [text[i] for i in windows.flatten().tolist()]
+    return {site: {name: [words(row) for row in ids.tolist()] for name, ids in lists.items()}
+            for site, lists in found.items()}
 
-def equal_pairs(labels, generator, n=N_PAIRS):
-    """n pairs (i, j) of places with equal labels (int tensor), drawn at random; (2, n)."""
-    ordered, order = labels.sort()
-    i = torch.randint(len(labels), (n,), generator=generator)
-    low = torch.searchsorted(ordered, ordered[i])
-    high = torch.searchsorted(ordered, ordered[i], right=True)
-    j = low + (torch.rand(n, generator=generator) * (high - low)).long()
-    return torch.stack([order[i], order[j]])
+# ------------------------------------------------------------------ the page
+def pairs_of(kept, m):
+    """[[token number, z]] of latent m's kept tokens, in their order."""
+    pairs = zip(kept.token[m].tolist(), kept.z[m].tolist())
+    return [[i, round(z, 2)] for i, z in pairs if z > 0]
 
-def find_senses(words):
-    """-> (words with two senses, [1 where a token is one of them as a verb, 2 as a noun, else 0]).
-    A verb stands after will, to, ..., a noun after the, our, ...; a word counts if it is five of
-    each or more, one after a modal verb, whole, and not one of the 50 most common."""
-    bare = [word.strip().lower() for word in words]
-    before = [""] + bare[:-1]
-    role = [1 if a in MODALS or a == "to" else 2 if a in NOUNS_AFTER else 0 for a in before]
-    whole = [w.isalpha() and len(w) > 2 and raw[:1].isspace() and not after[:1].isalpha()
-             for w, raw, after in zip(bare, words, [*words[1:], ""])]  # no part of a longer word
-    counts = collections.Counter((w, r) for w, r, ok in zip(bare, role, whole) if ok)
-    common = {w for w, _ in collections.Counter(bare).most_common(50)}  # function words
-    verbs = {w for a, w in zip(before, bare) if a in MODALS}
-    senses = {w for w in verbs if min(counts[w, 1], counts[w, 2]) >= 5} - common
-    return senses, torch.tensor([r if ok and w in senses else 0
-                                 for w, r, ok in zip(bare, role, whole)])
+def page_of_site(atoms, words):
+    """What atoms.html shows of a site's atoms, a Seen."""
+    page = {"fired": [round(n / len(words), 5) for n in atoms.n_fired.tolist()],
+            "strongest": [], "sample": [], "bars": []}
+    for m in range(len(atoms.n_fired)):
+        page["strongest"].append(different(pairs_of(atoms.strongest, m), lambda pair: words[pair[0]]))
+        page["sample"].append(sorted(pairs_of(atoms.sample, m)[:N_SHOWN], key=lambda pair: -pair[1]))
+    for z in atoms.sample.z:  # up to N_KEPT at random of all: ten bars from 0 to the largest
+        page["bars"].append(torch.histc(z[z > 0], 10, 0, z.max().item()).int().tolist())
+    return page
 
-def draw_pairs(windows, words, generator):
-    """{name: (2, n) places} of pairs of occurrences, and the words with two senses. other:
-    different tokens, the null; lexical: the same token after different ones; ngram: the same after
-    the same; sense: the same word in one sense; two: once as a verb and once as a noun. Never of
-    one window, nor of a window's first token, before which the model sees none."""
-    ids, window = windows.flatten(), torch.arange(windows.numel()) // windows.shape[1]
-    inside = torch.arange(windows.numel()) % windows.shape[1] > 0
-    before, bare = ids.roll(1), [word.strip().lower() for word in words]
-    senses, role = find_senses(words)
-    role = role * inside
-    numbers = {w: i for i, w in enumerate(sorted(senses))}
-    places = (role > 0).nonzero().squeeze(1)
-    label = torch.tensor([numbers[bare[i]] for i in places.tolist()], dtype=torch.long)
-    any_pair = torch.randint(len(ids), (2, N_PAIRS), generator=generator)
-    same = equal_pairs(ids, generator)
-    both = equal_pairs(ids * (ids.max() + 1) + before, generator)
-    word = places[equal_pairs(label, generator)] if len(places) else any_pair[:, :0]
+@torch.no_grad()
+def code_of(run, ids, ks):
+    """{site: [[[atom, z] of a head] of a token]} of token ids (T,)."""
+    codes = {}
+    for (layer, kind), x in sta.harvest(run.model, ids[None], run.layers, sink=0).items():
+        z, idx = run.saes[layer, kind].encode(x.float(), ks[kind])
+        codes[f"{layer}.{kind}"] = [
+            [[[m, round(v, 2)] for m, v in zip(*head)] for head in zip(*token)]
+            for token in zip(idx.tolist(), z.tolist())]
+    return codes
 
-    def in_two_windows(p):
-        return (window[p[0]] != window[p[1]]) & inside[p[0]] & inside[p[1]]
+def example(page, words, codes):
+    """The key of the sentence's last token in each layer's first head: its atoms with their
+    coefficients, and what the page shows of them."""
+    rows = {}
+    for site in (site for site in page if site.endswith("key")):
+        rows[site] = [{"atom": m, "z": z, "fired": page[site]["fired"][m],
+                       "strongest": [words[i] for i, _ in page[site]["strongest"][m]],
+                       "sample": [words[i] for i, _ in page[site]["sample"][m]],
+                       "queries": page[site].get("queries", {m: []})[m]}
+                      for m, z in codes[site][-1][0] if z > 0]
+    return rows
 
-    def apart(p):
-        return in_two_windows(p) & (before[p[0]] != before[p[1]])
-
-    one_sense = role[word[0]] == role[word[1]]
-    pairs = {"other": any_pair[:, (ids[any_pair[0]] != ids[any_pair[1]]) & apart(any_pair)],
-             "lexical": same[:, apart(same)], "ngram": both[:, in_two_windows(both)],
-             "sense": word[:, apart(word) & one_sense], "two": word[:, apart(word) & ~one_sense]}
-    return {name: p for name, p in pairs.items() if p.shape[1] > 1}, sorted(senses)
-
-def bootstrap(values, words, generator):
-    """{name: numbers (n,)}, {name: the word (n,) that each belongs to} -> {name: (N_BOOTSTRAP,)}:
-    means of samples of the words, drawn with replacement, the same for all names."""
-    n_words, means = 1 + max(int(w.max()) for w in words.values()), {}
-    drawn = torch.randint(n_words, (N_BOOTSTRAP, n_words), generator=generator)
-    weights = torch.zeros(N_BOOTSTRAP, n_words).scatter_add_(1, drawn, torch.ones(drawn.shape))
-    for name, x in values.items():
-        total = torch.zeros(n_words).index_add_(0, words[name], x.float())
-        n = torch.zeros(n_words).index_add_(0, words[name], torch.ones(len(x)))
-        means[name] = (weights @ total) / (weights @ n).clamp_min(1)
-    return means
-
-def hierarchy(codes, windows, words, seed=0):
-    """P8 -> {layers, words, pairs, kinds: {kind: {gap: {shallow, middle, deep: means; change, as
-    claimed if above 0; stderr; holds: change above two of them}}}}."""
-    layers = sorted({layer for layer, _ in codes})
-    generator = torch.Generator().manual_seed(seed)
-    pairs, senses = draw_pairs(windows, words, generator)
-    labels = torch.unique(windows.flatten(), return_inverse=True)[1]
-    of_word, third = {name: labels[p[0]] for name, p in pairs.items()}, max(1, len(layers) // 3)
-    thirds, kinds = {"shallow": layers[:third], "middle": layers[third:-third],
-                     "deep": layers[-third:]}, {}
-    for kind in sta.KINDS:
-        shared = {}  # {third: {pairs: share of atoms in common (n,)}}
-        for name, (a, b) in pairs.items():
-            for part, part_layers in thirds.items():
-                both = [(codes[layer, kind][a][..., None] == codes[layer, kind][b][..., None, :])
-                        & (codes[layer, kind][a][..., None] >= 0) for layer in part_layers]
-                shares = [x.any(-1).float().mean((1, 2)) for x in both]
-                if shares:
-                    shared.setdefault(part, {})[name] = torch.stack(shares).mean(0)
-        fall = {name: x - shared["deep"][name] for name, x in shared["shallow"].items()}
-        samples, kinds[kind] = bootstrap(fall, of_word, generator), {}
-        for gap, a, b, sign in (("lexical", "lexical", "other", 1),
-                                ("ngram", "ngram", "lexical", 1), ("sense", "sense", "two", -1)):
-            if a in pairs and b in pairs:
-                change = sign * (fall[a].mean() - fall[b].mean()).item()
-                stderr = (samples[a] - samples[b]).std().item()
-                kinds[kind][gap] = {"change": change, "stderr": stderr,
-                                    "holds": change > 2 * stderr,
-                                    **{part: (x[a].mean() - x[b].mean()).item()
-                                       for part, x in shared.items()}}
-    return {"layers": layers, "words": senses, "kinds": kinds,
-            "pairs": {name: p.shape[1] for name, p in pairs.items()}}
-
-def print_hierarchy(result):
-    print(f"{len(result['words'])} words with two senses by rule: "
-          f"{' '.join(result['words']) or 'none; a longer text may have some (--max-tokens)'}")
-    for kind, gaps in result["kinds"].items():
-        n = sum(gap["holds"] for gap in gaps.values())
-        print("P8", "holds" if n == 3 else "holds in part" if n else "does not hold here",
-              f"for {kind}s: " + "; ".join(
-                  f"{name} {gap['shallow']:+.3f} shallow, {gap['deep']:+.3f} deep, change as "
-                  f"claimed {gap['change']:+.3f} ±{gap['stderr']:.3f}"
-                  for name, gap in gaps.items()))
-
-# ------------------------------------------------------------------ the run
 def main(argv=None):
-    args = parse_args(__doc__, argv, LOOK)
+    args = parse_args(__doc__, argv, LOOK, sentence=dict(
+        help="whose codes the page shows (default: the text's first 48 tokens)"))
     run = begin_look(args, "-atoms")
-    ks, saes = {"key": args.k_key, "value": args.k_val, "stage1": 1}, dict(run.saes)
-    for layer in run.layers:
-        if (run.folder / "additive" / f"layer{layer}.safetensors").exists():
-            learned = read_fitted(run.folder / "additive", run.model, layer)
-            if "atoms.0" in learned:
-                saes[layer, "stage1"] = FirstStage(learned)
-    codes, strongest, sentences = read_codes(run.model, saes, run.windows, ks)
+    ks = {"key": args.k_key, "value": args.k_val}
+    seen, n_fired = read_atoms(run.model, run.saes, run.windows, ks)
     words = words_of(run.tokenizer, run.windows)
-    page, check = describe(strongest, sentences, words)
-    for site, row in check.items():
-        print(f"atoms {site}: describable {100 * row['atoms_20']:.0f} % of 20 live ones at random, "
-              f"{100 * row['atoms_live']:.0f} % of all {row['live']}; "
-              f"{100 * row['random']:.0f} % of random directions")
-    result = {**run.about, "k_key": args.k_key, "k_val": args.k_val, "check": check}
-    if len(run.layers) >= 3:
-        result["hierarchy"] = hierarchy(codes, run.windows, words)
-        print_hierarchy(result["hierarchy"])
-    about = {"model": pathlib.Path(run.name).name, **{name: result[name] for name in (
-        "tokens", "k_key", "k_val")}}
-    data = json.dumps({**about, **page}, ensure_ascii=False)
+    readers_of = find_readers(run, run.windows[:max(1, 16_384 // run.windows.shape[1])], n_fired)
+    sentence = run.windows[0, 1:49]
+    if args.sentence:
+        sentence = torch.tensor(sta.encode(run.tokenizer, args.sentence))
+    codes, page, check = code_of(run, sentence, ks), {}, {}
+    for (layer, kind), latents in seen.items():
+        site = f"{layer}.{kind}"
+        check[site] = check_site(latents, words)
+        page[site] = {**page_of_site(latents["atoms"], words), **readers_of.get((layer, kind), {}),
+                      "sentence": codes[site]}
+        print(f"{site}: describable " + "; ".join(
+            f"{name} ({row['n']}): {row['strongest']:.2f} by their strongest tokens, "
+            f"{row['range']:.2f} over the whole range" for name, row in check[site].items()))
+    about = {**run.about, "k_key": args.k_key, "k_val": args.k_val}
+    said = words_of(run.tokenizer, sentence[None])
+    data = {"model": pathlib.Path(run.name).name, "words": words, "sentence": said, "sites": page,
+            **{name: about[name] for name in ("tokens", "k_key", "k_val")}}
+    data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
     template = (sta.HERE / "beyond" / "atoms.html").read_text(encoding="utf-8")
+    result = {**about, "check": check, "sentence": said, "example": example(page, words, codes)}
     for path, content in ((run.path.with_suffix(".html"), template.replace("DATA", data)),
                           (run.path, json.dumps(result) + "\n")):
         sta.write_atomic(path, content)

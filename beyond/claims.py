@@ -8,7 +8,7 @@ twice its atoms, for P5; the heads' means without atoms, for P2. Controls come f
 beyond/variants.py: splits, SAEs trained for (12, 12) and (16, 8), for P3 and P4; l1, autoencoders
 with an L1 penalty, for P1. For tiny they are trained if they are not there; for other models the
 claims that need them are left out. Then it measures what coded keys do to attention and which atoms
-occurrences share (beyond/atoms.py), prints the verdicts, and writes <model>-claims.json and
+occurrences share (beyond/depth.py), prints the verdicts, and writes <model>-claims.json and
 -shrinkage.png beside evaluate.py's <model>.json. *Clear* means two standard errors; those over
 layers say how layers vary, not how runs would.
 """
@@ -23,7 +23,7 @@ import plots
 import sta
 import train_sae
 from beyond import begin_look, parse_args
-from beyond.atoms import hierarchy, print_hierarchy, read_codes, words_of
+from beyond.depth import hierarchy, print_hierarchy, read_codes, words_of
 from beyond.variants import VARIANTS, ReluCode, beside, search, settings_of
 from evaluate import mean_stderr
 
@@ -263,7 +263,7 @@ def judge_memory(dual, context):
         "one context of the model; in part: the first")
 
 def judge_depth(result):
-    """P8 from what beyond.atoms.hierarchy returned, of three layers or more."""
+    """P8 from what beyond.depth.hierarchy returned, of three layers or more."""
     print_hierarchy(result)
     gaps = [gap for kind in result["kinds"].values() for gap in kind.values()]
     complete = len(gaps) == 6  # else the text has no word with two senses
@@ -329,8 +329,8 @@ def measure(run, args, l1):
                      for name, some in codecs.items()}
     depth, config = None, run.model.get_decoder().config
     if len(run.layers) >= 3:
-        codes, _, _ = read_codes(run.model, run.saes, run.windows, {
-            "key": args.k_key, "value": args.k_val})
+        ks = {"key": args.k_key, "value": args.k_val}
+        codes = read_codes(run.model, run.saes, run.windows, ks)
         depth = hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows))
     return {"attention": attention, "depth": depth, "context": getattr(
         config, "max_position_embeddings", 2048)}
@@ -351,7 +351,7 @@ def main(argv=None):
         limit=dict(type=int, help="rows of each task (default all)"),
         resume=dict(action="store_true", help="as for evaluate.py"),
         judge=dict(action="store_true", help="only judge again what --out holds"))
-    n_scored, args.max_tokens = args.max_tokens, 131_072  # as many as beyond/atoms.py reads
+    n_scored, args.max_tokens = args.max_tokens, 131_072  # as many as beyond/depth.py reads
     if args.judge:
         return judge_again(args.out, sta.slug(args.model or "tiny"))
     run = begin_look(args, "-claims")

@@ -54,8 +54,8 @@ def lines_of(result, folder):
         if not kinds:
             raise ValueError("neither rows nor claims")
         kind = kinds[0]
-        new_lines = [{"kind": kind, "name": kind, kind: result[kind], "settings": result.get(
-            "settings")}]
+        columns = {name: result[name] for name in (kind, "example", "sentence") if name in result}
+        new_lines = [{"kind": kind, "name": kind, **columns, "settings": result.get("settings")}]
     text = json.dumps([{**about, **line} for line in new_lines])
     return json.loads(text.replace(folder.rstrip("/") + "/", "DIR/") if folder else text)
 
@@ -216,12 +216,41 @@ def peers(lines):
           for shape, by_name in result["times"].items()]
     return markdown(["", *names], fvu + ms)
 
+def describable(lines):
+    """Which share of directions the blind rule of beyond/atoms.py describes."""
+    names, rows = ("atoms", "token means", "random"), []
+    for line in pick(lines, kind="check"):
+        for site, check in line["check"].items():
+            layer, kind = site.split(".")
+            rows.append([pathlib.Path(line["model"]).name, layer, kind, *(
+                f"{check[name][column]:.2f}" for column in ("strongest", "range")
+                for name in names)])
+    return markdown(["model", "layer", "kind", *(f"{name}, {column}" for column in (
+        "ten strongest", "ten at random") for name in names)], rows)
+
+def one_key(lines):
+    """The code of a sentence's last key, as beyond/atoms.py has it."""
+    line = pick(lines, kind="check", model=QWEN)[-1:]
+    if not line:
+        return []
+    def quoted(texts):
+        return " ".join(f"`{text}`" for text in texts[:5] if "`" not in text and "|" not in text
+                        and text.isprintable())
+    example = next(iter(line[0]["example"].values()))  # of the first layer
+    return markdown(
+        ["atom", "coefficient", "fires for", "strongest tokens, no word twice",
+         "tokens at random from all for which it fires"],
+        [[str(row["atom"]), f"{row['z']:.2f}", f"{100 * row['fired']:.1f} %",
+          quoted(row["strongest"]), quoted(row["sample"])] for row in example])
+
+QWEN = "DIR/qwen2.5-coder-1.5b-instruct"
 SMOLLM2 = "DIR/smollm2-135m-instruct"
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
-          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers}
+          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers,
+          "describable": describable, "one key": one_key}
 
 def tiny_ratio(name):
     return lambda lines: spread([row["ratio"] for row in longest(

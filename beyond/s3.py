@@ -29,7 +29,7 @@ import torch.nn.functional as F
 
 import evaluate
 import sta
-from beyond import parse_args
+from beyond import capture_queries, parse_args
 
 CHUNK, OVERLAP, SPAN = 512, 64, 32  # tokens
 N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
@@ -41,15 +41,14 @@ def read(model, ids, layers):
     """{layer: [keys (T, H, D), queries (T, H, group, D), both before RoPE, and the residual stream
     (T, width)]} of token ids (T,)."""
     decoder, parts = model.get_decoder(), {}
-    H, D = sta.kv_shape(decoder.config)
-    with sta.capture(model, layers) as keys:
+    H, _ = sta.kv_shape(decoder.config)
+    with sta.capture(model, layers) as keys, capture_queries(model, layers) as queries:
         streams = decoder(input_ids=ids[None].to(model.device), use_cache=False,
                           output_hidden_states=True).hidden_states
     for layer in layers:
-        block = decoder.layers[layer]
-        with sta.explain("no projection of queries; want llama, mistral, qwen2 or qwen3"):
-            q = block.self_attn.q_proj(block.input_layernorm(streams[layer])[0])
-            q = getattr(block.self_attn, "q_norm", torch.nn.Identity())(q.unflatten(-1, (H, -1, D)))
+        if layer not in queries:
+            raise sta.UsageError("no projection of queries; want llama, mistral, qwen2 or qwen3")
+        q = queries[layer][0].unflatten(1, (H, -1))  # (T, H, group, D)
         parts[layer] = [x.float() for x in (keys[layer, "key"][0], q, streams[layer][0])]
     return parts
 

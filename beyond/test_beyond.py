@@ -21,8 +21,8 @@ import evaluate
 import plots
 import sta
 import train_sae
-from beyond import (additive, atoms, benchmark, cache, calibrate, claims, report, rivals, s3,
-                    variants)
+from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, depth,
+                    report, rivals, s3, variants)
 from test_sta import (SHORT, across, assert_one_line, dual, evaluated, mask_forms, rows_of, script,
                       small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
 
@@ -695,13 +695,81 @@ def test_attention_change_is_that_of_hugging_face_attention():
     assert model.config._attn_implementation == "sdpa"
 
 # ---------------------------------------------------------------- atoms.py
-def test_strongest_tokens_are_those_of_a_sort():
-    z = torch.relu(rows_of(6, 50))  # six latents, fifty tokens
-    found = atoms.Strongest(6)
-    for first in (0, 7, 30):
-        found.update(z[:, first:{0: 7, 7: 30, 30: 50}[first]], first)
-    assert torch.equal(found.token, z.argsort(descending=True)[:, :10])
-    assert torch.equal(found.fired, (z > 0).sum(1))
+def test_kept_tokens_are_those_of_a_sort():
+    z = torch.relu(rows_of(6, 500))  # six latents, five hundred tokens
+    seen = atoms.Seen(6, torch.Generator().manual_seed(0))
+    for first, last in ((0, 70), (70, 300), (300, 500)):
+        seen.update(z.T[first:last], first)
+    n = atoms.N_KEPT
+    torch.testing.assert_close(seen.strongest.z, z.sort(descending=True)[0][:, :n])
+    for kept in (seen.strongest, seen.sample):
+        assert torch.equal(kept.z, z.gather(1, kept.token) * (kept.z > 0))
+    assert torch.equal(seen.n_fired, (z > 0).sum(1))
+    half = seen.sample.token[0][seen.sample.z[0] > 0].float()
+    assert len(half) == min(n, (z[0] > 0).sum()) == len(half.unique())
+    assert 200 < half.mean() < 300  # of the whole stream alike
+
+def test_a_rival_fires_for_the_share_that_it_is_given():
+    x, live = vectors_of(2000, dim=8), torch.ones(2000, dtype=torch.bool)
+    rival = atoms.Directions(torch.eye(8)[:3], torch.Generator())
+    rival.update(x, live, 0.05, 0)
+    assert rival.seen.n_fired.tolist() == pytest.approx([100] * 3, abs=1)
+    best = x[..., 1].amax(1).argsort(descending=True)[:10]
+    assert rival.seen.strongest.token[1, :10].tolist() == best.tolist()
+
+def test_directions_through_token_means():
+    ids = torch.arange(40).repeat(10)  # forty tokens, ten times each; and one of nine
+    x = rows_of(40, 2 * 8).view(40, 2, 8).repeat(10, 1, 1) + 0.01 * vectors_of(400, dim=8)
+    ids[:40][7] = 99
+    means = atoms.token_means(x, ids, torch.Generator().manual_seed(0))
+    assert len(means) == 39
+    cos = means @ torch.nn.functional.normalize(x[:40], dim=-1).flatten(0, 1).T  # (39, 80)
+    assert (cos.amax(1) > 0.99).all() and len(cos.argmax(1).unique()) == 39
+
+def test_a_token_range_without_a_shape_is_not_describable():
+    """Ten strongest tokens are one word, the other two hundred are not."""
+    words = ["w", "a"] * 10 + [f"{chr(97 + i % 26)}{chr(97 + i // 26)}{i}" for i in range(400)]
+    z = torch.zeros(len(words), 1)
+    z[1:20:2], z[20:] = 9, torch.rand(400, 1)
+    seen = atoms.Seen(1, torch.Generator().manual_seed(0))
+    seen.update(z, 0)
+    assert atoms.check_site({"atoms": seen}, words) == {
+        "atoms": {"n": 1, "strongest": 1.0, "range": 0.0}}
+
+def test_what_a_value_atom_promotes_is_what_its_head_adds_to_the_logits():
+    """By the model's own modules: the difference that the atom makes to W_O's output."""
+    model = small_model("llama")
+    config, attention = model.config, model.model.layers[1].self_attn
+    D, group = sta.kv_shape(config)[1], config.num_attention_heads // config.num_key_value_heads
+    atom, head = rows_of(1, D), 1
+    read = torch.zeros(config.num_attention_heads, D)
+    read[head * group:(head + 1) * group] = atom
+    with torch.no_grad():
+        logits = model.lm_head(attention.o_proj(read.flatten()) * model.model.norm.weight)
+    most, least = atoms.promoted(model, 1, atom, torch.tensor([head]))
+    assert most[0].tolist() == logits.argsort(descending=True)[:atoms.N_SHOWN].tolist()
+    assert least[0].tolist() == logits.argsort()[:atoms.N_SHOWN].tolist()
+    assert atoms.promoted(small_model("gpt_neox"), 1, atom, torch.tensor([head])) is None
+
+def test_words_whose_queries_read_a_key_atom():
+    ids = torch.tensor([5, 5, 5, 8, 8, 8, 9])  # 9 occurs once, and does not count
+    queries = torch.zeros(7, 2, 4)
+    queries[:3, 1], queries[3:6, 1, 0], queries[6] = torch.tensor([1., 2, 3, 4]), 7, 99
+    found = atoms.readers(queries, ids, torch.eye(4)[[0, 3]], torch.tensor([1, 1]))
+    assert found.tolist() == [[8, 5], [5, 8]]
+
+def test_queries_are_those_of_the_model():
+    for family in ("llama", "qwen3"):
+        model, ids = small_model(family), tokens_of(1, 6)
+        with capture_queries(model, [1]) as queries, torch.no_grad():
+            streams = model.model(input_ids=ids, output_hidden_states=True).hidden_states
+        block = model.model.layers[1]
+        D = sta.kv_shape(model.config)[1]
+        q = block.self_attn.q_proj(block.input_layernorm(streams[1])).unflatten(-1, (-1, D))
+        torch.testing.assert_close(queries[1], getattr(
+            block.self_attn, "q_norm", torch.nn.Identity())(q).detach())
+    with capture_queries(small_model("gpt_neox"), [1]) as queries:
+        assert queries == {}
 
 @pytest.mark.parametrize("pairs,expected", [
     ([("a", f" w{i}") for i in range(8)] + [("b", "x"), ("c", "y")], True),  # the token before
@@ -715,7 +783,7 @@ def test_describable_atoms(pairs, expected):
 def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     """Its strongest contexts against codes computed here; corpus text cannot end the data."""
     argv = ["--saes", trained, "--max-tokens", 2048, "--out", tmp_path]
-    assert script(atoms, *argv) == 0
+    assert script(atoms, *argv, "--sentence", "The President of the United") == 0
 
     def read():
         html = (tmp_path / "tiny-atoms.html").read_text(encoding="utf-8")
@@ -728,30 +796,34 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     with sta.capture(model, [2]) as rows, torch.no_grad():
         model(ids.view(8, 256))
     z, idx = (x.flatten(0, 1) for x in saes[2, "key"].encode(rows[2, "key"], 8))  # (2048, H, 8)
-    best = {}
+    best, words = {}, [tokenizer.decode(i) for i in ids]
     for place, head, rank in (idx == 5).nonzero().tolist():
-        if place % 256:
+        if place % 256 and z[place, head, rank] > 0:
             best[place] = max(z[place, head, rank].item(), best.get(place, 0))
-    expected = sorted(best.items(), key=lambda item: -item[1])[:10]
-    found = page["sites"]["2.key"]["contexts"][5]
-    assert [i for i, _ in found] == [i for i, _ in expected]
-    assert [v for _, v in found] == pytest.approx([v for _, v in expected], abs=1e-3)
-    assert page["words"][:2048] == [tokenizer.decode(i) for i in ids]
-    check = json.loads((tmp_path / "tiny-atoms.json").read_text())["check"]
-    assert 0 <= check["1.value"]["atoms_live"] <= 1
+    by_word, site = {}, page["sites"]["2.key"]
+    for i, value in sorted(best.items(), key=lambda item: -item[1]):
+        by_word.setdefault(words[i].strip().lower(), (i, value))
+    expected = list(by_word.values())[:6]
+    assert [i for i, _ in site["strongest"][5]] == [i for i, _ in expected]
+    assert [v for _, v in site["strongest"][5]] == pytest.approx([v for _, v in expected], abs=0.01)
+    assert site["fired"][5] == pytest.approx(len(best) / 2048, abs=1e-5)
+    assert all(best[i] == pytest.approx(v, abs=0.01) for i, v in site["sample"][5])
+    assert sum(site["bars"][5]) == min(len(best), atoms.N_KEPT)
+    assert page["words"][:2048] == words
+    assert page["sentence"] == ["The", " President", " of", " the", " United"]
+    result = json.loads((tmp_path / "tiny-atoms.json").read_text())
+    assert 0 <= result["check"]["1.value"]["atoms"]["range"] <= 1
+    with sta.capture(model, [1]) as rows, torch.no_grad():
+        model(tokenizer("The President of the United", return_tensors="pt").input_ids)
+    z, idx = (x[0, -1, 0].tolist() for x in saes[1, "key"].encode(rows[1, "key"], 8))
+    assert [row["atom"] for row in result["example"]["1.key"]] == idx
+    assert [row["z"] for row in result["example"]["1.key"]] == pytest.approx(z, abs=0.01)
     end = "</script><script>alert(1)</script>"
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: end * len(ids))
     assert script(atoms, *argv) == 0
     assert read()["words"][3] == end
 
-def test_first_stage_of_an_additive_code_in_the_page(trained, tmp_path):
-    """The one atom of a token is that of additive.py's own coding."""
-    x, learned = learned_layer()
-    first = atoms.FirstStage(learned)
-    codes = additive.Additive(learned, {0: 1}, (2, 16)).encode(
-        *calibrate.apart(x[:200], (2, 16)))[0]
-    assert first.encode(x[:200], 1)[1].tolist() == codes.tolist()
-
+# ---------------------------------------------------------------- depth.py
 def test_hierarchy_finds_what_was_put_in():
     """Shallow codes are the token's own; deep ones follow the token before, so they tell a noun
     from a verb; text of made-up words in forty windows."""
@@ -771,7 +843,7 @@ def test_hierarchy_finds_what_was_put_in():
         codes[1, kind] = code(flat, noise, none)  # -1: z = 0, which no two tokens share
         codes[2, kind] = code(flat, noise, 300 + 2 * flat + verb)
     words = [vocabulary[i] for i in flat]
-    result = atoms.hierarchy(codes, ids, words, seed=0)
+    result = depth.hierarchy(codes, ids, words, seed=0)
     assert result["words"] == ["run", "walk", "work"]
     gaps = result["kinds"]["key"]
     for name, expected in (("lexical", [2 / 3, 1 / 3, 0.6]), ("ngram", [1 / 3, 0, 0.07]),
@@ -781,23 +853,23 @@ def test_hierarchy_finds_what_was_put_in():
         sign = -1 if name == "sense" else 1
         assert gaps[name]["change"] == pytest.approx(sign * (found[0] - found[2]), abs=1e-6)
     assert all(gap["holds"] for gap in gaps.values())
-    few = atoms.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
+    few = depth.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
     assert few["words"] == [] and set(few["kinds"]["key"]) == {"lexical", "ngram"}
-    turned = atoms.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
+    turned = depth.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
     assert not any(gap["holds"] for gap in turned["kinds"]["key"].values())
 
 def test_errors_are_those_of_words_not_of_pairs():
     """Each word's pairs all say the same: a hundred copies are worth one, as numpy has it."""
     of_each = rows_of(30, 1)[:, 0]
     x, words = of_each.repeat_interleave(100), torch.arange(30).repeat_interleave(100)
-    means = atoms.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
+    means = depth.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
     assert means.std().item() == pytest.approx(of_each.std().item() / 30 ** 0.5, rel=0.2)
 
 def test_codes_for_p8(trained):
     model, tokenizer, _ = sta.load_model("tiny")
     saes, _ = sta.load_saes(trained / "tiny", model)
     windows = sta.token_windows(sta.read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
-    codes, _, _ = atoms.read_codes(model, saes, windows, {"key": 3, "value": 60})
+    codes = depth.read_codes(model, saes, windows, {"key": 3, "value": 60})
     with sta.capture(model, [1]) as rows:
         model(windows[9:])
     for kind, k in (("key", 3), ("value", 60)):
@@ -1122,8 +1194,8 @@ def test_every_picture_is_shown():
 
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
-           "variants": {"calibrate"}, "cache": set(), "atoms": {"calibrate"},
-           "claims": {"variants", "atoms"}, "s3": set(), "benchmark": {"cache"}, "report": set()}
+           "variants": {"calibrate"}, "cache": set(), "atoms": {"depth"},
+           "depth": set(), "claims": {"variants", "depth"}, "s3": set(), "benchmark": {"cache"}, "report": set()}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):
