@@ -383,11 +383,13 @@ def fidelity_and_bytes(row, vectors, config):
             round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
 
 def find_curves(saes, vectors):
-    """{layer: {key: curve, value: curve, elbow_key, elbow_value}} of `sta.budget_curve`."""
+    """{layer: {key: curve, value: curve, k_key, k_value: trained for; elbow_key, elbow_value}}, of
+    `sta.budget_curve`; the elbows are those of the budgets trained for, up to 2k."""
     curves = {}
     for (layer, kind), sae in saes.items():
         curve = sta.budget_curve(sae, vectors[layer, kind].flatten(0, 1).float())
-        curves.setdefault(layer, {}).update({kind: curve, f"elbow_{kind}": sta.elbow(curve)})
+        curves.setdefault(layer, {}).update({
+            kind: curve, f"k_{kind}": sae.k, f"elbow_{kind}": sta.elbow(curve, 2 * sae.k)})
     return curves
 
 # ------------------------------------------------------------------ the run
@@ -404,12 +406,11 @@ def format_row(row, width):
 
 def print_elbows(curves):
     """How many layers have their elbow at which k."""
-    for kind in sta.KINDS:
+    for kind in sta.KINDS if curves else ():
         elbows = [layer[f"elbow_{kind}"] for layer in curves.values()]
         counts = [f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows))]
-        if counts:
-            most = max(layer[kind][-1]["k"] for layer in curves.values())
-            print(f"elbow of the {kind} curves (k up to {most}), layers: {', '.join(counts)}")
+        most = 2 * max(layer[f"k_{kind}"] for layer in curves.values())
+        print(f"elbow of the {kind} curves (k from 1 to {most}), layers: {', '.join(counts)}")
 
 def print_dictionaries(rows):
     """From how many tokens on a row's dictionaries pay."""

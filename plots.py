@@ -1,14 +1,14 @@
-"""Pictures from the JSON files of evaluate.py; computes only means and medians over layers.
+"""Pictures from the JSON files of evaluate.py; computes only means over layers, and their elbow.
 
     python plots.py                                        # results/*.json -> results/*.png
     python plots.py --results other/results --out pictures
 
-For each model <model>-overview.png, -budget, -asymmetry, -bytes, -training. Colours are Okabe and
-Ito's, which colour-blind readers can tell apart; markers and dashes tell them apart in grey.
+For each model <model>-overview.png (what k atoms leave; keys against values, by layer; perplexity)
+and -training.png. Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers
+and dashes tell them apart in grey. beyond/report.py draws rivals, in the same colours.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
-import itertools
 import json
 import math
 import pathlib
@@ -18,125 +18,123 @@ import matplotlib
 
 matplotlib.use("Agg")  # write files; no window, no display needed
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator, NullFormatter
 
 import sta
 
-KIND_STYLE = {"key": ("#0072B2", "o", "-"), "value": ("#D55E00", "s", "--")}
-METHOD_STYLE = {"dual": ("#009E73", "D", "-"), "keys": ("#0072B2", "o", "-"),
-                "values": ("#D55E00", "s", "-"), "uniform": ("#CC79A7", "^", "-"),
-                "reverse": ("#CC79A7", "v", "-")}
-OTHERS = [("#E69F00", "X", "--"), ("black", "P", "-."), ("#56B4E9", "h", ":"),
-          ("#0072B2", "<", "--"), ("#D55E00", ">", "-."), ("#882255", "p", ":")]
+# Of every method, in all pictures: its name in legends, colour, marker, dash.
+STYLE = {
+    "keys": ("keys", "#0072B2", "o", "-"), "values": ("values", "#D55E00", "s", "--"),
+    "dual": ("Top-K, dual", "#009E73", "D", "-"),
+    "uniform": ("Top-K, uniform", "#CC79A7", "^", "-"),
+    "reverse": ("Top-K, reverse", "#CC79A7", "v", "-"),
+    "searched": ("Top-K, searched", "#E69F00", "X", "-"),
+    "layer SAE": ("Top-K, one SAE per layer", "#882255", "p", "-."),
+    "l1": ("L1", "#56B4E9", "h", "--"), "grouped": ("grouped", "black", "P", "-."),
+    "rotated": ("rotated", "dimgrey", "<", "--"), "transform": ("transform", "#56B4E9", ">", ":"),
+    "additive": ("additive", "black", "*", ":")}
+
+def log_axis(axis, unit=""):
+    """Ticks at 1, 2 and 5 times a power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}" + unit)
+    axis.set_minor_formatter(NullFormatter())
 
 # ------------------------------------------------------------------ one panel each
-def draw_budget(panel, result, metric, label):
-    """A metric against k: shallow, middle and deep thirds of the layers, light to dark; the elbow
-    of the median layer on the mean over layers."""
+def draw_budget(panel, result):
+    """FVU against k, means over layers; dashed beyond the budgets that the SAEs were trained for;
+    the elbow of each curve is circled."""
     layers = list(result["curves"].values())
-    third = max(1, len(layers) // 3)
-    bands = {"shallow": layers[:third], "middle": layers[third:-third], "deep": layers[-third:]}
-    for kind, (colour, marker, dash) in KIND_STYLE.items():
-        ks = [point["k"] for point in layers[0][kind]]
-
-        def mean(chosen):
-            return [statistics.mean(layer[kind][i][metric] for layer in chosen)
-                    for i in range(len(ks))]
-
-        for (name, band), alpha in zip(bands.items(), (0.3, 0.6, 1)):
-            if band:
-                panel.plot(ks, mean(band), color=colour, ls=dash, marker=marker, ms=4, alpha=alpha,
-                           label=f"{kind}s, {name} layers")
-        at = statistics.median_high(layer[f"elbow_{kind}"] for layer in layers)
-        panel.plot(at, mean(layers)[ks.index(at)], marker="o", ms=15, mfc="none", mec=colour, ls="",
-                   mew=1.5, label=f"elbow of {kind}s, k = {at}")
-    panel.set_xscale("symlog", base=2, linthresh=1)  # k = 0, too: the head's mean alone
-    panel.set_xticks(ks, [str(k) for k in ks])
-    panel.set_xlabel("budget k (atoms per vector; 0: the head's mean)")
-    panel.set_ylabel(label)
-    panel.legend(fontsize=7, loc="lower right" if metric == "cos" else "upper right")
-    if metric == "cos":
-        panel.axhline(0.8, color="grey", lw=1, ls=":")
-        panel.annotate("paper: keys pass 0.8 at k = 8", (ks[-1], 0.8), xytext=(0, -12), ha="right",
-                       textcoords="offset points", color="dimgrey", fontsize=8)
+    for kind in sta.KINDS:
+        label, colour, marker, _ = STYLE[f"{kind}s"]
+        curve = [{"k": points[0]["k"], "fvu": statistics.mean(point["fvu"] for point in points)}
+                 for points in zip(*(layer[kind] for layer in layers))]
+        most = 2 * layers[0][f"k_{kind}"]
+        for some, dash in (([p for p in curve if p["k"] <= most], "-"),
+                           ([p for p in curve if p["k"] >= most], ":")):
+            panel.plot([p["k"] for p in some], [p["fvu"] for p in some], color=colour, ls=dash,
+                       marker=marker, ms=4, label=label if dash == "-" else None)
+        at = sta.elbow(curve, most)
+        panel.plot(at, next(p["fvu"] for p in curve if p["k"] == at), marker="o", ms=14, mfc="none",
+                   mec=colour, ls="", label=f"elbow, k = {at}")
+    panel.set_xticks([p["k"] for p in curve if p["k"] in (0, 8, 16, 32, 64)])
+    panel.set_xlabel("k, atoms per vector")
+    panel.set_ylabel("variance left within heads (FVU)")
+    panel.set_ylim(0, 1.05)
+    panel.legend()
 
 def draw_by_layer(panel, lines, label):
-    """{name: (colour, marker, dash, {layer: value})} against the layer."""
-    for name, (colour, marker, dash, values) in lines.items():
+    """{(name, colour, marker, dash): {layer: value}} against the layer."""
+    for (name, colour, marker, dash), values in lines.items():
         panel.plot([int(layer) for layer in values], list(values.values()), color=colour,
-                   marker=marker, ls=dash, label=name)
+                   marker=marker, ms=4, ls=dash, label=name)
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("layer")
     panel.set_ylabel(label)
     panel.set_ylim(bottom=0)
-    panel.legend(fontsize=8)
-
-def at_eight(curve):
-    """The point of a budget curve at 8 atoms, or at the most below that were measured."""
-    return max((point for point in curve if point["k"] <= 8), key=lambda point: point["k"])
+    panel.legend()
 
 def draw_asymmetry(panel, result):
+    """FVU of keys and values by layer, each at the budget that its SAEs were trained for."""
     lines = {}
-    for kind, style in KIND_STYLE.items():
-        points = {layer: at_eight(curves[kind]) for layer, curves in result["curves"].items()}
-        lines[f"{kind}s"] = (*style, {layer: point["fvu"] for layer, point in points.items()})
-    k = points[next(iter(points))]["k"]
-    draw_by_layer(panel, lines, f"FVU at {k} atoms (variance left within heads)")
+    for kind in sta.KINDS:
+        label, *style = STYLE[f"{kind}s"]
+        points = {}
+        for layer, curves in result["curves"].items():
+            points[layer] = [p for p in curves[kind] if p["k"] <= curves[f"k_{kind}"]][-1]
+        label = f"{label}, k = {points[layer]['k']}"
+        lines[label, *style] = {layer: point["fvu"] for layer, point in points.items()}
+    draw_by_layer(panel, lines, "variance left within heads (FVU)")
 
-def draw_bytes(panel, result):
-    """The rise of perplexity against the bytes, a curve a method, with 95 % intervals."""
-    others, methods = itertools.cycle(OTHERS), {}
+def draw_perplexity(panel, result):
+    """The rise of perplexity by keys, values, dual, uniform and reverse, with 95 % intervals."""
+    ticks = []
     for row in result["rows"]:
-        if 1 < row["ratio"] < math.inf and row["bytes_share"] < 1:  # what a log axis can show
-            methods.setdefault(row["method"], []).append(row)
-    for method, rows in methods.items():
-        colour, marker, dash = METHOD_STYLE.get(method) or next(others)
-        rows = sorted(rows, key=lambda row: row["bytes_share"])
-        rise = [100 * (row["ratio"] - 1) for row in rows]
-        low = [100 * max(0, row["ratio"] - max(row["ratio_ci95"][0], 1.0001)) for row in rows]
-        high = [100 * (row["ratio_ci95"][1] - row["ratio"]) for row in rows]
-        panel.errorbar([100 * row["bytes_share"] for row in rows], rise, yerr=(low, high),
-                       color=colour, marker=marker, ls=dash, ms=7, capsize=3, label=method)
-    panel.set_yscale("log")
-    panel.yaxis.set_major_formatter("{x:g} %")
-    panel.set_xlim(left=0)
-    panel.set_xlabel("bytes of the KV cache, % of bf16")
-    panel.set_ylabel(f"rise in perplexity ({result['tokens']:,} tokens)")
-    panel.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))  # beside the panel
+        if row["name"] in ("keys", "values", "dual", "uniform", "reverse"):
+            rise, high = row["ratio"] - 1, row["ratio_ci95"][1] - row["ratio"]
+            if math.isfinite(high):
+                panel.bar(len(ticks), 100 * rise, yerr=100 * high, color=STYLE[row["name"]][1],
+                          capsize=3)
+            budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
+            ticks.append(f"{row['name']}\n{budget if math.isfinite(high) else 'infinite'}")
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
+    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xlabel("what is coded, and its atoms per vector")
+    panel.set_ylabel("perplexity above dense, %")
 
 def draw_training(panel, result):
     for run in result["training"]:
-        for kind, (colour, marker, dash) in KIND_STYLE.items():
+        for kind in sta.KINDS:
+            label, colour, marker, dash = STYLE[f"{kind}s"]
             panel.plot([entry["step"] for entry in run["log"]],
                        [entry["fvu"][kind] for entry in run["log"]], color=colour, ls=dash,
-                       marker=marker, ms=3, label=f"{kind}s")
+                       marker=marker, ms=3, label=label)
     panel.set_yscale("log")
+    log_axis(panel.yaxis)
     panel.set_xlabel("step")
-    panel.set_ylabel("FVU of held-out vectors, mean over layers")
-    panel.legend(fontsize=8)
+    panel.set_ylabel("FVU of held-out vectors")
+    panel.legend()
 
 # ------------------------------------------------------------------ one picture each
 def draw_all(result):
     """{name: figure} of one result."""
-    def cos(panel, result): draw_budget(panel, result, "cos", "cosine similarity of x and x_hat")
-    def fvu(panel, result): draw_budget(panel, result, "fvu", "FVU (variance left within heads)")
-    wanted, figures = {"bytes": ("the price of bytes", [draw_bytes])}, {}
+    wanted, figures = {}, {}
     if result["curves"]:
-        wanted["budget"] = "what k atoms keep of a vector", [cos, fvu]
-        wanted["asymmetry"] = "keys against values", [draw_asymmetry]
-        wanted["overview"] = "keys and values in atoms", [cos, draw_asymmetry, draw_bytes]
+        wanted["overview"] = [draw_budget, draw_asymmetry, draw_perplexity]
     if result["training"]:
-        wanted["training"] = "training", [draw_training]
-    for name, (title, draws) in wanted.items():
+        wanted["training"] = [draw_training]
+    plt.rcParams.update({"font.size": 9, "legend.fontsize": 8, "axes.grid": True,
+                         "grid.alpha": 0.25, "axes.axisbelow": True})
+    for name, draws in wanted.items():
         figures[name], panels = plt.subplots(1, len(draws), squeeze=False, layout="constrained",
-                                             figsize=(1.5 + 4.5 * len(draws), 4.5))
+                                             figsize=(10 if len(draws) == 3 else 6, 3.6))
         for panel, draw in zip(panels[0], draws):
             draw(panel, result)
-            panel.grid(alpha=0.25, which="both")
-        figures[name].suptitle(f"{pathlib.Path(result['model']).name}: {title}", fontsize=12)
+        figures[name].suptitle(pathlib.Path(result["model"]).name, fontsize=10)
     return figures
 
 def save(figure, path):
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
     print(f"wrote {path}")
 

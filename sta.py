@@ -289,15 +289,15 @@ def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
                       "dead": 1 - n_fired / sae.n_latents})
     return curve
 
-def elbow(curve):
-    """The semantic elbow: the k whose cosine lies furthest above the chord of the curve from k = 1
-    on. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends on the largest k
-    measured, so state that. not in paper: the readable text gives no rule for its elbow."""
-    curve = [point for point in curve if point["k"] >= 1]
+def elbow(curve, most):
+    """The semantic elbow: the k from 1 to `most` whose FVU lies furthest below the chord between
+    the curve's ends there. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends
+    on `most`, so state that. not in paper: the readable text gives no rule for its elbow."""
+    curve = [point for point in curve if 1 <= point["k"] <= most]
     first, last = curve[0], curve[-1]
-    rise, run = max(last["cos"] - first["cos"], 1e-12), max(last["k"] - first["k"], 1)
-    heights = [(p["cos"] - first["cos"]) / rise - (p["k"] - first["k"]) / run for p in curve]
-    return curve[heights.index(max(heights))]["k"]
+    fall, run = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
+    depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / run for p in curve]
+    return curve[depths.index(max(depths))]["k"]
 
 # ------------------------------------------------------------------ 4. the dual budget
 class Budget(NamedTuple):

@@ -236,10 +236,11 @@ def test_curve_and_elbow():
     fired = {latent for strength, latent in codes if strength > 0}
     expected = {"k": 8, **sta.fidelity(x, sae.decode(z, idx)), "dead": 1 - len(fired) / 40}
     assert points[2] == pytest.approx(expected)
-    kinked = [{"k": k, "cos": min(0.9, 0.1 * k) + 0.0001 * k} for k in range(33)]
-    kinked[0]["cos"] = -9  # k = 0 is no end of the chord
-    assert sta.elbow(kinked) == 9
-    assert sta.elbow([{"k": 0, "cos": 0.1}, {"k": 1, "cos": 0.9}]) == 1
+    kinked = [{"k": k, "fvu": max(0.1, 1 - 0.1 * k) - 0.0001 * k} for k in range(33)]
+    kinked[0]["fvu"] = 9  # k = 0 is no end of the chord
+    kinked[32]["fvu"] = 5  # nor is what lies beyond the budgets trained for
+    assert sta.elbow(kinked, 31) == 9
+    assert sta.elbow([{"k": 0, "fvu": 1}, {"k": 1, "fvu": 0.2}], 2) == 1
 
 def check_type(model):
     """Captured keys and values are those of Hugging Face's cache; what a codec returns is what
@@ -876,7 +877,7 @@ def test_a_loss_too_large_for_exp(tmp_path):
 
 def test_plots(evaluated, tmp_path, capsys):
     assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
-    for name in ("overview", "budget", "asymmetry", "bytes", "training"):
+    for name in ("overview", "training"):
         image = plots.plt.imread(tmp_path / f"tiny-{name}.png")
         assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
@@ -886,7 +887,7 @@ def test_plots(evaluated, tmp_path, capsys):
     for curves in result["curves"].values():  # of an SAE with six latents
         for kind in sta.KINDS:
             curves[kind] = [point for point in curves[kind] if point["k"] < 8]
-            curves[f"elbow_{kind}"] = 2
+            curves[f"k_{kind}"], curves[f"elbow_{kind}"] = 6, 2
     (tmp_path / "tiny.json").write_text(json.dumps(result))
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     capsys.readouterr()

@@ -130,11 +130,56 @@ def chosen(candidates):
     """Of rows, the one with the lowest loss on the windows that choose."""
     return min(candidates, key=lambda row: statistics.mean(row["window_ce"][CHOOSE]))
 
-def verdict(claim, statement, estimate, measured, word, rule):
+# What is claimed; what the figure in the tables is; when the claim holds, and when in part.
+ONE_LAYER = ("one layer coded: perplexity is comparable to the dense model's",
+             "ratio to dense perplexity, of the median layer",
+             "each measured layer alone raises perplexity by at most 1 %; in part: the median one "
+             "does")
+ALL_LAYERS = ("all layers coded: perplexity and zero-shot accuracy are comparable",
+              "ratio to dense perplexity",
+              "at most 2 % more perplexity (upper bound), tasks measured, none clearly lower; in "
+              "part: at most 10 %, none clearly lower")
+CLAIMS = {
+    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
+           "how much longer Top-K's keys are, as a share of the key's length",
+           "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in part: "
+           "one of them"),
+    "P2": ("8 atoms recover over 80 % of a key's direction",
+           "cosine of a key and its reconstruction",
+           "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly free: "
+           "the head's mean alone has as much, in the mean"),
+    "P3": ("values need more atoms than keys",
+           "share of variance that is left of values, less that of keys, by SAEs trained for equal "
+           "atoms",
+           "at each of three budgets, of SAEs trained for it, clearly more variance within heads is "
+           "left of values than of keys (over layers); in part: at some budget"),
+    "P4": ("fewer atoms for keys than for values is the better split",
+           "nats by which equal atoms for both, with SAEs trained for them, are worse",
+           "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
+           "for it; in part: the second is, and equal atoms are not clearly better"),
+    "P5": ("dropping lower-ranked atoms removes noise and improves perplexity, in all layers",
+           "nats gained on dense by the best of three budgets",
+           "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
+           "on the other half; in part: clearly better there than the largest of them"),
+    "P5 one layer": ("the same in one layer", "nats gained on dense by the best layer",
+                     "the layer that gains most on half of the windows is clearly better than dense "
+                     "on the other half"),
+    "P6 one layer": ONE_LAYER, "P6 one layer, searched": ONE_LAYER,
+    "P6 all layers": ALL_LAYERS, "P6 all layers, searched": ALL_LAYERS,
+    "P7": ("significantly less memory", "share of bf16's bytes per token",
+           "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
+           "one context of the model; in part: the first"),
+    "P8": ("shallow layers are lexical, deep layers tell senses apart",
+           "fall of lexical atoms of keys from shallow to deep layers",
+           "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: some "
+           "of them do")}
+
+def verdict(claim, estimate, word, measured):
     """estimate: (figure, its standard error); measured: the figures in words."""
+    statement, _, rule = CLAIMS[claim]
     print(f"{claim} {word}: {statement}: {measured}\n   rule: {rule}")
-    return {"claim": claim, "statement": statement, "figure": estimate[0], "stderr": estimate[1],
-            "measured": measured, "verdict": word, "rule": rule}
+    return {"claim": claim, "figure": estimate[0], "stderr": estimate[1], "verdict": word,
+            "measured": measured}
 
 def grade(holds, partly=False):
     return "holds" if holds else "holds in part" if partly else "does not hold here"
@@ -146,14 +191,12 @@ def judge_shrinkage(dual, l1, attention):
     excess = worse(l1, dual)
     qk = {name: mean_stderr([x["qk_error"] for x in attention[name].values()])[0]
           for name in ("dual", "l1")}
+    word = grade(clear(*norm_gap) and clear(*excess), clear(*norm_gap) or clear(*excess))
     return verdict(
-        "P1", "an L1 penalty shrinks magnitudes, a Top-K budget does not", norm_gap,
+        "P1", norm_gap, word,
         f"|x_hat|/|x| of keys {dual['rel_norm_key']:.3f} by Top-K, {l1['rel_norm_key']:.3f} by L1 "
         f"at as many atoms on average; error of q.k {qk['dual']:.3f} and {qk['l1']:.3f} of its "
-        f"spread; L1 is {spell(*excess)} nats worse",
-        grade(clear(*norm_gap) and clear(*excess), clear(*norm_gap) or clear(*excess)),
-        "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in part: "
-        "one of them")
+        f"spread; L1 is {spell(*excess)} nats worse")
 
 def judge_direction(curves):
     """P2 from {layer: curves}."""
@@ -165,12 +208,10 @@ def judge_direction(curves):
     if word == "holds" and statistics.mean(alone) >= 0.8:
         word = "holds, nearly free"
     return verdict(
-        "P2", "8 atoms recover over 80 % of a key's direction", mean_stderr(cos),
+        "P2", mean_stderr(cos), word,
         f"cosine {statistics.mean(cos):.3f}, lowest layer {min(cos):.3f}; without an atom, by the "
         f"head's mean alone, {statistics.mean(alone):.3f}; 8 atoms explain {100 * explained:.0f} % "
-        "of the variance within heads", word,
-        "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly free: "
-        "the head's mean alone has as much, in the mean")
+        "of the variance within heads")
 
 def judge_asymmetry(splits):
     """P3 from [(k, row whose keys, row whose values are of SAEs trained for k atoms)]."""
@@ -179,48 +220,39 @@ def judge_asymmetry(splits):
         keys = [columns["fvu_key"] for columns in of_keys["by_layer"].values()]
         values = [columns["fvu_val"] for columns in of_values["by_layer"].values()]
         gaps[k] = mean_stderr([value - key for key, value in zip(keys, values)])
-    equal = gaps[splits[1][0]]
     higher = [clear(*gap) for gap in gaps.values()]
     return verdict(
-        "P3", "values need more atoms than keys", equal,
+        "P3", gaps[splits[1][0]], grade(all(higher), any(higher)),
         "FVU of values less that of keys, SAEs trained for these atoms: " + ", ".join(
-            f"{spell(*gap)} at {k}" for k, gap in gaps.items()), grade(all(higher), any(higher)),
-        "at each of three budgets, of SAEs trained for it, clearly more variance within heads is "
-        "left of values than of keys (over layers); in part: at some budget")
+            f"{spell(*gap)} at {k}" for k, gap in gaps.items()))
 
 def judge_split(dual, uniform, reverse):
     """P4 from rows, each of SAEs trained for its split."""
     over = {"uniform": worse(uniform, dual), "reverse": worse(reverse, dual)}
     better = clear(-over["uniform"][0], over["uniform"][1])
+    word = grade(clear(*over["uniform"]) and clear(*over["reverse"]),
+                 clear(*over["reverse"]) and not better)
     return verdict(
-        "P4", "fewer atoms for keys than for values is the better split", over["uniform"],
+        "P4", over["uniform"], word,
         f"against dual, uniform is {spell(*over['uniform'])} nats worse and reverse "
-        f"{spell(*over['reverse'])}, each by SAEs trained for it",
-        grade(clear(*over["uniform"]) and clear(*over["reverse"]),
-              clear(*over["reverse"]) and not better),
-        "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained for "
-        "it; in part: the second is, and equal atoms are not clearly better")
+        f"{spell(*over['reverse'])}, each by SAEs trained for it")
 
 def judge_noise(dense, by_budget, alone):
     """P5 from dense, rows by rising budget and rows of one layer alone: two verdicts."""
-    statement = "dropping lower-ranked atoms removes noise and improves perplexity"
     best, most = chosen(by_budget), by_budget[-1]
     gain = worse(dense, best, TEST)
     helps = best is not most and clear(*worse(most, best, TEST))
     verdicts = [verdict(
-        "P5", f"{statement}, in all layers", gain,
+        "P5", gain, grade(clear(*gain), helps),
         f"best of {', '.join(row['name'] for row in by_budget)}: {best['name']}, which gains "
-        f"{spell(*gain)} nats on dense", grade(clear(*gain), helps),
-        "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense on "
-        "the other half; in part: clearly better there than the largest of them")]
+        f"{spell(*gain)} nats on dense")]
     if alone:
         best = chosen(alone)
         gain = worse(dense, best, TEST)
         verdicts.append(verdict(
-            "P5 one layer", f"{statement}, in one layer", gain,
+            "P5 one layer", gain, grade(clear(*gain)),
             f"best of {len(alone)} layers: {best['name']}, which gains {spell(*gain)} nats on "
-            "dense", grade(clear(*gain)), "the layer that gains most on half of the windows is "
-            "clearly better than dense on the other half"))
+            "dense"))
     return verdicts
 
 def judge_parity_alone(alone, ending):
@@ -229,11 +261,9 @@ def judge_parity_alone(alone, ending):
     worst, median = max(ratios, key=ratios.get), statistics.median(ratios.values())
     within = [ratio <= 1.01 for ratio in ratios.values()]
     return verdict(
-        f"P6 one layer{ending}", "one layer coded: perplexity is comparable to dense",
-        (median, None), f"perplexity x {median:.4f} in the median layer, {ratios[worst]:.4f} in "
-        f"the worst ({worst}); {sum(within)} of {len(within)} layers within 1 %",
-        grade(all(within), median <= 1.01),
-        "each measured layer alone raises perplexity by at most 1 %; in part: the median one does")
+        f"P6 one layer{ending}", (median, None), grade(all(within), median <= 1.01),
+        f"perplexity x {median:.4f} in the median layer, {ratios[worst]:.4f} in the worst "
+        f"({worst}); {sum(within)} of {len(within)} layers within 1 %")
 
 def judge_parity(row, ending):
     """P6 from a row of all layers."""
@@ -241,42 +271,34 @@ def judge_parity(row, ending):
     lower = any(clear(-x["delta_acc"], x["delta_acc_stderr"]) for x in tasks.values())
     change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
               for name, x in tasks.items()] or ["not measured (--tasks)"]
+    word = grade(high <= 1.02 and tasks and not lower, high <= 1.1 and not lower)
     return verdict(
-        f"P6 all layers{ending}", "all layers coded: perplexity and zero-shot accuracy are "
-        "comparable to dense", (row["ratio"], (high - low) / 3.92),
+        f"P6 all layers{ending}", (row["ratio"], (high - low) / 3.92), word,
         f"perplexity x {row['ratio']:.3f} (95 %: {low:.3f} to {high:.3f}); accuracy, points: "
-        f"{', '.join(change)}", grade(high <= 1.02 and tasks and not lower,
-                                      high <= 1.1 and not lower),
-        "at most 2 % more perplexity (upper bound), tasks measured, none clearly lower; in part: "
-        "at most 10 %, none clearly lower")
+        f"{', '.join(change)}")
 
 def judge_memory(dual, context):
     """P7 from a row and the model's context in tokens."""
     share, pays = dual["bytes_share"], dual["break_even_tokens"]
     return verdict(
-        "P7", "significantly less memory", (share, None),
+        "P7", (share, None), grade(share < 0.5 and pays and pays <= context, share < 0.5),
         f"{100 * share:.4g} % of bf16's bytes per token, and {dual['once_bytes']:,} bytes of "
         f"dictionaries, once: smaller from {pays or 'no number of'} tokens on, of all sequences "
-        f"together; the model's context is {context:,}",
-        grade(share < 0.5 and pays and pays <= context, share < 0.5),
-        "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
-        "one context of the model; in part: the first")
+        f"together; the model's context is {context:,}")
 
 def judge_depth(result):
     """P8 from what beyond.depth.hierarchy returned, of three layers or more."""
     print_hierarchy(result)
     gaps = [gap for kind in result["kinds"].values() for gap in kind.values()]
     complete = len(gaps) == 6  # else the text has no word with two senses
+    holds = [gap["holds"] for gap in gaps]
     lexical = result["kinds"]["key"]["lexical"]
     return verdict(
-        "P8", "shallow layers are lexical, deep layers tell senses apart",
-        (lexical["change"], lexical["stderr"]), "lexical atoms of keys fall by "
-        f"{spell(lexical['change'], lexical['stderr'])} ({lexical['shallow']:.3f} in shallow "
-        f"layers, {lexical.get('middle', float('nan')):.3f} in middle, {lexical['deep']:.3f} in "
-        f"deep ones); {sum(g['holds'] for g in gaps)} of {len(gaps)} changes are as claimed",
-        grade(complete and all(g["holds"] for g in gaps), any(g["holds"] for g in gaps)),
-        "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: some "
-        "of them do")
+        "P8", (lexical["change"], lexical["stderr"]), grade(complete and all(holds), any(holds)),
+        f"lexical atoms of keys fall by {spell(lexical['change'], lexical['stderr'])} "
+        f"({lexical['shallow']:.3f} in shallow layers, {lexical.get('middle', float('nan')):.3f} "
+        f"in middle, {lexical['deep']:.3f} in deep ones); {sum(holds)} of {len(gaps)} changes are "
+        "as claimed")
 
 def judge(result, measured):
     """Verdicts from what evaluate.py wrote, and {attention, context, depth} of `measure`. A claim
@@ -308,12 +330,13 @@ def judge(result, measured):
 def draw_shrinkage(result, attention):
     figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     by_layer, norms, errors = {row["name"]: row["by_layer"] for row in result["rows"]}, {}, {}
-    for row, style in (("dual", ("#009E73", "D", "-")), ("l1", ("#56B4E9", "h", "--"))):
-        norms[row] = *style, {layer: x["rel_norm_key"] for layer, x in by_layer[row].items()}
-        errors[row] = *style, {layer: x["qk_error"] for layer, x in attention[row].items()}
+    for row in ("dual", "l1"):
+        style = plots.STYLE[row]
+        norms[style] = {layer: x["rel_norm_key"] for layer, x in by_layer[row].items()}
+        errors[style] = {layer: x["qk_error"] for layer, x in attention[row].items()}
     plots.draw_by_layer(panels[0], norms, "|x_hat| / |x| of keys")
     plots.draw_by_layer(panels[1], errors, "error of q·k, in standard deviations of q·k")
-    figure.suptitle(f"{result['model']}: keys under a Top-K budget (dual) and an L1 penalty (l1)")
+    figure.suptitle(f"{result['model']}: keys under a Top-K budget and an L1 penalty")
     return figure
 
 def measure(run, args, l1):

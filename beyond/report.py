@@ -21,7 +21,9 @@ import statistics
 import torch
 
 import evaluate
+import plots
 import sta
+from beyond.claims import CLAIMS
 
 FILE = sta.HERE / "figures" / "results.jsonl"
 READMES = (sta.HERE / "README.md", sta.HERE / "beyond" / "README.md")
@@ -131,27 +133,24 @@ def quick_start(lines):
 
 def verdicts(lines):
     """P1 to P8: the figure of each model, over its seeds, and the verdict."""
-    claims, models = pick(lines, kind="claim"), []
-    for line in claims:
-        models += [line["model"]] * (line["model"] not in models)
-    rows = []
-    for claim in sorted({line["claim"] for line in claims}):
+    claims, rows = pick(lines, kind="claim"), []
+    models = list(dict.fromkeys(line["model"] for line in claims))
+    for claim, (statement, figure, _) in CLAIMS.items():
         cells = []
         for model in models:
-            some = pick(claims, claim=claim, model=model)
-            counts = collections.Counter(line["verdict"] for line in some).most_common()
-            words = [word if len(counts) == 1 else f"{word} ({n} of {len(some)})"
+            of_model = pick(claims, claim=claim, model=model)
+            counts = collections.Counter(line["verdict"] for line in of_model).most_common()
+            words = [word if len(counts) == 1 else f"{word} ({n} of {len(of_model)})"
                      for word, n in counts]
-            cells.append(f"{spread([line['figure'] for line in some])}: {', '.join(words)}"
-                         if some else "")
-        rows.append([claim, pick(claims, claim=claim)[0]["statement"], *cells])
-    return markdown(["", "claim", *(pathlib.Path(model).name for model in models)], rows)
+            cells.append(f"{spread([line['figure'] for line in of_model])}: {', '.join(words)}"
+                         if of_model else "")
+        rows.append([claim, f"{statement} (*{figure}*)", *cells])
+    return markdown(["", "claim (*and what the figure is*)",
+                     *(pathlib.Path(model).name for model in models)], rows)
 
 def rules(lines):
-    """Each claim's rule, as the newest line has it."""
-    newest = {line["claim"]: line["rule"] for line in pick(lines, kind="claim")}
-    return markdown(["claim", "holds if; and in part if"], [[claim, newest[claim]]
-                                                            for claim in sorted(newest)])
+    return markdown(["claim", "holds if; and in part if"],
+                    [[claim, rule] for claim, (_, _, rule) in CLAIMS.items()])
 
 def longest(rows):
     """Of the rows, those on the longest part of each text."""
@@ -262,6 +261,36 @@ def tiny_break_even(lines):
 FIGURES = {"tiny dual": tiny_ratio("dual"), "tiny searched": tiny_ratio("searched"),
            "tiny layer": tiny_ratio("layer SAE 48"), "tiny break even": tiny_break_even}
 
+# ------------------------------------------------------------------ the picture
+def draw_bytes(lines, model):
+    """The rise of perplexity against the bytes, one curve per method, on the model's longest text,
+    means over seeds. A point at or below dense is drawn at the edge, with an arrow."""
+    figure, panel = plots.plt.subplots(figsize=(8, 4.5), layout="constrained")
+    rows = longest(pick(lines, kind="row", model=model))
+    rows = [row for row in pick(rows, text=max((row["text"] for row in rows), default=None))
+            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+    floor = min([row["ratio"] - 1 for row in rows if row["ratio"] > 1.0001], default=1) / 2
+    for method in (method for method in METHODS if pick(rows, method=method)):
+        by_share = {}
+        for row in pick(rows, method=method):
+            by_share.setdefault(round(100 * row["bytes_share"], 1), []).append(row["ratio"] - 1)
+        points = sorted((share, max(floor, statistics.mean(rises)))
+                        for share, rises in by_share.items())
+        label, colour, marker, dash = plots.STYLE[method]
+        panel.plot(*zip(*((share, 100 * rise) for share, rise in points)), color=colour,
+                   marker=marker, ls=dash, label=label)
+        for share, rise in points:
+            if rise == floor:
+                panel.annotate("", (share, 100 * floor), xytext=(0, 16), textcoords="offset points",
+                               arrowprops={"arrowstyle": "->", "color": colour})
+    panel.set_yscale("log")
+    plots.log_axis(panel.yaxis, " %")
+    panel.set_xlim(left=0)
+    panel.set_xlabel("bytes of the KV cache, % of bf16")
+    panel.set_ylabel("perplexity above dense")
+    panel.legend()
+    return figure
+
 # ------------------------------------------------------------------ the READMEs
 def filled(text, lines):
     """A README's text with its tables and figures made anew. Raises UsageError: unknown name."""
@@ -291,6 +320,9 @@ def main(argv=None):
     if args.what == "write":
         for path in READMES:
             sta.write_atomic(path, filled(path.read_text(), lines))
+        for model in ("tiny", SMOLLM2):
+            name = f"{pathlib.Path(model).name}-bytes.png"
+            plots.save(draw_bytes(lines, model), FILE.with_name(name))
         return
     for name, table in TABLES.items():
         print(f"{name}\n" + "\n".join(table(lines)) + "\n")
