@@ -31,7 +31,6 @@ import pathlib
 import re
 import sys
 import tempfile
-import time
 import types
 import warnings
 from typing import NamedTuple
@@ -492,9 +491,8 @@ def explain(message):
         raise UsageError(f"{message} ({type(error).__name__}: {error})") from None
 
 def pick_device(device=None, dtype=None):
-    """--device and --dtype -> ("cpu", "cuda:0" or "auto", torch.dtype), printed with the reason.
-    Under torchrun a process has a GPU of its own."""
-    best = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+    """--device and --dtype -> ("cpu", "cuda:0" or "auto", torch.dtype), printed with the reason."""
+    best = "cuda:0" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
     picked = best if device in (None, "", "cuda") else device
@@ -563,29 +561,16 @@ def read_text(spec, split, model_name):
             yield piece
 
 def hub_documents(spec):
-    """Yields a data set's documents, streamed. Where the stream breaks off it is taken up again, up
-    to three times without a new document in between."""
+    """Yields a data set's documents, streamed. `datasets` itself takes a broken stream up again."""
     name, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    column, n_read, failures = column or "text", 0, 0
-    while True:
-        try:
-            from datasets import load_dataset  # optional: pip install datasets
-            rows = load_dataset(name, config or None, split=split or "train", streaming=True)
-            for row in itertools.islice(rows, n_read, None):
-                if not isinstance(row.get(column), str):
-                    raise UsageError(f"--text {spec}: no text in column {column!r} of "
-                                     f"{', '.join(row)}; want owner/name:config:split:column")
-                yield row[column] + "\n\n"
-                n_read, failures = n_read + 1, 0
-            return
-        except UsageError:
-            raise
-        except Exception as error:  # of many kinds: a network's, a server's, a file's
-            failures += 1
-            if n_read == 0 or failures > 3:
-                raise UsageError(f"--text {spec}: no file; as a data set broke off after {n_read} "
-                                 f"documents ({type(error).__name__}: {error})") from None
-            time.sleep(failures)
+    column = column or "text"
+    with explain(f"--text {spec}: no file, and as a data set it cannot be read"):
+        from datasets import load_dataset  # optional: pip install datasets
+        for row in load_dataset(name, config or None, split=split or "train", streaming=True):
+            if not isinstance(row.get(column), str):
+                raise UsageError(f"--text {spec}: no text in column {column!r} of "
+                                 f"{', '.join(row)}; want owner/name:config:split:column")
+            yield row[column] + "\n\n"
 
 def encode(tokenizer, text, special=True):
     """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval, and

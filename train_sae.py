@@ -2,27 +2,23 @@
 
     python train_sae.py                              # tiny, all layers: minutes on 2 cores
     python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
-    torchrun --nproc_per_node=2 train_sae.py         # each process takes half of every batch
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
 training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
 the same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 2406.04093.
-Non-goal: tuning the model itself.
+Non-goals: tuning the model itself; several processes (several GPUs: --device auto).
 """
 import argparse
 import contextlib
 import itertools
 import json
 import math
-import os
 import pathlib
-import sys
 import time
 from typing import Callable, NamedTuple
 
 import safetensors.torch
 import torch
-import torch.distributed as dist
 from torch import nn
 from tqdm import tqdm
 
@@ -83,20 +79,18 @@ def parse_args(argv=None, description=__doc__):
                                  f"{limit}")
     return args
 
-def plan_buffers(n_windows, seq_len, n_tokens, n_ranks, seed):
+def plan_buffers(n_windows, seq_len, n_tokens, seed):
     """Window numbers -> (those held out, [those of each buffer]), in the order of training.
     Drawn once from the seed, so that a buffer mixes windows from all the text and a resumed run
-    finds the same ones; a text shorter than n_tokens is read again, in another order. The number
-    of windows in a buffer is a multiple of n_ranks, so that processes make equally many steps."""
+    finds the same ones; a text shorter than n_tokens is read again, in another order."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(n_windows, generator=generator)
     n_held = min(1 + 8192 // seq_len, 1 + n_windows // 10)  # 8,192 tokens, or a tenth
     held_out, seen = drawn[:n_held], drawn[n_held:]
-    n, order = max(n_ranks, n_tokens // seq_len // n_ranks * n_ranks), seen
+    n, order = max(1, n_tokens // seq_len), seen
     while len(order) < n:
         order = torch.cat([order, seen[torch.randperm(len(seen), generator=generator)]])
-    in_buffer = max(n_ranks, BUFFER_TOKENS // seq_len // n_ranks * n_ranks)
-    return held_out, order[:n].split(in_buffer)
+    return held_out, order[:n].split(max(1, BUFFER_TOKENS // seq_len))
 
 # ------------------------------------------------------------------ the loop
 def learning_rate(peak, step, n_steps):
@@ -104,15 +98,10 @@ def learning_rate(peak, step, n_steps):
     warm_up, decay = WARM_UP * n_steps + 1, DECAY * n_steps
     return peak * min(1, (step + 1) / warm_up, (n_steps - step) / decay)
 
-def train_step(saes, optimizer, batches, n_ranks=1):
-    """One step of every SAE on its vectors {name: (tokens, H, D)}, of which each of several
-    processes has 1 / n_ranks."""
+def train_step(saes, optimizer, batches):
+    """One step of every SAE on its vectors {name: (tokens, H, D)}."""
     for name, sae in saes.items():  # forward, loss, backward
-        (sae.loss(batches[name]) / n_ranks).backward()
-    if n_ranks > 1:  # the gradient of all processes' vectors
-        add_up([p.grad for sae in saes.values() for p in sae.parameters()])
-        for sae in saes.values():
-            dist.all_reduce(sae.idle, dist.ReduceOp.MIN)  # idle in all of them
+        sae.loss(batches[name]).backward()
     with kept_still(saes):
         optimizer.step()
     optimizer.zero_grad()
@@ -172,7 +161,6 @@ def make_saes(model, layers, args, variant):
 
 def train(model, windows, layers, args, folder, settings, variant=PerHead()):
     """-> ({(layer, name): SAE}, their held-out vectors, log of the training curves)."""
-    rank, n_ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     saes, seq_len = make_saes(model, layers, args, variant), windows.shape[1]
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=BETAS, fused=True)
@@ -180,54 +168,47 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
     step, saved = progress["step"], time.time()
-    held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, n_ranks, args.seed)
+    held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, args.seed)
     held_vectors = read_vectors(model, windows[held_out], layers, variant)
-    own_batch = max(1, args.batch_tokens // n_ranks)  # tokens per step of each process
-    n_tokens = [len(buffer) // n_ranks * (seq_len - 1) for buffer in buffers]  # no first tokens
-    n_steps = [max(1, n // own_batch) for n in n_tokens]
-    bar = tqdm(total=sum(n_steps), initial=step, unit="step", disable=True if rank else None)
+    n_tokens = [len(buffer) * (seq_len - 1) for buffer in buffers]  # no first tokens
+    n_steps = [max(1, n // args.batch_tokens) for n in n_tokens]  # of each buffer
+    all_steps = sum(n_steps)
+    bar = tqdm(total=all_steps, initial=step, unit="step", disable=None)
     if step:
-        bar.write(f"resuming at step {step}/{sum(n_steps)}")
+        bar.write(f"resuming at step {step}/{all_steps}")
     for b in range(progress["buffers"], len(buffers)):
         # fill a buffer: the keys and values of some windows
-        vectors = read_vectors(model, windows[buffers[b][rank::n_ranks]], layers, variant)
+        vectors = read_vectors(model, windows[buffers[b]], layers, variant)
         if b == 0:
-            centre(saes, vectors, n_ranks)
+            for key, sae in saes.items():
+                sae.centre(vectors[key].float())
         # shuffle its tokens, and make a step with each batch of them
-        seed = 1_000_003 * args.seed + 1009 * rank + b
-        order = torch.randperm(n_tokens[b], generator=torch.Generator().manual_seed(seed))
-        for batch in order.split(own_batch)[:n_steps[b]]:
+        generator = torch.Generator().manual_seed(1_000_003 * args.seed + b)
+        order = torch.randperm(n_tokens[b], generator=generator)
+        for batch in order.split(args.batch_tokens)[:n_steps[b]]:
             began = time.time()
-            lr = learning_rate(args.lr, step, sum(n_steps))
+            lr = learning_rate(args.lr, step, all_steps)
             optimizer.param_groups[0]["lr"] = lr
             batches = {key: x[batch.to(x.device)].float() for key, x in vectors.items()}
-            train_step(saes, optimizer, batches, n_ranks)
+            train_step(saes, optimizer, batches)
             step += 1
             bar.update()
-            if rank == 0 and (step % LOG_STEPS == 0 or step == sum(n_steps)):
+            if step % LOG_STEPS == 0 or step == all_steps:
                 seconds = time.time() - began
-                entry = {"step": step, **held_out_error(saes, held_vectors, step * own_batch)}
+                n_seen = step * args.batch_tokens
+                entry = {"step": step, **held_out_error(saes, held_vectors, n_seen)}
                 progress["log"].append(entry)
-                n_vectors = n_ranks * sum(x.shape[:2].numel() for x in batches.values())
-                bar.write(log_line(entry, sum(n_steps), seconds, lr, n_vectors))
+                n_vectors = sum(x.shape[:2].numel() for x in batches.values())
+                bar.write(log_line(entry, all_steps, seconds, lr, n_vectors))
         # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
-        if rank == 0 and (time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1):
+        if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
             save_state(state, saes, optimizer, {**progress, "buffers": b + 1, "step": step})
             saved = time.time()
     bar.close()
     return saes, held_vectors, progress["log"]
-
-@torch.no_grad()
-def centre(saes, vectors, n_ranks):
-    """Measure each SAE's heads' means and scale; those of the first process serve all."""
-    for key, sae in saes.items():
-        sae.centre(vectors[key].float())
-        if n_ranks > 1:
-            dist.broadcast(sae.b_dec, 0)
-            dist.broadcast(sae.scale, 0)
 
 @torch.no_grad()
 def held_out_error(saes, held_vectors, n_tokens):
@@ -247,25 +228,6 @@ def log_line(entry, n_steps, seconds, lr, n_vectors):
     fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
     return (f"step {entry['step']}/{n_steps} | {fvus} | dead {entry['dead']:.1%} | lr {lr:.1e} | "
             f"{1000 * seconds:.0f} ms | {n_vectors / seconds / 1e6:.2f}M vectors/s")
-
-# ------------------------------------------------------------------ several processes
-def join_processes():
-    """(number of this process, number of all) if torchrun started them, else (0, 1)."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    dist.init_process_group()  # nccl between GPUs, else gloo
-    if dist.get_rank():
-        sys.stdout = open(os.devnull, "w")  # one of them reports
-    return dist.get_rank(), dist.get_world_size()
-
-@torch.no_grad()
-def add_up(tensors):
-    """Each tensor becomes its sum over all processes."""
-    flat = torch.cat([x.flatten() for x in tensors])
-    with sta.explain("another process of this run is gone; run it again with --resume"):
-        dist.all_reduce(flat)
-    for x, total in zip(tensors, flat.split([x.numel() for x in tensors])):
-        x.copy_(total.view_as(x))
 
 # ------------------------------------------------------------------ state on disk
 def save_state(path, saes, optimizer, progress):
@@ -332,10 +294,7 @@ def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
 def main(argv=None, variant=PerHead(), description=__doc__):
     args = parse_args(argv, description)
     sta.check_out(args.out)
-    rank, n_ranks = join_processes()
     device, dtype = sta.pick_device(args.device, args.dtype)
-    if n_ranks > 1 and device == "auto":
-        raise sta.UsageError("--device auto: with torchrun, each process has one GPU; leave it out")
     if device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32
     model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
@@ -348,7 +307,7 @@ def main(argv=None, variant=PerHead(), description=__doc__):
     settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_tokens", "n_latents", "k_key", "k_val", "lr", "seed")}
     settings |= {"seq_len": windows.shape[1], "layers": layers,
-                 "dtype": str(dtype).removeprefix("torch."), "processes": n_ranks,
+                 "dtype": str(dtype).removeprefix("torch."),
                  "text": args.text or "default", "text_sha256": sta.sha256(windows)}
     sites = itertools.product(layers, variant.budgets(args, (1, 1)))
     if check_folder(folder, sites, settings, args.resume):
@@ -356,11 +315,10 @@ def main(argv=None, variant=PerHead(), description=__doc__):
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
     saes, held_vectors, log = train(model, windows, layers, args, folder, settings, variant)
-    if rank == 0:
-        save_trained(folder, marks, saes, held_vectors, settings, args, variant)
-        sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
-            {"model": args.model, "settings": settings, "log": log}))
-        (folder / "unfinished.safetensors").unlink(missing_ok=True)
+    save_trained(folder, marks, saes, held_vectors, settings, args, variant)
+    sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
+        {"model": args.model, "settings": settings, "log": log}))
+    (folder / "unfinished.safetensors").unlink(missing_ok=True)
 
 if __name__ == "__main__":
     sta.run(main)

@@ -39,7 +39,7 @@ def train_controls(what, folder, model_name, layers):
     if not all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
         argv = ["--model", model_name, "--out", str(there.parent), "--layer",
                 ",".join(map(str, layers))]
-        computed = "layers", "processes", "text_sha256", "model_sha256"  # no options
+        computed = "layers", "text_sha256", "model_sha256"  # no options
         for option, value in settings.items():
             if option not in computed and value != "default":
                 value = value * FACTORS[what][option] if option in FACTORS[what] else value
@@ -141,7 +141,7 @@ ALL_LAYERS = ("all layers coded: perplexity and zero-shot accuracy are comparabl
               "part: at most 10 %, none clearly lower")
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
-           "how much longer Top-K's keys are, as a share of the key's length",
+           "by which share of its length Top-K's key is longer",
            "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in part: "
            "one of them"),
     "P2": ("8 atoms recover over 80 % of a key's direction",
@@ -149,15 +149,14 @@ CLAIMS = {
            "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly free: "
            "the head's mean alone has as much, in the mean"),
     "P3": ("values need more atoms than keys",
-           "share of variance that is left of values, less that of keys, by SAEs trained for equal "
-           "atoms",
+           "FVU of values less that of keys, by SAEs trained for 12 atoms",
            "at each of three budgets, of SAEs trained for it, clearly more variance within heads is "
            "left of values than of keys (over layers); in part: at some budget"),
     "P4": ("fewer atoms for keys than for values is the better split",
-           "nats by which equal atoms for both, with SAEs trained for them, are worse",
+           "nats by which 12 and 12 atoms are worse",
            "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
            "for it; in part: the second is, and equal atoms are not clearly better"),
-    "P5": ("dropping lower-ranked atoms removes noise and improves perplexity, in all layers",
+    "P5": ("dropping weak atoms removes noise and improves perplexity, in all layers",
            "nats gained on dense by the best of three budgets",
            "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
            "on the other half; in part: clearly better there than the largest of them"),

@@ -38,8 +38,9 @@ def fingerprint(marks):
     total = sum(row / row.norm().clamp_min(1e-12) for row in sums)
     return [round(x, 4) for x in total.tolist()]
 
-def lines_of(result, folder):
-    """What a result file holds -> [line of results.jsonl]; `folder` is written as DIR."""
+def lines_of(result, folder, experiment=None):
+    """What a result file holds -> [line of results.jsonl]; `folder` is written as DIR. Of an
+    experiment, only the row of the dual budget is kept, under the experiment's name."""
     about = {name: result.get(name) for name in PROVENANCE}
     about["fingerprint"] = fingerprint(result["marks"])
     about["sink"] = result.get("config", {}).get("sink", 1)
@@ -58,6 +59,9 @@ def lines_of(result, folder):
         kind = kinds[0]
         columns = {name: result[name] for name in (kind, "example", "sentence") if name in result}
         new_lines = [{"kind": kind, "name": kind, **columns, "settings": result.get("settings")}]
+    if experiment:
+        new_lines = [{**line, "kind": "experiment", "name": experiment} for line in new_lines
+                     if line["name"] == "dual"]
     text = json.dumps([{**about, **line} for line in new_lines])
     return json.loads(text.replace(folder.rstrip("/") + "/", "DIR/") if folder else text)
 
@@ -83,15 +87,15 @@ def check_together(old, new):
         raise sta.UsageError(f"{new['model']} on {new['text']}: the dense loss is "
                              f"{old['dense_ce']:.5f} there, {new['dense_ce']:.5f} here")
 
-def add(paths, folder, file=None):
+def add(paths, folder, file=None, experiment=None):
     """Take the rows of result files into results.jsonl, each in the place of an older one."""
     file = file or FILE
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
         with sta.explain(f"{path}: no result of a model by this version; leave it out"):
-            new = lines_of(json.loads(path.read_text()), folder)
+            new = lines_of(json.loads(path.read_text()), folder, experiment)
         for line in new:
-            if line["kind"] == "row":
+            if line["kind"] in ("row", "experiment"):
                 line["dense_ce"] = line["ce"] - line["delta_ce"]
             for old in lines.values():
                 check_together(old, line)
@@ -133,24 +137,58 @@ def quick_start(lines):
 
 def verdicts(lines):
     """P1 to P8: the figure of each model, over its seeds, and the verdict."""
-    claims, rows = pick(lines, kind="claim"), []
+    claims = pick(lines, kind="claim")
     models = list(dict.fromkeys(line["model"] for line in claims))
+
+    def cell(claim, model):
+        of_model = pick(claims, claim=claim, model=model)
+        counts = collections.Counter(line["verdict"] for line in of_model).most_common()
+        words = [word if len(counts) == 1 else f"{word} ({n} of {len(of_model)})"
+                 for word, n in counts]
+        figure = spread([line["figure"] for line in of_model]) if of_model else ""
+        return f"{figure}: {', '.join(words)}" if of_model else ""
+
+    rows = []
     for claim, (statement, figure, _) in CLAIMS.items():
-        cells = []
-        for model in models:
-            of_model = pick(claims, claim=claim, model=model)
-            counts = collections.Counter(line["verdict"] for line in of_model).most_common()
-            words = [word if len(counts) == 1 else f"{word} ({n} of {len(of_model)})"
-                     for word, n in counts]
-            cells.append(f"{spread([line['figure'] for line in of_model])}: {', '.join(words)}"
-                         if of_model else "")
+        if claim.endswith(SEARCHED):  # stands in the row of its one pass
+            continue
+        cells = [cell(claim, model) for model in models]
+        if claim + SEARCHED in CLAIMS:
+            cells = [one_pass and f"{one_pass}; searched {cell(claim + SEARCHED, model)}"
+                     for one_pass, model in zip(cells, models)]
         rows.append([claim, f"{statement} (*{figure}*)", *cells])
-    return markdown(["", "claim (*and what the figure is*)",
+    return markdown(["", "claim (*and its figure*)",
                      *(pathlib.Path(model).name for model in models)], rows)
 
 def rules(lines):
     return markdown(["claim", "holds if; and in part if"],
                     [[claim, rule] for claim, (_, _, rule) in CLAIMS.items()])
+
+# What a reader may change, how, what to see, and the rows that show it.
+EXPERIMENTS = [
+    ("nothing", "`evaluate.py`", "the row `dual`", {"kind": "row", "name": "dual"}),
+    ("code the first token too", "`evaluate.py --sink 0`",
+     "every later token attends to it, and its key fits no dictionary",
+     {"kind": "experiment", "name": "sink 0"}),
+    ("share the atoms out equally, or the other way round", "the rows `uniform`, `reverse`",
+     "an SAE is best at the budget that it was trained for", {"kind": "row", "name": "reverse"}),
+    ("code one layer", "`evaluate.py --layer 3`", "errors of layers add up, and more",
+     {"kind": "row", "name": "layer 3 alone"}),
+    ("one atom per vector", "`evaluate.py --k-key 1 --k-val 1`",
+     "little more than the head's mean is left", {"kind": "experiment", "name": "k 1"}),
+    ("a dictionary of 64 atoms", "`train_sae.py --n-latents 64 --out saes/small`, then "
+     "`evaluate.py --saes saes/small`", "a small dictionary costs little, and pays sooner",
+     {"kind": "experiment", "name": "64 latents"}),
+    ("search for the atoms", "`evaluate.py --rows variants`", "the row `searched`",
+     {"kind": "row", "name": "searched"})]
+
+def experiments(lines):
+    """Experiments on tiny: ratio to dense perplexity, all on the same text."""
+    rows = []
+    for change, command, remark, wanted in EXPERIMENTS:
+        ratios = [row["ratio"] for row in longest(pick(lines, model="tiny", **wanted))]
+        rows.append([change, command, spread(ratios) if ratios else "", remark])
+    return markdown(["change", "how", "perplexity, ratio to dense", "what to see"], rows)
 
 def longest(rows):
     """Of the rows, those on the longest part of each text."""
@@ -235,7 +273,7 @@ def one_key(lines):
     def quoted(texts):
         return " ".join(f"`{text}`" for text in texts[:5] if "`" not in text and "|" not in text
                         and text.isprintable())
-    example = next(iter(line[0]["example"].values()))  # of the first layer
+    example = line[0]["example"]["14.key"]
     return markdown(
         ["atom", "coefficient", "fires for", "strongest tokens, no word twice",
          "tokens at random from all for which it fires"],
@@ -243,8 +281,9 @@ def one_key(lines):
           quoted(row["strongest"]), quoted(row["sample"])] for row in example])
 
 QWEN = "DIR/qwen2.5-coder-1.5b-instruct"
+SEARCHED = ", searched"  # ends the names of claims on searched codes
 SMOLLM2 = "DIR/smollm2-135m-instruct"
-TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
+TABLES = {"quick start": quick_start, "experiments": experiments, "verdicts": verdicts, "rules": rules,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
@@ -258,7 +297,11 @@ def tiny_ratio(name):
 def tiny_break_even(lines):
     return f"{pick(lines, kind='row', model='tiny', name='dual')[0]['break_even_tokens']:,}"
 
-FIGURES = {"tiny dual": tiny_ratio("dual"), "tiny searched": tiny_ratio("searched"),
+def tiny_one_layer(lines):
+    return spread([line["figure"] for line in pick(lines, kind="claim", claim="P6 one layer",
+                                                   model="tiny")])
+
+FIGURES = {"tiny one layer": tiny_one_layer, "tiny dual": tiny_ratio("dual"), "tiny searched": tiny_ratio("searched"),
            "tiny layer": tiny_ratio("layer SAE 48"), "tiny break even": tiny_break_even}
 
 # ------------------------------------------------------------------ the picture
@@ -313,9 +356,10 @@ def main(argv=None):
     parser.add_argument("what", nargs="?", choices=["add", "print", "write"], default="print")
     parser.add_argument("results", nargs="*", type=pathlib.Path, help="for add: JSON files")
     parser.add_argument("--dir", default="", help="for add: the folder to be written as DIR")
+    parser.add_argument("--experiment", help="for add: keep the dual row only, under this name")
     args = parser.parse_args(argv)
     if args.what == "add":
-        return add(args.results, args.dir)
+        return add(args.results, args.dir, experiment=args.experiment)
     lines = read()
     if args.what == "write":
         for path in READMES:
