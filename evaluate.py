@@ -53,7 +53,7 @@ def parse_args(argv=None, description=__doc__):
     add("--task-dir", type=pathlib.Path, help="<task>.jsonl with the hub's columns (else the hub)")
     # how much
     add("--seq-len", type=int, help="tokens per window (default 2048, or the model's limit)")
-    add("--max-tokens", type=int, help="tokens to score (default 16,384 for tiny, else 32,768)")
+    add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
     add("--limit", type=int, help="rows of each task (default all)")
     add("--k-key", type=int, default=8, help="atoms per key (default 8)")
     add("--k-val", type=int, default=16, help="atoms per value (default 16)")
@@ -516,8 +516,6 @@ def main(argv=None):
     if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
                              f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
-    if args.max_tokens is None:
-        args.max_tokens = 16_384 if name == "tiny" else 32_768
     sta.check_out(args.out)
     device, dtype = sta.pick_device(args.device, args.dtype)
     model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")

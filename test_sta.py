@@ -749,6 +749,25 @@ def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, cap
     assert script(train_sae, *SHORT, "--out", tmp_path / "new", "--resume") == 2
     assert "unfinished.safetensors: corrupt; delete it" in capsys.readouterr().err
 
+def test_the_readmes_repl_prints_what_it_says(tmp_path, monkeypatch, capsys):
+    """With SAEs of the quick start's settings: shapes are equal, figures close."""
+    assert script(train_sae, "--layer", "2", "--out", tmp_path / "saes") == 0
+    monkeypatch.chdir(tmp_path)
+    readme = (sta.HERE / "README.md").read_text(encoding="utf-8")
+    code = readme.split("```python\n")[1].split("```")[0]
+    capsys.readouterr()
+    exec(code, {})
+    numbers = re.compile(r"\d+\.?\d*")
+    printed = capsys.readouterr().out.splitlines()
+    promised = [line.split("#")[1] for line in code.splitlines() if line.startswith("print")]
+    assert len(promised) == 4 and printed[4].startswith("The President of the United")
+    for there, here in zip(promised, printed):
+        there, here = numbers.findall(there), numbers.findall(here)
+        assert [x for x in here if "." not in x] == [x for x in there if "." not in x]
+        figures = [float(x) for x in there if "." in x]
+        close = 0.6 if len(figures) == 8 else 0.02  # coefficients differ from seed to seed
+        assert [float(x) for x in here if "." in x] == pytest.approx(figures, rel=close)
+
 @pytest.fixture(scope="session")
 def evaluated(trained, tmp_path_factory):
     out = tmp_path_factory.mktemp("results")

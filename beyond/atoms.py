@@ -224,8 +224,9 @@ def page_of_site(atoms, words):
     page = {"fired": [round(n / len(words), 5) for n in atoms.n_fired.tolist()],
             "strongest": [], "sample": [], "bars": []}
     for m in range(len(atoms.n_fired)):
-        page["strongest"].append(different(pairs_of(atoms.strongest, m), lambda pair: words[pair[0]]))
-        page["sample"].append(sorted(pairs_of(atoms.sample, m)[:N_SHOWN], key=lambda pair: -pair[1]))
+        strongest, sample = (pairs_of(kept, m) for kept in (atoms.strongest, atoms.sample))
+        page["strongest"].append(different(strongest, lambda pair: words[pair[0]]))
+        page["sample"].append(sorted(sample[:N_SHOWN], key=lambda pair: -pair[1]))
     for z in atoms.sample.z:  # up to N_KEPT at random of all: ten bars from 0 to the largest
         page["bars"].append(torch.histc(z[z > 0], 10, 0, z.max().item()).int().tolist())
     return page

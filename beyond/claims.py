@@ -142,16 +142,16 @@ ALL_LAYERS = ("all layers coded: perplexity and zero-shot accuracy are comparabl
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
            "by which share of its length Top-K's key is longer",
-           "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in part: "
-           "one of them"),
+           "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in "
+           "part: one of them"),
     "P2": ("8 atoms recover over 80 % of a key's direction",
            "cosine of a key and its reconstruction",
-           "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly free: "
-           "the head's mean alone has as much, in the mean"),
+           "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly "
+           "free: the head's mean alone has as much, in the mean"),
     "P3": ("values need more atoms than keys",
            "FVU of values less that of keys, by SAEs trained for 12 atoms",
-           "at each of three budgets, of SAEs trained for it, clearly more variance within heads is "
-           "left of values than of keys (over layers); in part: at some budget"),
+           "at each of three budgets, of SAEs trained for it, clearly more variance within heads "
+           "is left of values than of keys (over layers); in part: at some budget"),
     "P4": ("fewer atoms for keys than for values is the better split",
            "nats by which 12 and 12 atoms are worse",
            "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
@@ -161,8 +161,8 @@ CLAIMS = {
            "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
            "on the other half; in part: clearly better there than the largest of them"),
     "P5 one layer": ("the same in one layer", "nats gained on dense by the best layer",
-                     "the layer that gains most on half of the windows is clearly better than dense "
-                     "on the other half"),
+                     "the layer that gains most on half of the windows is clearly better than "
+                     "dense on the other half"),
     "P6 one layer": ONE_LAYER, "P6 one layer, searched": ONE_LAYER,
     "P6 all layers": ALL_LAYERS, "P6 all layers, searched": ALL_LAYERS,
     "P7": ("significantly less memory", "share of bf16's bytes per token",
@@ -170,8 +170,8 @@ CLAIMS = {
            "one context of the model; in part: the first"),
     "P8": ("shallow layers are lexical, deep layers tell senses apart",
            "fall of lexical atoms of keys from shallow to deep layers",
-           "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: some "
-           "of them do")}
+           "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
+           "some of them do")}
 
 def verdict(claim, estimate, word, measured):
     """estimate: (figure, its standard error); measured: the figures in words."""

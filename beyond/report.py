@@ -14,6 +14,7 @@ Spreads: ± over seeds is a standard deviation; ± of one run a standard error, 
 import argparse
 import collections
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -126,12 +127,13 @@ def markdown(header, rows):
     return ["| " + " | ".join(header) + " |", "|---" * len(header) + "|",
             *("| " + " | ".join(row) + " |" for row in rows)]
 
+QUICK_START = ["dense", "keys", "values", "dual", "uniform", "reverse", "searched"]
+
 def quick_start(lines):
     """What the README's quick start prints for tiny, seed 0."""
-    rows = pick(lines, kind="row", model="tiny")
-    rows = pick(rows, tokens=min((row["tokens"] for row in rows), default=0))  # others: longer
-    rows = [row for row in rows if row["name"] in ("dense", "keys", "values", "dual", "uniform",
-                                                   "reverse", "searched")]
+    rows = [row for row in longest(pick(lines, kind="row", model="tiny"))
+            if row["name"] in QUICK_START and seed_of(row) in (None, 0)]
+    rows.sort(key=lambda row: QUICK_START.index(row["name"]))
     return ["```", evaluate.HEADER.format(name="row", width=8),
             *(evaluate.format_row(row, 8) for row in rows), "```"]
 
@@ -142,11 +144,12 @@ def verdicts(lines):
 
     def cell(claim, model):
         of_model = pick(claims, claim=claim, model=model)
-        counts = collections.Counter(line["verdict"] for line in of_model).most_common()
-        words = [word if len(counts) == 1 else f"{word} ({n} of {len(of_model)})"
-                 for word, n in counts]
-        figure = spread([line["figure"] for line in of_model]) if of_model else ""
-        return f"{figure}: {', '.join(words)}" if of_model else ""
+        if not of_model:
+            return ""
+        word, n = collections.Counter(line["verdict"] for line in of_model).most_common(1)[0]
+        word = {"holds in part": "in part", "does not hold here": "no"}.get(word, word)
+        seeds = "" if n == len(of_model) else f" in {n} of {len(of_model)} seeds"
+        return f"{word}{seeds}: {spread([line['figure'] for line in of_model])}"
 
     rows = []
     for claim, (statement, figure, _) in CLAIMS.items():
@@ -154,7 +157,7 @@ def verdicts(lines):
             continue
         cells = [cell(claim, model) for model in models]
         if claim + SEARCHED in CLAIMS:
-            cells = [one_pass and f"{one_pass}; searched {cell(claim + SEARCHED, model)}"
+            cells = [one_pass and f"{one_pass}; searched, {cell(claim + SEARCHED, model)}"
                      for one_pass, model in zip(cells, models)]
         rows.append([claim, f"{statement} (*{figure}*)", *cells])
     return markdown(["", "claim (*and its figure*)",
@@ -162,33 +165,39 @@ def verdicts(lines):
 
 def rules(lines):
     return markdown(["claim", "holds if; and in part if"],
-                    [[claim, rule] for claim, (_, _, rule) in CLAIMS.items()])
+                    [[claim, rule] for claim, (_, _, rule) in CLAIMS.items()
+                     if not claim.endswith(SEARCHED)])
 
-# What a reader may change, how, what to see, and the rows that show it.
+def one_layer(lines, model):
+    """Ratio to dense perplexity with one layer coded."""
+    rows = [row for row in pick(lines, kind="row", model=model) if row["method"] in (
+        "one layer", "one layer, searched")]
+    layers = sorted({int(row["name"].split()[1].rstrip(",")) for row in rows})
+    return markdown(["layer", *map(str, layers)], [[label, *(spread([row["ratio"] for row in pick(
+        rows, name=f"layer {layer} alone{ending}")], 4) for layer in layers)]
+        for label, ending in (("one pass", ""), ("searched", SEARCHED))])
+
+# What a reader may change, how, and the rows that show what happens.
 EXPERIMENTS = [
-    ("nothing", "`evaluate.py`", "the row `dual`", {"kind": "row", "name": "dual"}),
-    ("code the first token too", "`evaluate.py --sink 0`",
-     "every later token attends to it, and its key fits no dictionary",
+    ("code the first token, too", "`python evaluate.py --sink 0`",
      {"kind": "experiment", "name": "sink 0"}),
-    ("share the atoms out equally, or the other way round", "the rows `uniform`, `reverse`",
-     "an SAE is best at the budget that it was trained for", {"kind": "row", "name": "reverse"}),
-    ("code one layer", "`evaluate.py --layer 3`", "errors of layers add up, and more",
-     {"kind": "row", "name": "layer 3 alone"}),
-    ("one atom per vector", "`evaluate.py --k-key 1 --k-val 1`",
-     "little more than the head's mean is left", {"kind": "experiment", "name": "k 1"}),
-    ("a dictionary of 64 atoms", "`train_sae.py --n-latents 64 --out saes/small`, then "
-     "`evaluate.py --saes saes/small`", "a small dictionary costs little, and pays sooner",
-     {"kind": "experiment", "name": "64 latents"}),
-    ("search for the atoms", "`evaluate.py --rows variants`", "the row `searched`",
+    ("swap the budgets: 16 atoms per key, 8 per value", "the row `reverse`",
+     {"kind": "row", "name": "reverse"}),
+    ("code one layer", "`python evaluate.py --layer 3`", {"kind": "row", "name": "layer 3 alone"}),
+    ("one atom per vector", "`python evaluate.py --k-key 1 --k-val 1`",
+     {"kind": "experiment", "name": "k 1"}),
+    ("a dictionary of 64 atoms", "`python train_sae.py --n-latents 64 --out small && python "
+     "evaluate.py --saes small`", {"kind": "experiment", "name": "64 latents"}),
+    ("search for the atoms", "`python evaluate.py --rows variants`, the row `searched`",
      {"kind": "row", "name": "searched"})]
 
 def experiments(lines):
     """Experiments on tiny: ratio to dense perplexity, all on the same text."""
     rows = []
-    for change, command, remark, wanted in EXPERIMENTS:
+    for change, command, wanted in EXPERIMENTS:
         ratios = [row["ratio"] for row in longest(pick(lines, model="tiny", **wanted))]
-        rows.append([change, command, spread(ratios) if ratios else "", remark])
-    return markdown(["change", "how", "perplexity, ratio to dense", "what to see"], rows)
+        rows.append([change, command, spread(ratios) if ratios else ""])
+    return markdown(["change", "how", "perplexity, ratio to dense"], rows)
 
 def longest(rows):
     """Of the rows, those on the longest part of each text."""
@@ -271,38 +280,44 @@ def one_key(lines):
     if not line:
         return []
     def quoted(texts):
-        return " ".join(f"`{text}`" for text in texts[:5] if "`" not in text and "|" not in text
-                        and text.isprintable())
+        words = [text.strip() for text in texts]
+        return " ".join(f"`{word}`" for word in words if word.isprintable() and word
+                        and "`" not in word and "|" not in word)
     example = line[0]["example"]["14.key"]
     return markdown(
-        ["atom", "coefficient", "fires for", "strongest tokens, no word twice",
-         "tokens at random from all for which it fires"],
+        ["atom", "coefficient", "fires on", "strongest tokens", "any tokens, at random",
+         "words whose queries seek it most"],
         [[str(row["atom"]), f"{row['z']:.2f}", f"{100 * row['fired']:.1f} %",
-          quoted(row["strongest"]), quoted(row["sample"])] for row in example])
+          *(quoted(row[name]) for name in ("strongest", "sample", "queries"))]
+         for row in example])
 
 QWEN = "DIR/qwen2.5-coder-1.5b-instruct"
 SEARCHED = ", searched"  # ends the names of claims on searched codes
 SMOLLM2 = "DIR/smollm2-135m-instruct"
-TABLES = {"quick start": quick_start, "experiments": experiments, "verdicts": verdicts, "rules": rules,
+TABLES = {"quick start": quick_start, "experiments": experiments, "verdicts": verdicts,
+          "rules": rules,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
           "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers,
+          "qwen one layer": lambda lines: one_layer(lines, QWEN),
           "describable": describable, "one key": one_key}
 
-def tiny_ratio(name):
+def ratio(model, name):
+    """Of a sentence's figure: a row's ratio to dense perplexity."""
     return lambda lines: spread([row["ratio"] for row in longest(
-        pick(lines, kind="row", model="tiny", name=name))])
+        pick(lines, kind="row", model=model, name=name))] or [math.nan])
+
+def tiny_one_layer(lines):
+    some = pick(lines, kind="claim", claim="P6 one layer", model="tiny")
+    return f"{statistics.mean(line['figure'] for line in some):.3f}"
 
 def tiny_break_even(lines):
     return f"{pick(lines, kind='row', model='tiny', name='dual')[0]['break_even_tokens']:,}"
 
-def tiny_one_layer(lines):
-    return spread([line["figure"] for line in pick(lines, kind="claim", claim="P6 one layer",
-                                                   model="tiny")])
-
-FIGURES = {"tiny one layer": tiny_one_layer, "tiny dual": tiny_ratio("dual"), "tiny searched": tiny_ratio("searched"),
-           "tiny layer": tiny_ratio("layer SAE 48"), "tiny break even": tiny_break_even}
+FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "searched"),
+           "tiny one layer": tiny_one_layer, "tiny break even": tiny_break_even,
+           "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched")}
 
 # ------------------------------------------------------------------ the picture
 def draw_bytes(lines, model):
@@ -348,7 +363,7 @@ def filled(text, lines):
         return f"{FIGURES[match[2]](lines)}<!--={match[2]}-->"
 
     text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table, text, flags=re.S)
-    return re.sub(r"([\d.,]+(?: ± [\d.]+)?)<!--=(.*?)-->", figure, text)
+    return re.sub(r"([\d.,]+|nan)(?: ± [\d.]+)?<!--=(.*?)-->", figure, text)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(

@@ -564,7 +564,7 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
     capsys.readouterr()
     assert script(claims, "--judge", "--out", judged) == 0
     printed = capsys.readouterr().out
-    assert all(f"{name} {x['verdict']}: {x['statement']}: {x['measured']}" in printed
+    assert all(f"{name} {x['verdict']}: {claims.CLAIMS[name][0]}: {x['measured']}" in printed
                for name, x in verdicts.items())
 
 def test_one_window_makes_nothing_clear():
@@ -1162,7 +1162,13 @@ def test_tables_and_figures_follow_from_the_rows(results):
     assert f"It is {rows['dual']['ratio']:.3f}<!--=tiny dual--> of dense." in made
     assert evaluate.format_row(rows["dual"], 8) in made and "STALE" not in made
     p7 = next(line for line in lines if line["name"] == "P7")
-    assert f"| P7 | {p7['statement']} | {p7['figure']:.3f}: {p7['verdict']} |" in made
+    statement, figure, _ = claims.CLAIMS["P7"]
+    word = {"holds in part": "in part", "does not hold here": "no"}.get(p7["verdict"], "holds")
+    assert f"| P7 | {statement} (*{figure}*) | {word}: {p7['figure']:.3f} |" in made
+    for verdict in ("holds", "does not hold here"):  # of three seeds, one says otherwise
+        three = [{**p7, "verdict": word} for word in ("holds in part", verdict, verdict)]
+        assert f"{'no' if verdict[0] == 'd' else 'holds'} in 2 of 3 seeds: " in report.filled(
+            "<!-- table: verdicts -->\n<!-- end -->", three)
     assert report.filled(made, lines) == made
     broken = made.replace(f"{rows['dual']['ratio']:.3f}<!--", "1.2<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
