@@ -696,19 +696,19 @@ def load_sae(folder):
         sae.load_state_dict({**dict(sae.named_buffers()), **weights})
         return sae.requires_grad_(False), cfg["metadata"]
 
-def load_saes(folder, model, layers=None):
-    """({(layer, kind): TopKSAE}, each on the device of its layer; the metadata of one of them).
+def load_saes(folder, model, layers=None, names=KINDS):
+    """({(layer, name): TopKSAE}, each on the device of its layer; the metadata of one of them).
     Raises UsageError if one is absent, corrupt, or of another model."""
     folder, saes, sites = pathlib.Path(folder), {}, kv_sites(model)
-    there = sorted(int(path.name[5:-4]) for path in folder.glob("layer*.key")
-                   if re.fullmatch(r"layer\d+\.key", path.name))
+    found = [re.fullmatch(rf"layer(\d+)\.{names[0]}", path.name) for path in folder.glob("layer*")]
+    there = sorted(int(match[1]) for match in found if match)
     for layer in layers or there or [0]:
         if layer not in there or (layer, "key") not in sites:
             raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {there}")
         marks = model_marks(model, [layer])
-        for kind in KINDS:
-            sae, metadata = load_sae(folder / f"layer{layer}.{kind}")
+        for name in names:
+            sae, metadata = load_sae(folder / f"layer{layer}.{name}")
             if not same_marks(metadata.get("marks", {}), marks):
                 raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, kind] = sae.to(sites[layer, kind][0][0].weight.device)
+            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
     return saes, metadata

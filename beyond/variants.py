@@ -148,14 +148,13 @@ def split_rows(model, folder, layers, args):
     """[Row]: uniform and reverse by SAEs trained for them."""
     new_rows = []
     for name, budget in other_splits(args.k_key, args.k_val).items():
-        saes = {}
-        for layer in layers:
-            for kind, k in zip(sta.KINDS, budget):
-                path = folder / f"layer{layer}.{kind}{k}"
-                saes[layer, kind], settings = load_variant(path, model, layer)
+        names = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
+        loaded, metadata = sta.load_saes(folder, model, layers, list(names))
+        saes = {(layer, names[name]): sae for (layer, name), sae in loaded.items()}
         new_rows.append(evaluate.Row(
             f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
-            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=settings, with_tasks=False))
+            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=metadata["settings"],
+            with_tasks=False))
     return new_rows
 
 # ------------------------------------------------------------------ L1
@@ -209,24 +208,15 @@ def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
     return folder.parent / what / folder.name
 
-def load_variant(path, model, layer):
-    """(The SAE in a folder, its settings). Raises UsageError if it is of another model."""
-    sae, metadata = sta.load_sae(path)
-    if not sta.same_marks(metadata["marks"], sta.model_marks(model, [layer])):
-        raise sta.UsageError(f"{path}: of another model; choose another --saes")
-    return sae.to(model.device), metadata["settings"]
-
 def layer_rows(model, folder, layers):
     """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
-    shape, saes = sta.kv_shape(model.get_decoder().config), {}
-    for layer in layers:
-        saes[layer], settings = load_variant(folder / f"layer{layer}.layer", model, layer)
-    new_rows, once = [], evaluate.dictionary_bytes(
-        {(layer, "layer"): sae for layer, sae in saes.items()}, "layer")
-    for k in (saes[layers[0]].k, saes[layers[0]].k // 2):
-        codecs = {layer: LayerBudget(sae, k, shape) for layer, sae in saes.items()}
+    shape = sta.kv_shape(model.get_decoder().config)
+    saes, metadata = sta.load_saes(folder, model, layers, ["layer"])
+    new_rows, once, most = [], evaluate.dictionary_bytes(saes, "layer"), saes[layers[0], "layer"].k
+    for k in (most, most // 2):
+        codecs = {layer: LayerBudget(sae, k, shape) for (layer, _), sae in saes.items()}
         new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
-                                     settings=settings))
+                                     settings=metadata["settings"]))
     return new_rows
 
 def settings_of(before):
