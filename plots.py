@@ -51,7 +51,7 @@ def draw_budget(panel, result):
                  for points in zip(*(layer[kind] for layer in layers))]
         most = 2 * layers[0][f"k_{kind}"]
         for some, dash in (([p for p in curve if p["k"] <= most], "-"),
-                           ([p for p in curve if p["k"] >= most], ":")):
+                           ([p for p in curve if p["k"] >= most], "--")):
             panel.plot([p["k"] for p in some], [p["fvu"] for p in some], color=colour, ls=dash,
                        marker=marker, ms=4, label=label if dash == "-" else None)
         at = sta.elbow(curve, most)

@@ -266,14 +266,14 @@ def main(argv=None):
     if args.sentence:
         sentence = torch.tensor(sta.encode(run.tokenizer, args.sentence))
     codes, page, check = code_of(run, sentence, ks), {}, {}
+    print("share that the rule describes, by the ten strongest tokens / by ten at random:")
     for (layer, kind), latents in seen.items():
         site = f"{layer}.{kind}"
         check[site] = check_site(latents, words)
         page[site] = {**page_of_site(latents["atoms"], words), **readers_of.get((layer, kind), {}),
                       "sentence": codes[site]}
-        print(f"{site}: describable " + "; ".join(
-            f"{name} ({row['n']}): {row['strongest']:.2f} by their strongest tokens, "
-            f"{row['range']:.2f} over the whole range" for name, row in check[site].items()))
+        print(f"{site:9}" + "".join(f"  {row['n']:5} {name} {row['strongest']:.2f} / "
+                                    f"{row['range']:.2f}" for name, row in check[site].items()))
     about = {**run.about, "k_key": args.k_key, "k_val": args.k_val}
     said = words_of(run.tokenizer, sentence[None])
     data = {"model": pathlib.Path(run.name).name, "words": words, "sentence": said, "sites": page,
