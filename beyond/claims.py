@@ -110,6 +110,23 @@ def attention_change(model, codecs, windows, sink):
     model.set_attn_implementation(attention_before)
     return columns
 
+@torch.no_grad()
+def stream_change(model, codecs, windows, sink):
+    """How coding one layer changes the residual stream after it -> {layer: change / spread}, both
+    as norms over tokens, those kept exact left out."""
+    def streams():  # hidden_states[i + 1] is what layer i leaves
+        states = model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
+                                     output_hidden_states=True).hidden_states
+        return [x[:, sink:].flatten(0, 1).float() for x in states[1:]]  # (tokens, width)
+
+    dense, changes = streams(), {}
+    for layer, codec in codecs.items():
+        with sta.reconstruct(model, {layer: codec}, sink):
+            change = (streams()[layer] - dense[layer]).norm()
+        spread = (dense[layer] - dense[layer].mean(0)).norm()
+        changes[str(layer)] = (change / spread).item()
+    return changes
+
 # ------------------------------------------------------------------ verdicts
 def clear(mean, stderr):
     """More than two standard errors above zero; without a standard error nothing is clear."""
@@ -157,10 +174,10 @@ CLAIMS = {
            "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
            "for it; in part: the second is, and equal atoms are not clearly better"),
     "P5": ("dropping weak atoms removes noise and improves perplexity, in all layers",
-           "nats gained on dense by the best of three budgets",
+           "nats by which the best of k/2, k and 2k beats the dense model",
            "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
            "on the other half; in part: clearly better there than the largest of them"),
-    "P5 one layer": ("the same in one layer", "nats gained on dense by the best layer",
+    "P5 one layer": ("the same in one layer", "nats by which the best beats dense",
                      "the layer that gains most on half of the windows is clearly better than "
                      "dense on the other half"),
     "P6 one layer": ONE_LAYER, "P6 one layer, searched": ONE_LAYER,
@@ -168,8 +185,8 @@ CLAIMS = {
     "P7": ("significantly less memory", "share of bf16's bytes per token",
            "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
            "one context of the model; in part: the first"),
-    "P8": ("shallow layers are lexical, deep layers tell senses apart",
-           "fall of lexical atoms of keys from shallow to deep layers",
+    "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
+           "from shallow to deep layers, fall of the atoms that a word's keys share",
            "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
            "some of them do")}
 
@@ -254,15 +271,19 @@ def judge_noise(dense, by_budget, alone):
             "dense"))
     return verdicts
 
-def judge_parity_alone(alone, ending):
-    """P6 from rows of one layer alone."""
+def judge_parity_alone(alone, ending, stream):
+    """P6 from rows of one layer alone, and what `stream_change` returned, or {}."""
     ratios = {row["name"]: row["ratio"] for row in alone}
     worst, median = max(ratios, key=ratios.get), statistics.median(ratios.values())
     within = [ratio <= 1.01 for ratio in ratios.values()]
+    why = ""
+    if stream and not ending:
+        why = (f"; the error is {stream[worst.split()[1]]:.3f} of the residual stream's spread "
+               f"there, {statistics.median(stream.values()):.3f} in the median layer")
     return verdict(
         f"P6 one layer{ending}", (median, None), grade(all(within), median <= 1.01),
         f"perplexity x {median:.4f} in the median layer, {ratios[worst]:.4f} in the worst "
-        f"({worst}); {sum(within)} of {len(within)} layers within 1 %")
+        f"({worst}); {sum(within)} of {len(within)} layers within 1 %{why}")
 
 def judge_parity(row, ending):
     """P6 from a row of all layers."""
@@ -318,7 +339,8 @@ def judge(result, measured):
     alone = {ending: [x for x in row.values() if x["method"] == f"one layer{ending}"]
              for ending in ("", ", searched")}
     verdicts += judge_noise(row["dense"], by_budget, alone[""])
-    verdicts += [judge_parity_alone(some, ending) for ending, some in alone.items() if some]
+    verdicts += [judge_parity_alone(rows, ending, measured.get("stream"))
+                 for ending, rows in alone.items() if rows]
     verdicts += [judge_parity(row["dual"], ""), judge_parity(row["searched"], ", searched"),
                  judge_memory(row["dual"], measured["context"])]
     if measured["depth"]:
@@ -339,8 +361,9 @@ def draw_shrinkage(result, attention):
     return figure
 
 def measure(run, args, l1):
-    """What the verdicts need beside the rows: attention by dual and, if it is there, by the L1
-    SAEs of folder l1; the model's context; which atoms occurrences share, by depth."""
+    """What the verdicts need beside the rows: the residual stream by dual; attention by dual and,
+    if it is there, by the L1 SAEs of folder l1; the model's context; which atoms occurrences
+    share, by depth."""
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
     codecs, attention = {"dual": evaluate.dual_codecs(run.saes, args.k_key, args.k_val)}, {}
     if l1.exists():
@@ -354,8 +377,9 @@ def measure(run, args, l1):
         ks = {"key": args.k_key, "value": args.k_val}
         codes = read_codes(run.model, run.saes, run.windows, ks)
         depth = hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows))
-    return {"attention": attention, "depth": depth, "context": getattr(
-        config, "max_position_embeddings", 2048)}
+    return {"stream": stream_change(run.model, codecs["dual"], windows, args.sink),
+            "attention": attention, "depth": depth,
+            "context": getattr(config, "max_position_embeddings", 2048)}
 
 def judge_again(out, name):
     """Print the verdicts on a model's result files, as they are now."""
@@ -373,7 +397,7 @@ def main(argv=None):
         limit=dict(type=int, help="rows of each task (default all)"),
         resume=dict(action="store_true", help="as for evaluate.py"),
         judge=dict(action="store_true", help="only judge again what --out holds"))
-    n_scored, args.max_tokens = args.max_tokens, 131_072  # as many as beyond/depth.py reads
+    n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
     if args.judge:
         return judge_again(args.out, sta.slug(args.model or "tiny"))
     run = begin_look(args, "-claims")
@@ -383,7 +407,6 @@ def main(argv=None):
     path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", "variants,claims"])
     result, measured = json.loads(path.read_text()), measure(run, args, beside(run.folder, "l1"))
     about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}
-    # P8 reads more text than the others
     depth_about = {name: run.about[name] for name in ("tokens", "text_sha256")}
     claims = [{**claim, **(depth_about if claim["claim"] == "P8" else {})}
               for claim in judge(result, measured)]

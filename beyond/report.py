@@ -224,6 +224,23 @@ def by_share(lines, model):
     header = " / ".join(pathlib.Path(text).stem for text in texts)
     return markdown([header, *(f"{100 * share:.3g} %" for share in shares)], table)
 
+def engineer(lines):
+    """The dual budget beside what sees a whole layer, at half of its bytes."""
+    table = []
+    for method in ("dual", "searched", "transform", "additive"):
+        cells = []
+        for model in ("tiny", SMOLLM2):
+            rows = longest(pick(lines, kind="row", model=model))
+            rows = pick(rows, text=max(row["text"] for row in rows))  # of the fitted kind
+            most = pick(rows, name="dual")[0]["bytes_share"]
+            limit = most if method in ("dual", "searched") else most / 2
+            rows = [row for row in pick(rows, method=method) if row["bytes_share"] <= 1.02 * limit]
+            share = max(row["bytes_share"] for row in rows)
+            ratios = [row["ratio"] for row in rows if row["bytes_share"] > 0.98 * share]
+            cells.append(f"{spread(ratios)} at {100 * share:.3g} %")
+        table.append([method, *cells])
+    return markdown(["code", "tiny", "SmolLM2-135M"], table)
+
 def paired(lines, model, a="additive", b="transform"):
     """Nats per token by which method b is worse than a, at equal shares, on one text and of one
     seed: paired over windows, and divided by its standard error."""
@@ -294,7 +311,8 @@ def one_key(lines):
 QWEN = "DIR/qwen2.5-coder-1.5b-instruct"
 SEARCHED = ", searched"  # ends the names of claims on searched codes
 SMOLLM2 = "DIR/smollm2-135m-instruct"
-TABLES = {"quick start": quick_start, "experiments": experiments, "verdicts": verdicts,
+TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": engineer,
+          "verdicts": verdicts,
           "rules": rules,
           "tiny by share": lambda lines: by_share(lines, "tiny"),
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),

@@ -771,6 +771,21 @@ def test_queries_are_those_of_the_model():
     with capture_queries(small_model("gpt_neox"), [1]) as queries:
         assert queries == {}
 
+def test_the_change_of_the_stream_is_that_of_the_layers_output():
+    """By a hook on the layer's own module, of a codec that keeps only the mean."""
+    model, ids = small_model("llama"), tokens_of(2, 9)
+    means = claims.HeadMeans(*(small_saes(model)[1, kind] for kind in sta.KINDS))
+    outputs = []
+    hook = model.model.layers[0].register_forward_hook(lambda m, a, y: outputs.append(
+        (y[0] if isinstance(y, tuple) else y)[:, 1:].reshape(16, -1)))
+    with torch.no_grad():
+        model(ids)
+        with sta.reconstruct(model, {0: means}):
+            model(ids)
+    hook.remove()
+    expected = (outputs[1] - outputs[0]).norm() / (outputs[0] - outputs[0].mean(0)).norm()
+    assert claims.stream_change(model, {0: means}, ids, 1) == {"0": pytest.approx(expected.item())}
+
 @pytest.mark.parametrize("pairs,expected", [
     ([("a", f" w{i}") for i in range(8)] + [("b", "x"), ("c", "y")], True),  # the token before
     ([("a", f" w{i}") for i in range(7)] + [("b", "x"), ("c", "y"), ("d", "z")], False),
