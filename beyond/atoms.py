@@ -93,6 +93,12 @@ def token_means(x, ids, generator):
     means = [x[ids == token, i % x.shape[1]].mean(0) for i, token in enumerate(chosen)]
     return F.normalize(torch.stack(means), dim=-1) if means else x.new_zeros(0, x.shape[2])
 
+def find_rivals(x, ids, generator):
+    """{name: Directions} for x (T, H, D), centred vectors of tokens ids (T,)."""
+    random = F.normalize(torch.randn(N_RIVALS, x.shape[2], generator=generator), dim=-1)
+    return {"random": Directions(random, generator),
+            "token means": Directions(token_means(x, ids, generator), generator)}
+
 @torch.no_grad()
 def read_atoms(model, saes, windows, ks, seed=0):
     """Windows (n, T), budgets {kind: k} -> {(layer, kind): {name: Seen}} of atoms, random and token
@@ -112,11 +118,7 @@ def read_atoms(model, saes, windows, ks, seed=0):
             if n == 0:
                 seen[layer, kind] = Seen(sae.n_latents, generator)
                 n_fired[layer, kind] = torch.zeros_like(fired)
-                random = F.normalize(torch.randn(N_RIVALS, x.shape[2], generator=generator), dim=-1)
-                rivals[layer, kind] = {"random": random, "token means": token_means(
-                    inside, ids.flatten(), generator)}
-                rivals[layer, kind] = {name: Directions(directions, generator) for name, directions
-                                       in rivals[layer, kind].items()}
+                rivals[layer, kind] = find_rivals(inside, ids.flatten(), generator)
             n_fired[layer, kind] += fired
             dense = by_head.amax(1)  # (tokens, M)
             seen[layer, kind].update(dense, first)
@@ -165,7 +167,8 @@ def promoted(model, layer, atoms, heads):
     except AttributeError:
         return None
     W_O = W_O.unflatten(1, (H, -1, D)).mean(2)  # (width, H, D)
-    written = gain * torch.einsum("whd,md->hmw", W_O, atoms)[heads, torch.arange(len(atoms))]
+    every = torch.arange(len(atoms), device=atoms.device)
+    written = gain * torch.einsum("whd,md->hmw", W_O, atoms)[heads, every]  # (M, width)
     most, least = [], []
     for part in written.split(128):  # (128, width)
         logits = model.get_output_embeddings()(part.to(model.dtype)).float()  # (128, V)
@@ -181,7 +184,8 @@ def readers(queries, ids, atoms, heads):
     known, label, counts = ids.unique(return_inverse=True, return_counts=True)
     sums = queries.new_zeros(len(known), *queries.shape[1:]).index_add_(0, label, queries)
     means = (sums / counts[:, None, None])[counts >= 3]  # (words, H, D)
-    products = torch.einsum("whd,md->hmw", means, atoms)[heads, torch.arange(len(atoms))]
+    every = torch.arange(len(atoms), device=atoms.device)
+    products = torch.einsum("whd,md->hmw", means, atoms)[heads, every]  # (M, words)
     return known[counts >= 3][products.topk(min(2 * N_SHOWN, len(means))).indices]
 
 def different(items, text):
@@ -193,8 +197,9 @@ def different(items, text):
 
 def find_readers(run, windows, n_fired):
     """{site: [[word]]}: what tokens key atoms are read by, and value atoms promote and suppress."""
+    windows = windows.to(run.model.device)
     with capture_queries(run.model, run.layers) as queries:
-        run.model.get_decoder()(input_ids=windows.to(run.model.device), use_cache=False)
+        run.model.get_decoder()(input_ids=windows, use_cache=False)
     found = {}
     for (layer, kind), sae in run.saes.items():
         heads = n_fired[layer, kind].argmax(0)  # (M,): in which an atom fires most
@@ -236,22 +241,23 @@ def code_of(run, ids, ks):
     """{site: [[[atom, z] of a head] of a token]} of token ids (T,)."""
     codes = {}
     for (layer, kind), x in sta.harvest(run.model, ids[None], run.layers, sink=0).items():
-        z, idx = run.saes[layer, kind].encode(x.float(), ks[kind])
-        codes[f"{layer}.{kind}"] = [
-            [[[m, round(v, 2)] for m, v in zip(*head)] for head in zip(*token)]
-            for token in zip(idx.tolist(), z.tolist())]
+        z, idx = run.saes[layer, kind].encode(x.float(), ks[kind])  # (T, H, k)
+        codes[f"{layer}.{kind}"] = tokens = []
+        for atoms, values in zip(idx.tolist(), z.tolist()):
+            tokens.append([[[m, round(v, 2)] for m, v in zip(*head)] for head in zip(atoms, values)])
     return codes
 
 def example(page, words, codes):
     """The key of the sentence's last token in each layer's first head: its atoms with their
     coefficients, and what the page shows of them."""
     rows = {}
-    for site in (site for site in page if site.endswith("key")):
-        rows[site] = [{"atom": m, "z": z, "fired": page[site]["fired"][m],
-                       "strongest": [words[i] for i, _ in page[site]["strongest"][m]],
-                       "sample": [words[i] for i, _ in page[site]["sample"][m]],
-                       "queries": page[site].get("queries", {m: []})[m]}
-                      for m, z in codes[site][-1][0] if z > 0]
+    for site, shown in page.items():
+        if site.endswith("key"):
+            rows[site] = [{"atom": m, "z": z, "fired": shown["fired"][m],
+                           "strongest": [words[i] for i, _ in shown["strongest"][m]],
+                           "sample": [words[i] for i, _ in shown["sample"][m]],
+                           "queries": shown["queries"][m] if "queries" in shown else []}
+                          for m, z in codes[site][-1][0] if z > 0]
     return rows
 
 def main(argv=None):
