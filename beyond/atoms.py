@@ -242,9 +242,10 @@ def code_of(run, ids, ks):
     codes = {}
     for (layer, kind), x in sta.harvest(run.model, ids[None], run.layers, sink=0).items():
         z, idx = run.saes[layer, kind].encode(x.float(), ks[kind])  # (T, H, k)
-        codes[f"{layer}.{kind}"] = tokens = []
-        for atoms, values in zip(idx.tolist(), z.tolist()):
-            tokens.append([[[m, round(v, 2)] for m, v in zip(*head)] for head in zip(atoms, values)])
+        codes[f"{layer}.{kind}"] = []
+        for token in zip(idx.tolist(), z.tolist()):
+            heads = [[[m, round(v, 2)] for m, v in zip(*head)] for head in zip(*token)]
+            codes[f"{layer}.{kind}"].append(heads)
     return codes
 
 def example(page, words, codes):
