@@ -3,9 +3,9 @@
     python plots.py                                        # results/*.json -> results/*.png
     python plots.py --results other/results --out pictures
 
-For each model <model>-overview.png (what k atoms leave; keys against values, by layer; perplexity)
-and -training.png. Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers
-and dashes tell them apart in grey. beyond/report.py draws rivals, in the same colours.
+For each model <model>-overview.png: what k atoms leave; keys against values, by layer; perplexity.
+Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes tell them
+apart in grey. beyond/report.py draws rivals, in the same colours.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
@@ -102,36 +102,16 @@ def draw_perplexity(panel, result):
     panel.set_xlabel("what is coded, and its atoms per vector")
     panel.set_ylabel("perplexity above dense, %")
 
-def draw_training(panel, result):
-    for run in result["training"]:
-        for kind in sta.KINDS:
-            label, colour, marker, dash = STYLE[f"{kind}s"]
-            panel.plot([entry["step"] for entry in run["log"]],
-                       [entry["fvu"][kind] for entry in run["log"]], color=colour, ls=dash,
-                       marker=marker, ms=3, label=label)
-    panel.set_yscale("log")
-    log_axis(panel.yaxis)
-    panel.set_xlabel("step")
-    panel.set_ylabel("FVU of held-out vectors")
-    panel.legend()
-
-# ------------------------------------------------------------------ one picture each
-def draw_all(result):
-    """{name: figure} of one result."""
-    wanted, figures = {}, {}
-    if result["curves"]:
-        wanted["overview"] = [draw_budget, draw_asymmetry, draw_perplexity]
-    if result["training"]:
-        wanted["training"] = [draw_training]
+# ------------------------------------------------------------------ the picture
+def draw_overview(result):
+    """The figure of one result."""
     plt.rcParams.update({"font.size": 9, "legend.fontsize": 8, "axes.grid": True,
                          "grid.alpha": 0.25, "axes.axisbelow": True})
-    for name, draws in wanted.items():
-        figures[name], panels = plt.subplots(1, len(draws), squeeze=False, layout="constrained",
-                                             figsize=(10 if len(draws) == 3 else 6, 3.6))
-        for panel, draw in zip(panels[0], draws):
-            draw(panel, result)
-        figures[name].suptitle(pathlib.Path(result["model"]).name, fontsize=10)
-    return figures
+    figure, panels = plt.subplots(1, 3, layout="constrained", figsize=(10, 3.6))
+    for panel, draw in zip(panels, (draw_budget, draw_asymmetry, draw_perplexity)):
+        draw(panel, result)
+    figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10)
+    return figure
 
 def save(figure, path):
     figure.savefig(path, dpi=130)
@@ -155,10 +135,12 @@ def main(argv=None):
                              "python evaluate.py")
     sta.check_out(args.out)
     for stem, result in results.items():
+        if not result.get("curves"):
+            print(f"{stem}: no SAEs, nothing to draw")
+            continue
         with sta.explain(f"{args.results / stem}.json: not a result of evaluate.py; run it again"):
-            figures = draw_all(result)
-        for name, figure in figures.items():
-            save(figure, args.out / f"{stem}-{name}.png")
+            figure = draw_overview(result)
+        save(figure, args.out / f"{stem}-overview.png")
 
 if __name__ == "__main__":
     sta.run(main)
