@@ -48,6 +48,8 @@ def lines_of(result, folder, experiment=None):
     if "claims" in result:
         new_lines = [{"kind": "claim", "name": claim["claim"], **claim, "settings": result[
             "settings"]} for claim in result["claims"]]
+        new_lines.append({"kind": "stream", "name": "stream", "stream": result["stream"],
+                          "settings": result["settings"]})
     elif "rows" in result:
         new_lines = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
                   "by_layer": None, "tasks": {name: {**task, "right": "".join(
@@ -169,13 +171,18 @@ def rules(lines):
                      if not claim.endswith(SEARCHED)])
 
 def one_layer(lines, model):
-    """Ratio to dense perplexity with one layer coded."""
+    """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
     rows = [row for row in pick(lines, kind="row", model=model) if row["method"] in (
         "one layer", "one layer, searched")]
     layers = sorted({int(row["name"].split()[1].rstrip(",")) for row in rows})
-    return markdown(["layer", *map(str, layers)], [[label, *(spread([row["ratio"] for row in pick(
+    table = [[label, *(spread([row["ratio"] for row in pick(
         rows, name=f"layer {layer} alone{ending}")], 4) for layer in layers)]
-        for label, ending in (("one pass", ""), ("searched", SEARCHED))])
+        for label, ending in (("one pass", ""), ("searched", SEARCHED))]
+    streams = [line["stream"] for line in pick(lines, kind="stream", model=model)]
+    if streams:
+        table.append(["change of the residual stream, one pass", *(
+            spread([stream[str(layer)] for stream in streams]) for layer in layers)])
+    return markdown(["layer", *map(str, layers)], table)
 
 # What a reader may change, how, and the rows that show what happens.
 EXPERIMENTS = [
@@ -318,6 +325,7 @@ TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": en
           "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
           "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
           "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers,
+          "tiny one layer": lambda lines: one_layer(lines, "tiny"),
           "qwen one layer": lambda lines: one_layer(lines, QWEN),
           "describable": describable, "one key": one_key}
 
