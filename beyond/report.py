@@ -405,10 +405,8 @@ def main(argv=None):
     if args.what == "write":
         for path in READMES:
             sta.write_atomic(path, filled(path.read_text(), lines))
-        for model in ("tiny", SMOLLM2):
-            name = f"{pathlib.Path(model).name}-bytes.png"
-            plots.save(draw_bytes(lines, model), FILE.with_name(name))
-        return
+        name = f"{pathlib.Path(SMOLLM2).name}-bytes.png"
+        return plots.save(draw_bytes(lines, SMOLLM2), FILE.with_name(name))
     for name, table in TABLES.items():
         print(f"{name}\n" + "\n".join(table(lines)) + "\n")
     for name, figure in FIGURES.items():
