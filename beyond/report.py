@@ -307,7 +307,7 @@ def one_key(lines):
         words = [text.strip() for text in texts]
         return " ".join(f"`{word}`" for word in words if word.isprintable() and word
                         and "`" not in word and "|" not in word)
-    example = line[0]["example"]["14.key"]
+    example = line[0]["example"]["27.key"]
     return markdown(
         ["atom", "coefficient", "fires on", "strongest tokens", "any tokens, at random",
          "words whose queries seek it most"],
