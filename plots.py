@@ -24,7 +24,7 @@ import sta
 
 # Of every method, in all pictures: its name in legends, colour, marker, dash.
 STYLE = {
-    "keys": ("keys", "#0072B2", "o", "-"), "values": ("values", "#D55E00", "s", "--"),
+    "keys": ("keys", "#0072B2", "o", "-"), "values": ("values", "#D55E00", "s", "-"),
     "dual": ("Top-K, dual", "#009E73", "D", "-"),
     "uniform": ("Top-K, uniform", "#CC79A7", "^", "-"),
     "reverse": ("Top-K, reverse", "#CC79A7", "v", "-"),

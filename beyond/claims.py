@@ -152,13 +152,13 @@ ONE_LAYER = ("one layer coded: perplexity is comparable to the dense model's",
              "ratio to dense perplexity, of the median layer",
              "each measured layer alone raises perplexity by at most 1 %; in part: the median one "
              "does")
-ALL_LAYERS = ("all layers coded: perplexity and zero-shot accuracy are comparable",
+ALL_LAYERS = ("all layers coded: perplexity and accuracy are comparable to dense",
               "ratio to dense perplexity",
               "at most 2 % more perplexity (upper bound), tasks measured, none clearly lower; in "
               "part: at most 10 %, none clearly lower")
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
-           "by which share of its length Top-K's key is longer",
+           "length of a key by Top-K minus that by L1, as a share of its own",
            "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in "
            "part: one of them"),
     "P2": ("8 atoms recover over 80 % of a key's direction",
@@ -166,7 +166,7 @@ CLAIMS = {
            "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly "
            "free: the head's mean alone has as much, in the mean"),
     "P3": ("values need more atoms than keys",
-           "FVU of values less that of keys, by SAEs trained for 12 atoms",
+           "FVU of values minus that of keys, by SAEs trained for 12 atoms",
            "at each of three budgets, of SAEs trained for it, clearly more variance within heads "
            "is left of values than of keys (over layers); in part: at some budget"),
     "P4": ("fewer atoms for keys than for values is the better split",
@@ -174,7 +174,7 @@ CLAIMS = {
            "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
            "for it; in part: the second is, and equal atoms are not clearly better"),
     "P5": ("dropping weak atoms removes noise and improves perplexity, in all layers",
-           "nats by which the best of k/2, k and 2k beats the dense model",
+           "nats by which the best of k/2, k and 2k beats dense, on half of the text",
            "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
            "on the other half; in part: clearly better there than the largest of them"),
     "P5 one layer": ("the same in one layer", "nats by which the best beats dense",
@@ -186,7 +186,7 @@ CLAIMS = {
            "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
            "one context of the model; in part: the first"),
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
-           "from shallow to deep layers, fall of the atoms that a word's keys share",
+           "share of atoms that a word's keys have in common, shallow minus deep",
            "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
            "some of them do")}
 

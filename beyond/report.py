@@ -12,7 +12,6 @@ figure in a sentence before <!--=NAME-->; a test compares all of them with what 
 Spreads: ± over seeds is a standard deviation; ± of one run a standard error, paired over windows.
 """
 import argparse
-import collections
 import json
 import math
 import pathlib
@@ -148,10 +147,10 @@ def verdicts(lines):
         of_model = pick(claims, claim=claim, model=model)
         if not of_model:
             return ""
-        word, n = collections.Counter(line["verdict"] for line in of_model).most_common(1)[0]
-        word = {"holds in part": "in part", "does not hold here": "no"}.get(word, word)
-        seeds = "" if n == len(of_model) else f" in {n} of {len(of_model)} seeds"
-        return f"{word}{seeds}: {spread([line['figure'] for line in of_model])}"
+        words = [{"holds in part": "in part", "does not hold here": "no"}.get(word, word)
+                 for word in (line["verdict"] for line in of_model)]
+        words = words[:1] if len(set(words)) == 1 else sorted(words, reverse=True)
+        return f"{', '.join(words)}: {spread([line['figure'] for line in of_model])}"
 
     rows = []
     for claim, (statement, figure, _) in CLAIMS.items():
@@ -159,7 +158,7 @@ def verdicts(lines):
             continue
         cells = [cell(claim, model) for model in models]
         if claim + SEARCHED in CLAIMS:
-            cells = [one_pass and f"{one_pass}; searched, {cell(claim + SEARCHED, model)}"
+            cells = [one_pass and f"{one_pass}; searched {cell(claim + SEARCHED, model)}"
                      for one_pass, model in zip(cells, models)]
         rows.append([claim, f"{statement} (*{figure}*)", *cells])
     return markdown(["", "claim (*and its figure*)",
