@@ -1142,7 +1142,8 @@ def results(evaluated, judged, tmp_path):
 def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     lines = report.read(results)
     assert [line["name"] for line in lines] == [
-        "dense", "keys", "values", "dual", "uniform", "reverse", *(x for x in TURNED if x != "P8")]
+        "dense", "keys", "values", "dual", "uniform", "reverse",
+        *(x for x in TURNED if x != "P8"), "stream"]
     for line in lines:
         assert len(line["text_sha256"]) == 12 and line["command"].startswith("python ")
         assert line["name"] == "dense" or line["settings"]["text_sha256"]
