@@ -696,18 +696,17 @@ def test_attention_change_is_that_of_hugging_face_attention():
 
 # ---------------------------------------------------------------- atoms.py
 def test_kept_tokens_are_those_of_a_sort():
-    z = torch.relu(rows_of(6, 500))  # six latents, five hundred tokens
+    z = torch.relu(rows_of(6, 2000))  # six latents, two thousand tokens
     seen = atoms.Seen(6, torch.Generator().manual_seed(0))
-    for first, last in ((0, 70), (70, 300), (300, 500)):
+    for first, last in ((0, 70), (70, 300), (300, 2000)):
         seen.update(z.T[first:last], first)
-    n = atoms.N_KEPT
-    torch.testing.assert_close(seen.strongest.z, z.sort(descending=True)[0][:, :n])
+    torch.testing.assert_close(seen.strongest.z, z.sort(descending=True)[0][:, :atoms.N_KEPT])
     for kept in (seen.strongest, seen.sample):
-        assert torch.equal(kept.z, z.gather(1, kept.token) * (kept.z > 0))
+        assert torch.equal(kept.z, z.gather(1, kept.token))
+        assert all(len(tokens.unique()) == atoms.N_KEPT for tokens in kept.token)
     assert torch.equal(seen.n_fired, (z > 0).sum(1))
-    half = seen.sample.token[0][seen.sample.z[0] > 0].float()
-    assert len(half) == min(n, (z[0] > 0).sum()) == len(half.unique())
-    assert 200 < half.mean() < 300  # of the whole stream alike
+    assert seen.sample.z.mean().item() == pytest.approx(z[z > 0].mean().item(), rel=0.1)  # no best
+    assert 900 < seen.sample.token.float().mean() < 1100  # of the whole stream alike
 
 def test_a_rival_fires_for_the_share_that_it_is_given():
     x, live = vectors_of(2000, dim=8), torch.ones(2000, dtype=torch.bool)
