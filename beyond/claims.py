@@ -7,10 +7,10 @@ Runs evaluate.py with --rows variants,claims: single layers, for P6; the dual bu
 twice its atoms, for P5; the heads' means without atoms, for P2. Controls come from
 beyond/variants.py: splits, SAEs trained for (12, 12) and (16, 8), for P3 and P4; l1, autoencoders
 with an L1 penalty, for P1. For tiny they are trained if they are not there; for other models the
-claims that need them are left out. Then it measures what coded keys do to attention and which atoms
-occurrences share (beyond/depth.py), prints the verdicts, and writes <model>-claims.json and
--shrinkage.png beside evaluate.py's <model>.json. *Clear* means two standard errors; those over
-layers say how layers vary, not how runs would.
+claims that need them are left out. Then it measures what coding does to attention and to the
+residual stream, and which atoms occurrences share (beyond/depth.py), prints the verdicts, and
+writes <model>-claims.json and -shrinkage.png beside evaluate.py's <model>.json. *Clear* means two
+standard errors; those over layers say how layers vary, not how runs would.
 """
 import json
 import statistics
@@ -114,16 +114,16 @@ def attention_change(model, codecs, windows, sink):
 def stream_change(model, codecs, windows, sink):
     """How coding one layer changes the residual stream after it -> {layer: change / spread}, both
     as norms over tokens, those kept exact left out."""
-    def streams():  # hidden_states[i + 1] is what layer i leaves
-        states = model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
-                                     output_hidden_states=True).hidden_states
-        return [x[:, sink:].flatten(0, 1).float() for x in states[1:]]  # (tokens, width)
+    def streams():  # what each layer leaves; the last one's, after the final norm
+        return model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
+                                   output_hidden_states=True).hidden_states[1:]
 
     dense, changes = streams(), {}
     for layer, codec in codecs.items():
         with sta.reconstruct(model, {layer: codec}, sink):
-            change = (streams()[layer] - dense[layer]).norm()
-        spread = (dense[layer] - dense[layer].mean(0)).norm()
+            coded = streams()[layer]
+        before, after = (x[:, sink:].flatten(0, 1).float() for x in (dense[layer], coded))
+        change, spread = (after - before).norm(), (before - before.mean(0)).norm()
         changes[str(layer)] = (change / spread).item()
     return changes
 

@@ -212,10 +212,15 @@ def longest(rows):
         most[row["text"]] = max(row["tokens"], most.get(row["text"], 0))
     return [row for row in rows if row["tokens"] == most[row["text"]]]
 
+def compared(lines, model):
+    """Rows of the methods that are compared by bytes, on the longest part of each text; not those
+    of the dual budget's SAEs at budgets that they were not trained for."""
+    return [row for row in longest(pick(lines, kind="row", model=model))
+            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+
 def by_share(lines, model):
     """Ratio to dense perplexity by method and share of bf16, "/" between texts."""
-    rows = [row for row in longest(pick(lines, kind="row", model=model))
-            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+    rows = compared(lines, model)
     texts = sorted({row["text"] for row in rows}, reverse=True)
     shares, table = [], []
     for share in sorted({row["bytes_share"] for row in rows}):  # those within 2 % share a column
@@ -349,9 +354,8 @@ def draw_bytes(lines, model):
     """The rise of perplexity against the bytes, one curve per method, on the model's longest text,
     means over seeds. A point at or below dense is drawn at the edge, with an arrow."""
     figure, panel = plots.plt.subplots(figsize=(8, 4.5), layout="constrained")
-    rows = longest(pick(lines, kind="row", model=model))
-    rows = [row for row in pick(rows, text=max((row["text"] for row in rows), default=None))
-            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+    rows = compared(lines, model)
+    rows = pick(rows, text=max((row["text"] for row in rows), default=None))
     floor = min([row["ratio"] - 1 for row in rows if row["ratio"] > 1.0001], default=1) / 2
     for method in (method for method in METHODS if pick(rows, method=method)):
         by_share = {}
