@@ -1,18 +1,23 @@
 """A cache for transformers that really stores codes: any codec of sta.py's interface.
 
     python -m beyond.cache --generate "The President"     # also with --rows, --only
+    python -m beyond.cache --contexts 64,128              # ms and bytes of a token after so many
     python evaluate.py --rows additive,cache    # through it: dual, and what other --rows add
 
-    with compress(model, codecs, sink=1, recent=128) as cache:
+    with compress(model, codecs, sink=1, recent=128, keep=0) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
 
-The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes.
-Keys are coded as they are before RoPE, and turned again when they are read. Tokens that a chunk
-pushes out of the newest `recent` are coded before attention reads them, even for its own queries.
+The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes. A
+quarter of `recent` is coded at once, when so many are there beyond it. Keys are coded as they are
+before RoPE, and turned again when they are read. Tokens that a chunk pushes out of the newest
+`recent` are coded before attention reads them, even for its own queries.
+Decoding all tokens for each new one takes as long as the model itself. So the first `keep` of them
+also stay decoded, which takes a dense cache's bytes; cache.forget_decoded() gives those back.
 Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of
 model in ROTARY with plain RoPE.
-The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. --generate writes
-results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent). Non-goal: speed.
+The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. The first two
+commands write results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent).
+Non-goal: attention to codes that are not decoded.
 """
 import contextlib
 import dataclasses
@@ -43,8 +48,10 @@ def rotate(x, cos, sin):
 class CodedLayer(DynamicLayer):
     """One layer of CodedCache. Every tensor that it keeps has batch and tokens (B, T, ...) first:
     codes, what the codec stored of the oldest tokens; exact, keys after RoPE and values of the
-    newest; sinks, the same of the sequence's first tokens. slots, kept by the first layer for all:
-    the positions (B, T) of all tokens so far, and whether each is a sink."""
+    newest; sinks, the same of the sequence's first tokens; decoded, of the oldest `keep` that have
+    codes what attention reads: decoded keys after RoPE and values, sinks in their places. slots,
+    kept by the first layer for all: the positions (B, T) of all tokens so far, and whether each is
+    a sink."""
 
     def __init__(self, cache, codec):
         super().__init__()
@@ -52,7 +59,8 @@ class CodedLayer(DynamicLayer):
         self.reset()
 
     def reset(self):
-        self.is_initialized, self.codes, self.exact, self.sinks, self.slots = False, [], [], [], []
+        self.is_initialized, self.codes, self.exact, self.sinks = False, [], [], []
+        self.decoded, self.slots = [], []
 
     def n_codes(self):
         return self.codes[0].shape[1] if self.codes else 0
@@ -62,7 +70,7 @@ class CodedLayer(DynamicLayer):
 
     def change(self, how):
         """Each tensor becomes how(tensor)."""
-        for name in ("codes", "exact", "sinks", "slots"):
+        for name in ("codes", "exact", "sinks", "decoded", "slots"):
             setattr(self, name, [how(x) for x in getattr(self, name)])
 
     def reorder_cache(self, beam_idx):
@@ -82,58 +90,85 @@ class CodedLayer(DynamicLayer):
             n_codes = min(left, self.n_codes())
             self.exact = [x[:, :left - n_codes].clone() for x in self.exact]
             self.codes = [x[:, :n_codes].clone() for x in self.codes]
+            self.decoded = [x[:, :n_codes].clone() for x in self.decoded]
             self.slots = [x[:, :left].clone() for x in self.slots]
 
     def update(self, keys, values, *args, **kwargs):
         """New keys (after RoPE) and values (B, H, T, D) -> all of them, as attention sees them."""
         if self.cache.now is None:
             raise sta.UsageError("this cache works only inside `with compress`")
-        cos, sin, is_sink = (x.to(keys.device) for x in self.cache.now)  # (B, slots, D), (B, slots)
+        angles_and_sinks = [x.to(keys.device) for x in self.cache.now]
         new = [x.transpose(1, 2) for x in (keys, values)]  # (B, T, H, D)
         if not self.is_initialized:
             self.exact = [x[:, :0] for x in new]
             self.sinks = [x.new_zeros(len(x), self.cache.sink, *x.shape[2:]) for x in new]
             self.is_initialized = True
-        exact = [torch.cat([old, x], 1) for old, x in zip(self.exact, new)]
-        start, n_leaving = self.n_codes(), max(0, exact[0].shape[1] - self.cache.recent)
-        self.exact = [x[:, n_leaving:].clone() for x in exact]
-        row, slot = is_sink.nonzero(as_tuple=True)
-        i = is_sink.cumsum(1)[row, slot] - 1  # which of its row's sinks it is
+        self.exact = [torch.cat([old, x], 1) for old, x in zip(self.exact, new)]
+        block = max(1, self.cache.recent // 4)
+        n_leaving = max(0, self.exact[0].shape[1] - self.cache.recent) // block * block
         if n_leaving:
-            leaving = [x[:, :n_leaving] for x in exact]
-            which = (slot >= start) & (slot < start + n_leaving)  # of the sinks, those that leave
-            for kept, x in zip(self.sinks, leaving):
-                kept[row[which], i[which]] = x[row[which], slot[which] - start]
-            c, s = (x[:, start:start + n_leaving].float() for x in (cos, sin))
-            # turned back; c and s are rounded, and stretched by some kinds of RoPE
-            back = rotate(leaving[0].float(), c, -s) / (c.square() + s.square())[:, :, None]
-            codes = self.codec.encode(back, leaving[1].float())
-            old = self.codes or [x[:, :0] for x in codes]
-            self.codes = [torch.cat(parts, 1) for parts in zip(old, codes)]
-        if not self.codes:
-            return [x.transpose(1, 2) for x in self.exact]
-        keys, values = self.codec.decode(self.codes)  # (B, n_codes, H, D)
-        n = keys.shape[1]
-        keys = rotate(keys, cos[:, :n].float(), sin[:, :n].float())
-        coded, whole = slot < n, []
-        for x, kept, recent in zip((keys, values), self.sinks, self.exact):
-            x = x.to(recent.dtype)
-            x[row[coded], slot[coded]] = kept[row[coded], i[coded]]
-            whole.append(torch.cat([x, recent], 1).transpose(1, 2))  # (B, H, T, D)
+            self.code(n_leaving, *angles_and_sinks)
+        older = self.read_codes(*angles_and_sinks)
+        return [torch.cat(parts, 1).transpose(1, 2) for parts in zip(older, self.exact)]
+
+    def code(self, n, cos, sin, is_sink):
+        """The oldest n exact tokens become codes. cos, sin (B, slots, D), is_sink (B, slots): of
+        all tokens so far."""
+        start = self.n_codes()
+        keys, values = leaving = [x[:, :n] for x in self.exact]
+        row, slot, place = sinks_among(is_sink, start, start + n)
+        for kept, x in zip(self.sinks, leaving):
+            kept[row, place] = x[row, slot]
+        c, s = (x[:, start:start + n].float() for x in (cos, sin))
+        # turned back; c and s are rounded, and stretched by some kinds of RoPE
+        back = rotate(keys.float(), c, -s) / (c.square() + s.square())[:, :, None]
+        codes = self.codec.encode(back, values.float())
+        old = self.codes or [x[:, :0] for x in codes]
+        self.codes = [torch.cat(parts, 1) for parts in zip(old, codes)]
+        self.exact = [x[:, n:].clone() for x in self.exact]
+
+    def read_codes(self, cos, sin, is_sink):
+        """Keys after RoPE and values (B, n_codes, H, D) of the tokens that have codes."""
+        whole = list(self.decoded) or [x[:, :0] for x in self.exact]
+        start, end = whole[0].shape[1], self.n_codes()
+        if start == end:
+            return whole
+        keys, values = self.codec.decode([x[:, start:] for x in self.codes])
+        keys = rotate(keys, cos[:, start:end].float(), sin[:, start:end].float())
+        row, slot, place = sinks_among(is_sink, start, end)
+        for i, (x, kept) in enumerate(zip((keys, values), self.sinks)):
+            x = x.to(kept.dtype)
+            x[row, slot] = kept[row, place]
+            whole[i] = torch.cat([whole[i], x], 1)
+        if start < self.cache.keep:
+            self.decoded = [x[:, :self.cache.keep].clone() for x in whole]
         return whole
+
+    def tensors(self):
+        return self.codes + self.exact + self.sinks + self.decoded + self.slots
+
+def sinks_among(is_sink, start, end):
+    """is_sink (B, slots) -> of the sinks in slots start to end: their rows, slots counted from
+    start, and which of its row's sinks each is."""
+    row, slot = is_sink[:, start:end].nonzero(as_tuple=True)
+    return row, slot, is_sink.cumsum(1)[row, start + slot] - 1
 
 def cache_bytes(cache):
     """Bytes of every tensor that a cache of transformers stores, codes or dense."""
     tensors = [x for layer in cache.layers for x in (
-        layer.codes + layer.exact + layer.sinks + layer.slots if isinstance(layer, CodedLayer)
-        else (layer.keys, layer.values))]
+        layer.tensors() if isinstance(layer, CodedLayer) else (layer.keys, layer.values))]
     return sum(x.untyped_storage().nbytes() for x in tensors if x is not None)
 
 class CodedCache(Cache):
     """A cache of transformers that stores codes, made by `compress`."""
-    def __init__(self, sink, recent):
+    def __init__(self, sink, recent, keep):
         super().__init__(layers=[])
-        self.sink, self.recent, self.now = sink, recent, None
+        self.sink, self.recent, self.keep, self.now = sink, recent, keep, None
+
+    def forget_decoded(self):
+        """Codes remain, and are decoded again when the next token comes."""
+        for layer in self.layers:
+            layer.decoded = []
 
     def reset(self):
         super().reset()
@@ -149,12 +184,12 @@ def check_rope(model):
                              f"is {config.model_type} with {rope}")
 
 @contextlib.contextmanager
-def compress(model, codecs, sink=1, recent=128):
+def compress(model, codecs, sink=1, recent=128, keep=0):
     """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
     Raises UsageError as `check_rope` does, for absent layers, and for use without the cache."""
     check_rope(model)
     decoder, config, begun = model.get_decoder(), model.get_decoder().config, {}
-    cache = CodedCache(sink, recent)
+    cache = CodedCache(sink, recent, keep)
     for layer in codecs.keys() - set(range(config.num_hidden_layers)):
         raise sta.UsageError(f"layer {layer}: the model has layers 0 to "
                              f"{config.num_hidden_layers - 1}")
@@ -215,6 +250,19 @@ def rows(model, tokenizer, saes, args, before):
         raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")
     return new_rows
 
+def numbers(text):
+    """--contexts: "64,128" -> [64, 128]."""
+    found = [int(word) for word in text.split(",")]
+    if min(found) < 1:
+        raise ValueError("want 1 or more")
+    return found
+
+def opened(model, row, args):
+    """A row's empty cache, in a context; dense's is the one that transformers has."""
+    if row.codecs:
+        return compress(model, row.codecs, args.sink, args.recent)
+    return contextlib.nullcontext(transformers.DynamicCache(config=model.config))
+
 @torch.no_grad()
 def write_on(model, tokenizer, rows, args):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
@@ -225,8 +273,7 @@ def write_on(model, tokenizer, rows, args):
     for row in rows:
         n, at = inputs["input_ids"].shape[1], []  # times: at the start, then at each new token
         clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
-        with compress(model, row.codecs, args.sink, args.recent) if row.codecs else \
-                contextlib.nullcontext(transformers.DynamicCache(config=model.config)) as cache:
+        with opened(model, row, args) as cache:
             ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
                                  do_sample=False, streamer=clock)[0, n:]
         ms = 1000 * (at[-1] - at[1]) / max(1, len(ids) - 1)
@@ -237,6 +284,32 @@ def write_on(model, tokenizer, rows, args):
                       "bytes": cache_bytes(cache)})
     return costs
 
+@torch.no_grad()
+def time_contexts(model, rows, args):
+    """For each context and row: {name, context, keep, token_ms, bytes}, with nothing kept decoded
+    and with all. ms are a mean over 32 further tokens; what is coded now and then has its part."""
+    costs, generator = [], torch.Generator().manual_seed(0)
+    for context in args.contexts:
+        ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=generator)
+        *parts, last = ids.to(model.device).split([*[512] * (context // 512), context % 512, 1], 1)
+        for row in rows:
+            with opened(model, row, args) as cache:
+                for part in parts:
+                    if part.numel():
+                        model(part, **{ARGUMENT: cache}, logits_to_keep=1)
+                for cache.keep in (0, context + 64) if row.codecs else (0,):
+                    model(last, **{ARGUMENT: cache})  # which decodes what is kept
+                    began = time.time()
+                    for _ in range(32):
+                        model(last, **{ARGUMENT: cache}).logits.argmax().item()
+                    costs.append({"name": row.name, "context": context, "keep": cache.keep > 0,
+                                  "token_ms": 1000 * (time.time() - began) / 32,
+                                  "bytes": cache_bytes(cache)})
+                    print("after {context:6,} tokens, {name:16} {token_ms:8.1f} ms per token, "
+                          "{bytes:13,} bytes".format(**costs[-1])
+                          + ", all kept decoded" * costs[-1]["keep"], flush=True)
+    return costs
+
 def main(argv=None):
     args = parse_args(
         __doc__, argv, "model saes layer k-key k-val sink device dtype out",
@@ -244,6 +317,7 @@ def main(argv=None):
         only=dict(default="", help="of the rows, those whose names match this pattern"),
         generate=dict(default="The President of the United States", help="the prompt"),
         new_tokens=dict(type=int, default=100, help="(default 100)"),
+        contexts=dict(type=numbers, help="instead of --generate: numbers of tokens, 1024,4096"),
         recent=dict(type=int, default=16, help="newest tokens kept exact (default 16)"))
     evaluate.check_pattern(args.only)
     folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
@@ -261,7 +335,8 @@ def main(argv=None):
     paper = [row for row in paper if row.name == "dual"]
     rows = [dense] + [row for row in evaluate.more_rows(paper, model, tokenizer, saes, args)
                       if stored(row) and re.search(args.only, row.name)]
-    costs = write_on(model, tokenizer, rows, args)
+    costs = (time_contexts(model, rows, args) if args.contexts else
+             write_on(model, tokenizer, rows, args))
     sta.write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
 
 if __name__ == "__main__":

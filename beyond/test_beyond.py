@@ -75,15 +75,16 @@ def test_cache_with_eager_attention_a_sliding_window_and_bf16(family):
 
 @pytest.mark.parametrize("family", CACHED)
 def test_cache_computes_what_the_hooks_do(family):
-    """recent = 0: token by token, in chunks or at once, the logits of `reconstruct`."""
+    """recent = 0: token by token, in chunks or at once, and however much is kept decoded, the logits
+    of `reconstruct`."""
     model, inputs = small_model(family), padded(length=20)
     ids, mask = inputs.values()
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
     codecs = dual(small_saes(model), 4, 6)
     with sta.reconstruct(model, codecs, sink=1):
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
-    for step in (1, 7, 20):
-        with cache.compress(model, codecs, 1, 0) as kept:
+    for step, keep in ((1, 0), (7, 0), (20, 0), (1, 5), (1, 100), (7, 9), (7, 100)):
+        with cache.compress(model, codecs, 1, 0, keep) as kept:
             found = torch.cat([model(ids[:, i:i + step], attention_mask=mask[:, :i + step],
                                      position_ids=positions[:, i:i + step],
                                      past_key_values=kept).logits
@@ -118,11 +119,12 @@ def test_beam_search_and_sampling():
             found = model.generate(**padded(), past_key_values=kept, **how)
         assert found.tolist() == dense.tolist()
 
-def test_reorder_crop_and_growth_at_random():
+@pytest.mark.parametrize("keep", [0, 7, 1000])
+def test_reorder_crop_and_growth_at_random(keep):
     """recent = 0: after any of them the logits are those of a new cache that read what is left."""
     model, generator = small_model("llama", max_position_embeddings=256), np.random.default_rng(0)
     codecs, ids = dual(small_saes(model), 3, 5), tokens_of(3, 1)
-    with cache.compress(model, codecs, 1, 0) as kept:
+    with cache.compress(model, codecs, 1, 0, keep) as kept:
         model(ids, past_key_values=kept)
         for turn in range(30):
             what = generator.integers(3)
@@ -153,6 +155,25 @@ def test_bytes_of_the_cache_are_those_of_its_codes_and_exact_tokens():
     coded, exact = 2 * 4 * (3 + 5), 2 * 2 * 16 * 4  # of two heads: atoms; K and V in float32
     positions = 2 * 200 * (4 + 1)  # and whether it is a sink, once
     assert cache.cache_bytes(kept) == 2 * 2 * (190 * coded + 14 * exact) + positions
+
+@pytest.mark.parametrize("keep,decoded", [(0, [36, 37, 38]), (20, [36, 17, 38]),
+                                          (100, [36, 1, 38])])
+def test_what_is_kept_decoded_is_not_decoded_again_and_can_be_given_back(keep, decoded):
+    class Counting(Exact):
+        def decode(self, stored):
+            numbers.append(stored[0].shape[1])
+            return super().decode(stored)
+
+    model, numbers = small_model("llama"), []
+    with cache.compress(model, {0: Counting()}, sink=1, recent=4, keep=keep) as kept:
+        model(tokens_of(1, 40), past_key_values=kept)
+        model(tokens_of(1, 1), past_key_values=kept)
+        before = cache.cache_bytes(kept)
+        kept.forget_decoded()
+        assert before - cache.cache_bytes(kept) == 2 * 2 * 16 * 4 * min(keep, 37)  # K and V
+        model(tokens_of(1, 1), past_key_values=kept)
+        assert numbers == decoded
+        assert cache.cache_bytes(kept) >= before
 
 @pytest.mark.parametrize("form", mask_forms())
 def test_cache_finds_padding_in_any_form_of_mask(form):
@@ -220,6 +241,16 @@ def test_writing_on(trained, tmp_path, capsys):
     cost = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"][1]
     assert cost["name"] == "dual" and cost["bytes"] == int(codes.replace(",", ""))
     assert cost["prefill_s"] > 0 and cost["token_ms"] > 0
+
+def test_times_by_context(trained, tmp_path, capsys):
+    assert script(cache, "--saes", trained, "--contexts", "40,150", "--out", tmp_path) == 0
+    costs = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"]
+    assert [(x["name"], x["context"], x["keep"]) for x in costs] == [
+        (name, context, keep) for context in (40, 150)
+        for name, keep in (("dense", False), ("dual", False), ("dual", True))]
+    assert all(0 < x["token_ms"] < 1000 for x in costs)
+    dense, codes, both = [x["bytes"] for x in costs[3:]]
+    assert codes < dense < both
 
 @pytest.mark.parametrize("argv,message", [
     (["--recent", "-1"], "--recent -1: want 0 or more"),
@@ -909,13 +940,9 @@ def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypa
     assert report.peers(report.lines_of(result, ""))[0] == "|  | ours | ours, k and 2k |"
 
 def test_benchmark_rows():
-    """Plausible times and memory; the caches' bytes are those of their tensors."""
+    """Plausible times."""
     row = benchmark.time_shape((16, 64, 4, 256), torch.device("cpu"))
     assert all(0 < ms < 1000 for ms in (row["matmul_ms"], row["step_ms"], *row["code_ms"].values()))
-    row = benchmark.time_cache(2, 300, torch.device("cpu"))
-    token = 2 * 3 * 64 * 4  # float32; K and V of three heads
-    assert row["dense_bytes"] == 2 * 300 * token
-    assert row["codes_bytes"] == 2 * ((300 - 128) * 3 * 4 * 24 + (128 + 1) * token) + 5 * 300
 
 # ---------------------------------------------------------------- additive.py
 def learned_layer(n=9000):
@@ -1217,7 +1244,7 @@ def test_every_picture_is_shown():
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
            "variants": {"calibrate"}, "cache": set(), "atoms": {"depth"},
-           "depth": set(), "claims": {"variants", "depth"}, "s3": set(), "benchmark": {"cache"},
+           "depth": set(), "claims": {"variants", "depth"}, "s3": set(), "benchmark": set(),
            "report": {"claims"}}
 
 @pytest.mark.parametrize("name", IMPORTS)
