@@ -12,6 +12,7 @@ figure in a sentence before <!--=NAME-->; a test compares all of them with what 
 Spreads: ± over seeds is a standard deviation; ± of one run a standard error, paired over windows.
 """
 import argparse
+import functools
 import json
 import math
 import pathlib
@@ -240,17 +241,17 @@ def engineer(lines):
     table = []
     for method in ("dual", "searched", "transform", "additive"):
         cells = []
-        for model in ("tiny", SMOLLM2):
+        for model in ("tiny", QWEN, SMOLLM2):
             rows = longest(pick(lines, kind="row", model=model))
             rows = pick(rows, text=max(row["text"] for row in rows))  # of the fitted kind
             most = pick(rows, name="dual")[0]["bytes_share"]
             limit = most if method in ("dual", "searched") else most / 2
             rows = [row for row in pick(rows, method=method) if row["bytes_share"] <= 1.02 * limit]
-            share = max(row["bytes_share"] for row in rows)
+            share = max([row["bytes_share"] for row in rows], default=0)
             ratios = [row["ratio"] for row in rows if row["bytes_share"] > 0.98 * share]
-            cells.append(f"{spread(ratios)} at {100 * share:.3g} %")
+            cells.append(f"{spread(ratios)} at {100 * share:.3g} %" if ratios else "")
         table.append([method, *cells])
-    return markdown(["code", "tiny", "SmolLM2-135M"], table)
+    return markdown(["code", "tiny", "Qwen2.5-Coder-1.5B", "SmolLM2-135M"], table)
 
 def paired(lines, model, a="additive", b="transform"):
     """Nats per token by which method b is worse than a, at equal shares, on one text and of one
@@ -290,6 +291,17 @@ def peers(lines):
           for shape, by_name in result["times"].items()]
     return markdown(["", *names], fvu + ms)
 
+def token_times(lines):
+    """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
+    costs = [cost for line in pick(lines, kind="caches", model=SMOLLM2)
+             for cost in line["caches"]]
+    contexts, table = sorted({cost["context"] for cost in costs}), []
+    for name, keep in dict.fromkeys((cost["name"], cost["keep"]) for cost in costs):
+        cells = {cost["context"]: f"{cost['token_ms']:.0f} ms, {cost['bytes'] / 1e6:.1f} MB"
+                 for cost in pick(costs, name=name, keep=keep)}
+        table.append([name + ", kept decoded" * keep, *map(cells.get, contexts)])
+    return markdown(["cache", *(f"{context:,}" for context in contexts)], table)
+
 def describable(lines):
     """Which share of directions the blind rule of beyond/atoms.py describes."""
     names, rows = ("atoms", "token means", "random"), []
@@ -325,13 +337,12 @@ SMOLLM2 = "DIR/smollm2-135m-instruct"
 TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": engineer,
           "verdicts": verdicts,
           "rules": rules,
-          "tiny by share": lambda lines: by_share(lines, "tiny"),
-          "smollm2 by share": lambda lines: by_share(lines, SMOLLM2),
-          "smollm2 paired": lambda lines: paired(lines, SMOLLM2),
-          "smollm2 tasks": lambda lines: tasks(lines, SMOLLM2), "peers": peers,
-          "tiny one layer": lambda lines: one_layer(lines, "tiny"),
-          "qwen one layer": lambda lines: one_layer(lines, QWEN),
-          "describable": describable, "one key": one_key}
+          "token times": token_times, "peers": peers, "describable": describable,
+          "one key": one_key,
+          **{f"{short} {name}": functools.partial(table, model=model)
+             for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
+             for name, table in (("by share", by_share), ("paired", paired), ("tasks", tasks),
+                                 ("one layer", one_layer))}}
 
 def ratio(model, name):
     """Of a sentence's figure: a row's ratio to dense perplexity."""
