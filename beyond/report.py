@@ -207,11 +207,12 @@ def experiments(lines):
     return markdown(["change", "how", "perplexity, ratio to dense"], rows)
 
 def longest(rows):
-    """Of the rows, those on the longest part of each text."""
+    """Of the rows, those on the longest part of each text, in the shortest windows."""
     most = {}
     for row in rows:
-        most[row["text"]] = max(row["tokens"], most.get(row["text"], 0))
-    return [row for row in rows if row["tokens"] == most[row["text"]]]
+        extent = row["tokens"], -row["seq_len"]
+        most[row["text"]] = max(extent, most.get(row["text"], extent))
+    return [row for row in rows if (row["tokens"], -row["seq_len"]) == most[row["text"]]]
 
 def compared(lines, model):
     """Rows of the methods that are compared by bytes, on the longest part of each text; not those
@@ -241,7 +242,7 @@ def engineer(lines):
     table = []
     for method in ("dual", "searched", "transform", "additive"):
         cells = []
-        for model in ("tiny", QWEN, SMOLLM2):
+        for model in ("tiny", *OTHERS):
             rows = longest(pick(lines, kind="row", model=model))
             rows = pick(rows, text=max(row["text"] for row in rows))  # of the fitted kind
             most = pick(rows, name="dual")[0]["bytes_share"]
@@ -251,32 +252,41 @@ def engineer(lines):
             ratios = [row["ratio"] for row in rows if row["bytes_share"] > 0.98 * share]
             cells.append(f"{spread(ratios)} at {100 * share:.3g} %" if ratios else "")
         table.append([method, *cells])
-    return markdown(["code", "tiny", "Qwen2.5-Coder-1.5B", "SmolLM2-135M"], table)
+    return markdown(["code", "tiny", *OTHERS.values()], table)
 
-def paired(lines, model, a="additive", b="transform"):
-    """Nats per token by which method b is worse than a, at equal shares, on one text and of one
-    seed: paired over windows, and divided by its standard error."""
-    rows, table = longest(pick(lines, kind="row", model=model)), []
-    for one in pick(rows, method=a):
-        for other in pick(rows, method=b, text_sha256=one["text_sha256"], seq_len=one["seq_len"]):
-            if seed_of(one) == seed_of(other) and abs(
-                    one["bytes_share"] - other["bytes_share"]) < 0.002:
-                gaps = [y - x for x, y in zip(one["window_ce"], other["window_ce"])]
-                mean, stderr = evaluate.mean_stderr(gaps)
-                table.append([pathlib.Path(one["text"]).stem, f"{100 * one['bytes_share']:.4g} %",
-                              str(seed_of(one)), f"{mean:+.4f} ± {stderr:.4f}",
-                              f"{mean / stderr:.1f}"])
-    return markdown(["text", "share", "seed", f"{b} worse than {a}, nats", "standard errors"],
-                    table)
+def paired(lines, a="additive", b="transform"):
+    """Nats per token by which method b is worse than a, by share, with the standard error over
+    windows: on each model and text, of one seed."""
+    found, names = {}, ("text_sha256", "seq_len", "dtype")
+    for model in OTHERS:
+        rows = compared(lines, model)
+        for one in pick(rows, method=a):
+            for other in pick(rows, method=b, **{name: one[name] for name in names}):
+                if seed_of(one) == seed_of(other) and abs(
+                        one["bytes_share"] - other["bytes_share"]) < 0.002:
+                    gaps = [y - x for x, y in zip(one["window_ce"], other["window_ce"])]
+                    cells = found.setdefault((model, one["text"], seed_of(one)), {})
+                    cells[round(100 * one["bytes_share"], 2)] = "{:+.4f} ± {:.4f}".format(
+                        *evaluate.mean_stderr(gaps))
+    shares = sorted({share for cells in found.values() for share in cells})
+    return markdown([f"{b} worse than {a}, nats", *(f"{share:.3g} %" for share in shares)], [
+        [f"{OTHERS[model]}, {pathlib.Path(text).stem}", *(cells.get(share, "") for share in shares)]
+        for (model, text, _), cells in found.items()])
 
-def tasks(lines, model):
-    """Change in accuracy from dense, in points, with its paired standard error."""
-    rows = [row for row in pick(lines, kind="row", model=model) if row["tasks"]
-            and row["name"] != "dense"]
+def tasks(lines):
+    """Change in accuracy from dense, in points, with its paired standard error, and how many
+    questions."""
+    rows = [row for model in OTHERS for row in pick(lines, kind="row", model=model)
+            if row["tasks"] and row["name"] != "dense"]
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
-    return markdown(["row", "share", *names], [[row["name"], f"{100 * row['bytes_share']:.3g} %", *(
-        f"{100 * row['tasks'][name]['delta_acc']:+.1f} ± "
-        f"{100 * row['tasks'][name]['delta_acc_stderr']:.1f}" for name in names)] for row in rows])
+
+    def cell(task):
+        return f"{100 * task['delta_acc']:+.1f} ± {100 * task['delta_acc_stderr']:.1f}"
+
+    return markdown(["change of accuracy, points", "share", *names], [
+        [f"{OTHERS[row['model']]}, {row['name']}", f"{100 * row['bytes_share']:.3g} %",
+         *(cell(row["tasks"][name]) if name in row["tasks"] else "" for name in names)]
+        for row in rows])
 
 def peers(lines):
     """FVU of held-out vectors by site and library, then ms per step by shape."""
@@ -334,15 +344,16 @@ def one_key(lines):
 QWEN = "DIR/qwen2.5-coder-1.5b-instruct"
 SEARCHED = ", searched"  # ends the names of claims on searched codes
 SMOLLM2 = "DIR/smollm2-135m-instruct"
+OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
 TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": engineer,
           "verdicts": verdicts,
           "rules": rules,
           "token times": token_times, "peers": peers, "describable": describable,
           "one key": one_key,
+          "paired": paired, "tasks": tasks,
           **{f"{short} {name}": functools.partial(table, model=model)
              for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
-             for name, table in (("by share", by_share), ("paired", paired), ("tasks", tasks),
-                                 ("one layer", one_layer))}}
+             for name, table in (("by share", by_share), ("one layer", one_layer))}}
 
 def ratio(model, name):
     """Of a sentence's figure: a row's ratio to dense perplexity."""

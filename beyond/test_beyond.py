@@ -1222,12 +1222,13 @@ def test_tables_and_figures_follow_from_the_rows(results):
             report.filled(bad, lines)
 
 def test_paired_comparisons_are_of_windows():
-    lines = [{"kind": "row", "model": "m", "method": method, "text": "DIR/t.txt",
-              "text_sha256": "h", "tokens": 24, "seq_len": 8, "settings": {"seed": 1},
-              "bytes_share": 0.1875, "window_ce": ce}
-             for method, ce in (("additive", [1.0, 2.0, 3.0]), ("transform", [1.1, 2.1, 3.4]))]
-    row = report.paired(lines, "m")[-1]
-    assert row == "| t | 18.75 % | 1 | +0.2000 ± 0.1000 | 2.0 |"
+    lines = [{"kind": "row", "model": report.QWEN, "method": method, "name": method,
+              "text": "DIR/t.txt", "text_sha256": "h", "tokens": 24, "seq_len": 8, "dtype": "f",
+              "settings": {"seed": seed}, "bytes_share": 0.1875, "window_ce": ce}
+             for method, seed, ce in (("additive", 1, [1.0, 2.0, 3.0]),
+                                      ("transform", 1, [1.1, 2.1, 3.4]),
+                                      ("transform", 2, [9.0, 9.0, 9.0]))]
+    assert report.paired(lines)[-1] == "| Qwen2.5-Coder-1.5B, t | +0.2000 ± 0.1000 |"
 
 def test_the_readmes_show_what_the_file_says():
     lines = report.read()
