@@ -355,10 +355,11 @@ TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": en
              for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
              for name, table in (("by share", by_share), ("one layer", one_layer))}}
 
-def ratio(model, name):
-    """Of a sentence's figure: a row's ratio to dense perplexity."""
+def ratio(model, name, text="valid", digits=3):
+    """Of a sentence's figure: a row's ratio to dense perplexity on a text."""
     return lambda lines: spread([row["ratio"] for row in longest(
-        pick(lines, kind="row", model=model, name=name))] or [math.nan])
+        pick(lines, kind="row", model=model, name=name))
+        if pathlib.Path(row["text"]).stem == text] or [math.nan], digits)
 
 def tiny_one_layer(lines):
     some = pick(lines, kind="claim", claim="P6 one layer", model="tiny")
@@ -369,7 +370,10 @@ def tiny_break_even(lines):
 
 FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "searched"),
            "tiny one layer": tiny_one_layer, "tiny break even": tiny_break_even,
-           "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched")}
+           "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched"),
+           "qwen code dual": ratio(QWEN, "dual", "code", 1),
+           "qwen code searched": ratio(QWEN, "searched", "code", 1),
+           "qwen code additive": ratio(QWEN, "additive 18.75", "code")}
 
 # ------------------------------------------------------------------ the picture
 def draw_bytes(lines, model):
