@@ -274,8 +274,7 @@ def paired(lines, a="additive", b="transform"):
         for (model, text, _), cells in found.items()])
 
 def tasks(lines):
-    """Change in accuracy from dense, in points, with its paired standard error, and how many
-    questions."""
+    """Change in accuracy from dense, in points, with its paired standard error."""
     rows = [row for model in OTHERS for row in pick(lines, kind="row", model=model)
             if row["tasks"] and row["name"] != "dense"]
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
@@ -346,11 +345,8 @@ SEARCHED = ", searched"  # ends the names of claims on searched codes
 SMOLLM2 = "DIR/smollm2-135m-instruct"
 OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
 TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": engineer,
-          "verdicts": verdicts,
-          "rules": rules,
-          "token times": token_times, "peers": peers, "describable": describable,
-          "one key": one_key,
-          "paired": paired, "tasks": tasks,
+          "verdicts": verdicts, "rules": rules, "token times": token_times, "peers": peers,
+          "describable": describable, "one key": one_key, "paired": paired, "tasks": tasks,
           **{f"{short} {name}": functools.partial(table, model=model)
              for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
              for name, table in (("by share", by_share), ("one layer", one_layer))}}
