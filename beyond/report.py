@@ -315,12 +315,12 @@ def describable(lines):
     """Which share of directions the blind rule of beyond/atoms.py describes."""
     names, rows = ("atoms", "token means", "random"), []
     for line in pick(lines, kind="check"):
-        for site, check in line["check"].items():
-            layer, kind = site.split(".")
-            rows.append([pathlib.Path(line["model"]).name, layer, kind, *(
-                f"{check[name][column]:.2f}" for column in ("strongest", "range")
-                for name in names)])
-    return markdown(["model", "layer", "kind", *(f"{name}, {column}" for column in (
+        for layer in dict.fromkeys(site.split(".")[0] for site in line["check"]):
+            key, value = (line["check"][f"{layer}.{kind}"] for kind in sta.KINDS)
+            rows.append([f"{pathlib.Path(line['model']).name}, {layer}", *(
+                f"{key[name][column]:.2f} / {value[name][column]:.2f}"
+                for column in ("strongest", "range") for name in names)])
+    return markdown(["model, layer; key / value", *(f"{name}, {column}" for column in (
         "ten strongest", "ten at random") for name in names)], rows)
 
 def one_key(lines):
