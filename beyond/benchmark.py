@@ -34,10 +34,12 @@ from beyond import OPTIONS, parse_args
 SHAPES = {"tiny": (128, 512, 16, 1024), "SmolLM2": (64, 1024, 16, 1024),
           "Yi-6B": (128, 1024, 16, 2048), "large": (512, 4096, 32, 2048)}  # D, M, k, rows
 
-def timed(actions, device, n=20):
+N_ROUNDS = 20  # counted
+
+def timed(actions, device):
     """{name: median ms} of callables, run in turn."""
     ms = {name: [] for name in actions}
-    for i in range(n + 3):
+    for i in range(N_ROUNDS + 3):
         for name, action in actions.items():
             began = time.perf_counter()
             action()
@@ -45,7 +47,7 @@ def timed(actions, device, n=20):
                 torch.cuda.synchronize()
             if i >= 3:
                 ms[name].append(1000 * (time.perf_counter() - began))
-    return {name: sorted(times)[n // 2] for name, times in ms.items()}
+    return {name: sorted(times)[N_ROUNDS // 2] for name, times in ms.items()}
 
 def time_shape(shape, device):
     """One row of the benchmark: a training step and codes at (D, M, k, rows) on random rows."""

@@ -11,8 +11,9 @@ The first `sink` real tokens of a text and its newest `recent` stay exact; older
 quarter of `recent` is coded at once, when so many are there beyond it. Keys are coded as they are
 before RoPE, and turned again when they are read. Tokens that a chunk pushes out of the newest
 `recent` are coded before attention reads them, even for its own queries.
-Decoding all tokens for each new one takes as long as the model itself. So the first `keep` of them
-also stay decoded, which takes a dense cache's bytes; cache.forget_decoded() gives those back.
+Decoding all tokens for each new one takes as long as the model itself, or longer. So the first
+`keep` of them also stay decoded, which takes a dense cache's bytes; cache.forget_decoded() gives
+those back.
 Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of
 model in ROTARY with plain RoPE.
 The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. The first two
@@ -36,6 +37,7 @@ import evaluate
 import sta
 from beyond import parse_args
 
+N_TIMED = 32  # tokens: at recent = 128, a quarter of it is coded once among them
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 ARGUMENT = ("cache" if "cache" in inspect.signature(transformers.LlamaModel.forward).parameters
             else "past_key_values")  # its name before transformers 5.24
@@ -280,14 +282,14 @@ def write_on(model, tokenizer, rows, args):
         print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms per token; "
               f"cache {cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
               f"{tokenizer.decode(ids, skip_special_tokens=True)}")
-        costs.append({"name": row.name, "tokens": n, "prefill_s": at[1] - at[0], "token_ms": ms,
-                      "bytes": cache_bytes(cache)})
+        costs.append({"name": row.name, "context": n, "keep": False, "token_ms": ms,
+                      "prefill_s": at[1] - at[0], "bytes": cache_bytes(cache)})
     return costs
 
 @torch.no_grad()
 def time_contexts(model, rows, args):
     """For each context and row: {name, context, keep, token_ms, bytes}, with nothing kept decoded
-    and with all. ms are a mean over 32 further tokens; what is coded now and then has its part."""
+    and with all. ms are a mean over N_TIMED further tokens, as some are coded only now and then."""
     costs, generator = [], torch.Generator().manual_seed(0)
     for context in args.contexts:
         ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=generator)
@@ -297,17 +299,18 @@ def time_contexts(model, rows, args):
                 for part in parts:
                     if part.numel():
                         model(part, **{ARGUMENT: cache}, logits_to_keep=1)
-                for cache.keep in (0, context + 64) if row.codecs else (0,):
+                for kept in (False, True) if row.codecs else (False,):
+                    cache.keep = ids.shape[1] + N_TIMED if kept else 0
                     model(last, **{ARGUMENT: cache})  # which decodes what is kept
                     began = time.time()
-                    for _ in range(32):
+                    for _ in range(N_TIMED):
                         model(last, **{ARGUMENT: cache}).logits.argmax().item()
-                    costs.append({"name": row.name, "context": context, "keep": cache.keep > 0,
-                                  "token_ms": 1000 * (time.time() - began) / 32,
+                    costs.append({"name": row.name, "context": context, "keep": kept,
+                                  "token_ms": 1000 * (time.time() - began) / N_TIMED,
                                   "bytes": cache_bytes(cache)})
                     print("after {context:6,} tokens, {name:16} {token_ms:8.1f} ms per token, "
                           "{bytes:13,} bytes".format(**costs[-1])
-                          + ", all kept decoded" * costs[-1]["keep"], flush=True)
+                          + ", all kept decoded" * kept, flush=True)
     return costs
 
 def main(argv=None):

@@ -214,6 +214,10 @@ def longest(rows):
         most[row["text"]] = max(extent, most.get(row["text"], extent))
     return [row for row in rows if (row["tokens"], -row["seq_len"]) == most[row["text"]]]
 
+def on_text(rows, text="valid"):
+    """Of the rows, those on a text; valid is of the kind that the codes were fitted to."""
+    return [row for row in rows if pathlib.Path(row["text"]).stem == text]
+
 def compared(lines, model):
     """Rows of the methods that are compared by bytes, on the longest part of each text; not those
     of the dual budget's SAEs at budgets that they were not trained for."""
@@ -243,8 +247,7 @@ def engineer(lines):
     for method in ("dual", "searched", "transform", "additive"):
         cells = []
         for model in ("tiny", *OTHERS):
-            rows = longest(pick(lines, kind="row", model=model))
-            rows = pick(rows, text=max(row["text"] for row in rows))  # of the fitted kind
+            rows = on_text(compared(lines, model))
             most = pick(rows, name="dual")[0]["bytes_share"]
             limit = most if method in ("dual", "searched") else most / 2
             rows = [row for row in pick(rows, method=method) if row["bytes_share"] <= 1.02 * limit]
@@ -353,9 +356,8 @@ TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": en
 
 def ratio(model, name, text="valid", digits=3):
     """Of a sentence's figure: a row's ratio to dense perplexity on a text."""
-    return lambda lines: spread([row["ratio"] for row in longest(
-        pick(lines, kind="row", model=model, name=name))
-        if pathlib.Path(row["text"]).stem == text] or [math.nan], digits)
+    return lambda lines: spread([row["ratio"] for row in on_text(longest(
+        pick(lines, kind="row", model=model, name=name)), text)] or [math.nan], digits)
 
 def tiny_one_layer(lines):
     some = pick(lines, kind="claim", claim="P6 one layer", model="tiny")
@@ -373,11 +375,10 @@ FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "s
 
 # ------------------------------------------------------------------ the picture
 def draw_bytes(lines, model):
-    """The rise of perplexity against the bytes, one curve per method, on the model's longest text,
+    """The rise of perplexity against the bytes, one curve per method, on the fitted kind of text,
     means over seeds. A point at or below dense is drawn at the edge, with an arrow."""
     figure, panel = plots.plt.subplots(figsize=(8, 4.5), layout="constrained")
-    rows = compared(lines, model)
-    rows = pick(rows, text=max((row["text"] for row in rows), default=None))
+    rows = on_text(compared(lines, model))
     floor = min([row["ratio"] - 1 for row in rows if row["ratio"] > 1.0001], default=1) / 2
     for method in (method for method in METHODS if pick(rows, method=method)):
         by_share = {}

@@ -75,8 +75,8 @@ def test_cache_with_eager_attention_a_sliding_window_and_bf16(family):
 
 @pytest.mark.parametrize("family", CACHED)
 def test_cache_computes_what_the_hooks_do(family):
-    """recent = 0: token by token, in chunks or at once, and however much is kept decoded, the logits
-    of `reconstruct`."""
+    """recent = 0: token by token, in chunks or at once, and however much is kept decoded, these are
+    the logits of `reconstruct`."""
     model, inputs = small_model(family), padded(length=20)
     ids, mask = inputs.values()
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
