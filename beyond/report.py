@@ -13,6 +13,7 @@ Spreads: ± over seeds is a standard deviation; ± of one run a standard error, 
 """
 import argparse
 import functools
+import itertools
 import json
 import math
 import pathlib
@@ -90,13 +91,14 @@ def check_together(old, new):
         raise sta.UsageError(f"{new['model']} on {new['text']}: the dense loss is "
                              f"{old['dense_ce']:.5f} there, {new['dense_ce']:.5f} here")
 
-def add(paths, folder, file=None, experiment=None):
+def add(paths, folder, file=None, experiment=None, only=""):
     """Take the rows of result files into results.jsonl, each in the place of an older one."""
     file = file or FILE
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
         with sta.explain(f"{path}: no result of a model by this version; leave it out"):
             new = lines_of(json.loads(path.read_text()), folder, experiment)
+        new = [line for line in new if re.search(only, line["name"])]
         for line in new:
             if line["kind"] in ("row", "experiment"):
                 line["dense_ce"] = line["ce"] - line["delta_ce"]
@@ -121,7 +123,9 @@ def seed_of(line):
     return settings.get("seed", settings.get("calibration", {}).get("seed"))
 
 def spread(values, digits=3):
-    """Numbers of several seeds -> "mean ± standard deviation"; of one, the number."""
+    """Numbers of several seeds -> "mean ± standard deviation"; of one, the number; of none, ""."""
+    if not values:
+        return ""
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
@@ -203,7 +207,7 @@ def experiments(lines):
     rows = []
     for change, command, wanted in EXPERIMENTS:
         ratios = [row["ratio"] for row in longest(pick(lines, model="tiny", **wanted))]
-        rows.append([change, command, spread(ratios) if ratios else ""])
+        rows.append([change, command, spread(ratios)])
     return markdown(["change", "how", "perplexity, ratio to dense"], rows)
 
 def longest(rows):
@@ -276,10 +280,22 @@ def paired(lines, a="additive", b="transform"):
         [f"{OTHERS[model]}, {pathlib.Path(text).stem}", *(cells.get(share, "") for share in shares)]
         for (model, text, _), cells in found.items()])
 
+def by_window(lines):
+    """Ratio to dense perplexity in windows of two lengths, each with a dense model of its own."""
+    table = []
+    for model, name in itertools.product(OTHERS, ("dual", "searched")):
+        rows = [on_text(longest(pick(lines, kind="row", model=model, name=name, seq_len=length)))
+                for length in (512, 2048)]
+        table.append([f"{OTHERS[model]}, {name}",
+                      *(spread([row["ratio"] for row in some]) for some in rows)])
+    return markdown(["windows of", "512", "2,048"], table)
+
 def tasks(lines):
-    """Change in accuracy from dense, in points, with its paired standard error."""
-    rows = [row for model in OTHERS for row in pick(lines, kind="row", model=model)
-            if row["tasks"] and row["name"] != "dense"]
+    """Change in accuracy from dense, in points, with its paired standard error; of a row that was
+    scored more than once, the last time."""
+    rows = {(model, row["name"]): row for model in OTHERS
+            for row in pick(lines, kind="row", model=model)
+            if row["tasks"] and row["name"] != "dense"}.values()
     names = list(dict.fromkeys(name for row in rows for name in row["tasks"]))
 
     def cell(task):
@@ -350,6 +366,7 @@ OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
 TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": engineer,
           "verdicts": verdicts, "rules": rules, "token times": token_times, "peers": peers,
           "describable": describable, "one key": one_key, "paired": paired, "tasks": tasks,
+          "windows": by_window,
           **{f"{short} {name}": functools.partial(table, model=model)
              for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
              for name, table in (("by share", by_share), ("one layer", one_layer))}}
@@ -424,9 +441,11 @@ def main(argv=None):
     parser.add_argument("results", nargs="*", type=pathlib.Path, help="for add: JSON files")
     parser.add_argument("--dir", default="", help="for add: the folder to be written as DIR")
     parser.add_argument("--experiment", help="for add: keep the dual row only, under this name")
+    parser.add_argument("--only", default="", help="for add: take what matches this pattern only")
     args = parser.parse_args(argv)
+    evaluate.check_pattern(args.only)
     if args.what == "add":
-        return add(args.results, args.dir, experiment=args.experiment)
+        return add(args.results, args.dir, None, args.experiment, args.only)
     lines = read()
     if args.what == "write":
         for path in READMES:

@@ -1178,6 +1178,8 @@ def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     assert results.read_text() == before
     window_ce = json.loads((evaluated / "tiny.json").read_text())["rows"][3]["window_ce"]
     assert lines[3]["window_ce"] == pytest.approx(window_ce, abs=5e-5)
+    report.add([judged / "tiny-claims.json"], "", tmp_path / "one.jsonl", only="^P7$")
+    assert [line["name"] for line in report.read(tmp_path / "one.jsonl")] == ["P7"]
 
 @pytest.mark.parametrize("change,message", [
     ({"text_sha256": "0" * 12}, "two texts are named tiny/valid.txt: hash .* there, 0000"),
@@ -1229,6 +1231,17 @@ def test_paired_comparisons_are_of_windows():
                                       ("transform", 1, [1.1, 2.1, 3.4]),
                                       ("transform", 2, [9.0, 9.0, 9.0]))]
     assert report.paired(lines)[-1] == "| Qwen2.5-Coder-1.5B, t | +0.2000 ± 0.1000 |"
+
+def test_windows_of_a_length_and_the_last_scores_are_shown():
+    def row(ratio, tokens, seq_len, delta_acc=None):
+        task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
+        return {"kind": "row", "model": report.QWEN, "name": "dual", "ratio": ratio,
+                "text": "DIR/valid.txt", "tokens": tokens, "seq_len": seq_len, "bytes_share": 0.1875,
+                "tasks": {} if delta_acc is None else {"piqa": task}}
+
+    lines = [row(1.3, 4096, 512, -0.05), row(1.4, 4096, 2048), row(1.9, 1024, 512, -0.06)]
+    assert "| Qwen2.5-Coder-1.5B, dual | 1.300 | 1.400 |" in report.by_window(lines)
+    assert report.tasks(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8 % | -6.0 ± 1.0 |"]
 
 def test_the_readmes_show_what_the_file_says():
     lines = report.read()
