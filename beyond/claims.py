@@ -186,7 +186,8 @@ CLAIMS = {
            "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
            "one context of the model; in part: the first"),
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
-           "share of atoms that a word's keys have in common, shallow minus deep",
+           "share of atoms that keys of one word have in common, less that of keys of different "
+           "words; shallow minus deep",
            "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
            "some of them do")}
 

