@@ -281,11 +281,11 @@ def paired(lines, a="additive", b="transform"):
         for (model, text, _), cells in found.items()])
 
 def by_window(lines):
-    """Ratio to dense perplexity in windows of two lengths, each with a dense model of its own."""
+    """Ratio to the dense model's perplexity in windows of the same length, at (8, 16) atoms."""
     table = []
     for model, name in itertools.product(OTHERS, ("dual", "searched")):
-        rows = [on_text(longest(pick(lines, kind="row", model=model, name=name, seq_len=length)))
-                for length in (512, 2048)]
+        rows_of_name = pick(lines, kind="row", model=model, name=name, k_key=8, k_val=16)
+        rows = [on_text(longest(pick(rows_of_name, seq_len=length))) for length in (512, 2048)]
         table.append([f"{OTHERS[model]}, {name}",
                       *(spread([row["ratio"] for row in some]) for some in rows)])
     return markdown(["windows of", "512", "2,048"], table)
@@ -386,6 +386,8 @@ def tiny_break_even(lines):
 FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "searched"),
            "tiny one layer": tiny_one_layer, "tiny break even": tiny_break_even,
            "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched"),
+           "qwen prose dual": ratio(QWEN, "dual", "prose", 1),
+           "qwen prose searched": ratio(QWEN, "searched", "prose", 1),
            "qwen code dual": ratio(QWEN, "dual", "code", 1),
            "qwen code searched": ratio(QWEN, "searched", "code", 1),
            "qwen code additive": ratio(QWEN, "additive 18.75", "code")}
