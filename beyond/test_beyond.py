@@ -1236,8 +1236,9 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
     def row(ratio, tokens, seq_len, delta_acc=None, k_key=8):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
         return {"kind": "row", "model": report.QWEN, "name": "dual", "ratio": ratio,
-                "text": "DIR/valid.txt", "tokens": tokens, "seq_len": seq_len, "k_key": k_key, "k_val": 16,
-                "bytes_share": 0.1875, "tasks": {} if delta_acc is None else {"piqa": task}}
+                "text": "DIR/valid.txt", "tokens": tokens, "seq_len": seq_len, "k_key": k_key,
+                "k_val": 16, "bytes_share": 0.1875,
+                "tasks": {} if delta_acc is None else {"piqa": task}}
 
     lines = [row(1.3, 4096, 512, -0.05), row(1.4, 4096, 2048), row(1.9, 1024, 512, -0.06),
              row(2.5, 4096, 512, k_key=4)]
