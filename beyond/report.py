@@ -386,11 +386,9 @@ def tiny_break_even(lines):
 FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "searched"),
            "tiny one layer": tiny_one_layer, "tiny break even": tiny_break_even,
            "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched"),
-           "qwen prose dual": ratio(QWEN, "dual", "prose", 1),
-           "qwen prose searched": ratio(QWEN, "searched", "prose", 1),
-           "qwen code dual": ratio(QWEN, "dual", "code", 1),
-           "qwen code searched": ratio(QWEN, "searched", "code", 1),
-           "qwen code additive": ratio(QWEN, "additive 18.75", "code")}
+           **{f"qwen {text} {name}": ratio(QWEN, name, text, digits)
+              for text in ("prose", "code") for name, digits in (
+                  ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))}}
 
 # ------------------------------------------------------------------ the picture
 def draw_bytes(lines, model):
