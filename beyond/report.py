@@ -445,7 +445,7 @@ def main(argv=None):
     args = parser.parse_args(argv)
     evaluate.check_pattern(args.only)
     if args.what == "add":
-        return add(args.results, args.dir, None, args.experiment, args.only)
+        return add(args.results, args.dir, experiment=args.experiment, only=args.only)
     lines = read()
     if args.what == "write":
         for path in READMES:

@@ -29,7 +29,7 @@ def convert(gguf, out):
     from transformers import AutoModelForCausalLM, AutoTokenizer
     name = next(gguf.glob("*.gguf")).name
     model = AutoModelForCausalLM.from_pretrained(gguf, gguf_file=name, dtype=torch.bfloat16)
-    del model.hf_quantizer, model.config.quantization_config  # as they stand, it is never saved
+    del model.hf_quantizer, model.config.quantization_config  # with them, saving is refused
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf, gguf_file=name).save_pretrained(out)
 
