@@ -17,23 +17,23 @@ import contextlib
 import dataclasses
 import functools
 import importlib
-import itertools
 import json
 import math
 import pathlib
-import platform
 import re
-import subprocess
-import sys
-import time
-from typing import Callable, NamedTuple
+from typing import Callable
 
 import torch
 import torch.nn.functional as F
-import transformers
 from tqdm import tqdm
 
 import sta
+from support.files import ROOT, check_out, explain, load_saes, run_main, sha256
+from support.models import load_model, parse_layers, pick_device
+from support.results import (check_pattern, find_fitted, finished_rows, provenance, result_path,
+                             save_result)
+from support.tasks import TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
+from support.text import read_text, text_name, token_windows
 
 BATCH_TOKENS = FIDELITY_TOKENS = 4096
 
@@ -71,22 +71,6 @@ def parse_args(argv=None, description=__doc__):
                                  "or more")
     check_pattern(args.only)
     return args
-
-def check_pattern(only):
-    with sta.explain(f"--only {only}: no regular expression"):
-        re.compile(only)
-
-def find_fitted(root, model_name):
-    """--saes, --model -> (the folder of what is fitted to a model: root, or one below it; whether
-    it has SAEs; the model's name). Without a name: that of the newest SAEs, or None."""
-    folders = [root, root / sta.slug(model_name)] if model_name else [root, *root.glob("*")]
-    saes = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
-    if saes:
-        newest = max(saes, key=lambda path: path.stat().st_mtime).parent
-        with sta.explain(f"{newest} names no model; give --model"):
-            return newest.parent, True, model_name or sta.load_sae(newest)[1]["model"]
-    fitted = [path for folder in folders for path in folder.glob("*/layer*.safetensors")]
-    return fitted[0].parent.parent if fitted else folders[-1], False, model_name
 
 # ------------------------------------------------------------------ the rows of the table
 @dataclasses.dataclass
@@ -157,15 +141,15 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
 def coded_layers(model, saes, args):
     """The layers that rows of beyond/ code: those of the SAEs, else those of --layer."""
     n_layers = model.get_decoder().config.num_hidden_layers
-    return sorted({layer for layer, _ in saes}) or sta.parse_layers(args.layer or "all", n_layers)
+    return sorted({layer for layer, _ in saes}) or parse_layers(args.layer or "all", n_layers)
 
 def more_rows(rows, model, tokenizer, saes, args):
     """[Row], and those that the files of beyond/ named by --rows add to them."""
     rows = list(rows)
     for name in filter(None, args.rows.split(",")):
-        if not (name.isidentifier() and (sta.HERE / "beyond" / f"{name}.py").exists()):
+        if not (name.isidentifier() and (ROOT / "beyond" / f"{name}.py").exists()):
             raise sta.UsageError(f"--rows {name}: there is no beyond/{name}.py")
-        with sta.explain(f"--rows {name}: a package is missing"):
+        with explain(f"--rows {name}: a package is missing"):
             module = importlib.import_module(f"beyond.{name}")
         if not hasattr(module, "rows"):
             raise sta.UsageError(f"--rows {name}: beyond/{name}.py is a script, and adds no rows")
@@ -192,11 +176,6 @@ def window_losses(forward, windows, model, name):
             losses.append(F.cross_entropy(row[:-1].float(), ids[1:]).double())
     return torch.stack(losses).cpu()
 
-def mean_stderr(values):
-    """(mean, sample standard deviation / sqrt(n)) of numbers or booleans; None for one alone."""
-    x = torch.as_tensor(values, dtype=torch.float64)
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
-
 def exp(x):
     """e to the x; infinity where math.exp raises OverflowError."""
     return torch.as_tensor(x, dtype=torch.float64).exp().item()
@@ -210,148 +189,6 @@ def compare(losses, dense):
             "window_ce": [round(x, 6) for x in losses.tolist()]}
 
 # ------------------------------------------------------------------ zero-shot, as lm-eval has it
-def hellaswag(row):
-    def clean(text):
-        return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
-    context = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-    return clean(context), [clean(ending) for ending in row["endings"]], row["label"]
-
-def lettered(context, row):  # ARC, OpenBookQA
-    letters = row["choices"]["label"]
-    return context, row["choices"]["text"], letters.index(row["answerKey"].strip())
-
-def arc(row):
-    return lettered(f"Question: {row['question']}\nAnswer:", row)
-
-def winogrande(row):  # the options are in the contexts; what follows them is scored
-    before, after = row["sentence"].split("_", 1)
-    contexts = [before + row["option1"], before + row["option2"]]
-    return contexts, [after.strip()] * 2, int(row["answer"]) - 1
-
-# name: (data set, config, split, row -> (context, or one per choice; choices; label))
-TASKS = {
-    "piqa": ("baber/piqa", None, "validation", lambda row: (
-        f"Question: {row['goal']}\nAnswer:", [row["sol1"], row["sol2"]], row["label"])),
-    "hellaswag": ("Rowan/hellaswag", None, "validation", hellaswag),
-    "arc_easy": ("allenai/ai2_arc", "ARC-Easy", "test", arc),
-    "arc_challenge": ("allenai/ai2_arc", "ARC-Challenge", "test", arc),
-    "winogrande": ("allenai/winogrande", "winogrande_xl", "validation", winogrande),
-    "boolq": ("aps/super_glue", "boolq", "validation", lambda row: (
-        f"{row['passage']}\nQuestion: {row['question']}?\nAnswer:", ["no", "yes"], row["label"])),
-    "openbookqa": ("allenai/openbookqa", "main", "test", lambda row: lettered(
-        row["question_stem"], row))}
-
-class Question(NamedTuple):
-    """A task's row, tokenised."""
-    requests: list  # (context ids, continuation ids), one per choice
-    lengths: list  # characters of each choice
-    label: int
-
-def task_rows(spec, task_dir, limit):
-    """Yields (where, row) of the hub's data set, of task_dir/<task>.jsonl or of a .jsonl file."""
-    if spec in TASKS and task_dir is None:
-        with sta.explain(f"--tasks {spec}: the hub's rows cannot be had; give --task-dir"):
-            from datasets import load_dataset  # optional: pip install datasets
-            rows = load_dataset(*TASKS[spec][:2], split=TASKS[spec][2])
-        yield from ((f"{spec} row {i}", rows[i]) for i in range(len(rows))[:limit])
-        return
-    path = task_dir / f"{spec}.jsonl" if spec in TASKS else pathlib.Path(spec)
-    with sta.explain(f"--tasks {spec}: cannot read {path}"):
-        lines = path.read_text(encoding="utf-8").split("\n")
-    for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
-        with sta.explain(f"{path} line {number}: not JSON"):
-            row = json.loads(line)
-        yield f"{path} line {number}", row
-
-def encode_pair(tokenizer, context, continuation):
-    """(context ids, continuation ids): trailing spaces go to the continuation, whose ids are what
-    the whole has after the context's; an empty context is BOS, else EOS."""
-    bare = context.rstrip()
-    continuation = context[len(bare):] + continuation
-    if not bare:
-        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
-        return [start], sta.encode(tokenizer, continuation, special=False)
-    ids = sta.encode(tokenizer, bare)
-    return ids, sta.encode(tokenizer, bare + continuation)[len(ids):]
-
-def load_task(spec, task_dir, limit, tokenizer, max_length):
-    """--tasks entry -> [Question]. A context loses its left end where the whole is longer than
-    max_length. Raises UsageError naming the file and line of a bad row."""
-    if not spec.endswith(".jsonl") and spec not in TASKS:
-        raise sta.UsageError(f"--tasks {spec}: want path.jsonl or one of {', '.join(TASKS)}")
-    questions, n_cut = [], 0
-    for where, row in task_rows(spec, task_dir, limit):
-        with sta.explain(f"{where}: not a row of {spec}"):
-            contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
-                row["context"], row["choices"], row["label"])
-            question = Question([], [len(choice) for choice in choices], int(label))
-            if not 0 <= question.label < len(choices):
-                raise ValueError(f"label {label}, but {len(choices)} choices, numbered from 0")
-            for i, choice in enumerate(choices):
-                context = contexts if isinstance(contexts, str) else contexts[i]
-                ids, rest = encode_pair(tokenizer, context, " " + choice)
-                if not choice.strip():
-                    raise ValueError(f"choice {i} is blank")
-                if not rest:
-                    raise ValueError(f"choice {i} has no token of its own: one spans the join of "
-                                     "context and choice")
-                if len(rest) > max_length:
-                    raise ValueError(f"choice {i} is {len(rest)} long, over {max_length} tokens")
-                room = max_length + 1 - len(rest)  # the last token is not read, only predicted
-                n_cut += len(ids) > room
-                question.requests.append((ids[-room:], rest))
-            if len(choices) < 2:
-                raise ValueError("one choice; want two or more")
-        questions.append(question)
-    if not questions:
-        raise sta.UsageError(f"--tasks {spec}: no rows")
-    if n_cut:
-        print(f"{spec}: {n_cut} contexts cut on the left, to the model's {max_length} tokens")
-    return questions
-
-def load_tasks(specs, *rest):
-    """--tasks -> {name: [Question]}; a .jsonl file's name is its stem."""
-    specs = [spec for spec in specs.split(",") if spec]
-    names = [pathlib.Path(spec).stem for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise sta.UsageError(f"--tasks: {names.count(name)} of them are named {name}; rename")
-    return {name: load_task(spec, *rest) for name, spec in zip(names, specs)}
-
-@torch.no_grad()
-def loglikelihoods(forward, questions, model, name):
-    """[sum of log p over the continuation] of all requests."""
-    requests = [request for question in questions for request in question.requests]
-    by_input, by_length, totals = {}, {}, [None] * len(requests)
-    for i, (context, rest) in enumerate(requests):  # one input, several choices of one token
-        by_input.setdefault((*context, *rest[:-1]), []).append(i)
-    for ids in by_input:
-        by_length.setdefault(len(ids), []).append(ids)  # one length: no padding
-    for length, group in tqdm(by_length.items(), desc=name, leave=False, disable=None):
-        n = max(1, BATCH_TOKENS // length)
-        for batch in (group[j:j + n] for j in range(0, len(group), n)):
-            for ids, logits in zip(batch, forward(torch.tensor(batch, device=model.device))):
-                for i in by_input[ids]:
-                    rest = torch.tensor(requests[i][1], device=logits.device)
-                    log_p = logits[-len(rest):].float().log_softmax(-1)  # (len(rest), V)
-                    totals[i] = log_p.gather(-1, rest[:, None]).double().sum().item()
-    return totals
-
-def score_task(questions, totals, dense):
-    """Columns of a task: n; acc, whether the choice of the largest log-likelihood is right;
-    acc_norm, the same per character; delta_acc, from dense; each with _stderr; right, acc by row.
-    totals: of `loglikelihoods`; dense: dense's columns, or None."""
-    right, norm, rest = [], [], iter(totals)
-    for question in questions:
-        sums = list(itertools.islice(rest, len(question.lengths)))
-        per_character = [total / n for total, n in zip(sums, question.lengths)]
-        right.append(sums.index(max(sums)) == question.label)
-        norm.append(per_character.index(max(per_character)) == question.label)
-    gain = [int(a) - int(b) for a, b in zip(right, dense["right"] if dense else right)]
-    columns = {"n": len(right), "right": right}
-    for metric, values in (("acc", right), ("acc_norm", norm), ("delta_acc", gain)):
-        columns[metric], columns[f"{metric}_stderr"] = mean_stderr(values)
-    return columns
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
@@ -457,58 +294,6 @@ def score(model, rows, windows, tasks, vectors, sink, finished):
                "tasks": scores,
                **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
-def finished_rows(path, result):
-    """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
-    with other options, on another text, or with SAEs that have been trained anew since."""
-    if not path.exists():
-        return {}
-    config = json.loads(json.dumps(result["config"], default=str))
-    with sta.explain(f"{path}: --resume cannot take it up; choose another --out"):
-        there = json.loads(path.read_text())
-        for name in config.keys() - {"rows", "only", "resume", "out"}:
-            if there["config"][name] != config[name]:
-                raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
-        if there["text_sha256"] != result["text_sha256"]:
-            raise ValueError("it is of another text")
-        if there["training"] != result["training"]:
-            raise ValueError("the SAEs have been trained anew since")
-        return {row["name"]: row for row in there["rows"]}
-
-def text_name(spec, split, model_name):
-    """What a text is called in results: --text, or the default's name."""
-    return (spec or sta.default_text(split, model_name)).replace(f"{sta.HERE}/", "")
-
-def provenance(model):
-    """What a reader needs to run it again."""
-    try:
-        commit = subprocess.run(["git", "-C", str(sta.HERE), "rev-parse", "HEAD"], text=True,
-                                capture_output=True).stdout.strip()
-    except OSError:
-        commit = None  # no git on this machine
-    name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    words = [word if len(word) <= 200 else f"sha256:{sta.sha256(word.encode())}"  # a prompt
-             for word in sys.orig_argv[1:]]
-    return {"command": "python " + " ".join(words), "commit": commit or None,
-            "marks": sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)),
-            "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
-            "torch": torch.__version__, "transformers": transformers.__version__,
-            "date": time.ctime()}
-
-def result_path(out, name, about, ending=""):
-    """The path of a model's result, asked for before anything is computed. Raises UsageError if it
-    cannot be written, or is there already, of another model. about: what `provenance` returned."""
-    sta.check_out(out)
-    path = out / f"{sta.slug(name)}{ending}.json"
-    if path.exists():
-        with sta.explain(f"{path}: no result of this version; delete it or choose another --out"):
-            marks = json.loads(path.read_text())["marks"]
-        if not sta.same_marks(marks, about["marks"]):
-            raise sta.UsageError(f"{path}: of another model of that name; choose another --out")
-    return path
-
-def save(path, result):
-    sta.write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
-
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
     args = parse_args(argv)
@@ -516,19 +301,19 @@ def main(argv=None):
     if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
                              f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
-    sta.check_out(args.out)
-    device, dtype = sta.pick_device(args.device, args.dtype)
-    model, tokenizer, layers = sta.load_model(name, device, dtype, args.layer or "all")
+    check_out(args.out)
+    device, dtype = pick_device(args.device, args.dtype)
+    model, tokenizer, layers = load_model(name, device, dtype, args.layer or "all")
     config, saes, trained, about = model.get_decoder().config, {}, {}, provenance(model)
     path = result_path(args.out, name, about)
     if has_saes:
-        saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
+        saes, trained = load_saes(folder, model, layers if args.layer else None)
         layers = sorted({layer for layer, _ in saes})
-    pieces = sta.read_text(args.text, "valid", name)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    pieces = read_text(args.text, "valid", name)
+    windows = token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
     if args.sink >= windows.shape[1]:
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
-    specs = args.tasks or (str(sta.HERE / "tiny" / "cloze.jsonl") if name == "tiny" else "")
+    specs = args.tasks or (str(ROOT / "tiny" / "cloze.jsonl") if name == "tiny" else "")
     max_length = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit
     tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, max_length)
     rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val,
@@ -545,7 +330,7 @@ def main(argv=None):
         "model": name, "saes": folder if saes else None, "layers": layers,
         "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
         "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name),
-        "text_sha256": sta.sha256(windows),
+        "text_sha256": sha256(windows),
         "dtype": str(dtype), "config": vars(args),
         "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
         "curves": {}}
@@ -556,10 +341,10 @@ def main(argv=None):
     print(HEADER.format(name="row", width=width))
     for row in score(model, rows, windows, tasks, vectors, args.sink, finished):
         result["rows"].append(row)
-        save(path, result)  # at once, lest an interrupted run loses it
+        save_result(path, result)  # at once, lest an interrupted run loses it
         print(format_row(row, width), flush=True)
     result["curves"] = find_curves(saes, vectors)
-    save(path, result)
+    save_result(path, result)
     print_dictionaries(result["rows"])
     print_tasks(result["rows"], width)
     print_elbows(result["curves"])
@@ -567,4 +352,4 @@ def main(argv=None):
     return path
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -21,6 +21,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 import sta
+from support.files import check_out, explain, run_main
 
 # Of every method, in all pictures: its name in legends, colour, marker, dash.
 STYLE = {
@@ -126,21 +127,21 @@ def main(argv=None):
     args = parser.parse_args(argv)
     results = {}
     for path in sorted(args.results.glob("*.json")):
-        with sta.explain(f"{path}: not a result of evaluate.py; run that again"):
+        with explain(f"{path}: not a result of evaluate.py; run that again"):
             content = json.loads(path.read_text())
             if "rows" in content:
                 results[path.stem] = content
     if not results:
         raise sta.UsageError(f"{args.results}: no results; first run: python train_sae.py && "
                              "python evaluate.py")
-    sta.check_out(args.out)
+    check_out(args.out)
     for stem, result in results.items():
         if not result.get("curves"):
             print(f"{stem}: no SAEs, nothing to draw")
             continue
-        with sta.explain(f"{args.results / stem}.json: not a result of evaluate.py; run it again"):
+        with explain(f"{args.results / stem}.json: not a result of evaluate.py; run it again"):
             figure = draw_overview(result)
         save(figure, args.out / f"{stem}-overview.png")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

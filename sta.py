@@ -21,28 +21,18 @@ evaluating sparse autoencoders", arXiv 2406.04093. Non-goal: training the model 
 """
 import contextlib
 import functools
-import hashlib
 import inspect
-import itertools
-import json
-import logging
-import os
-import pathlib
-import re
-import sys
-import tempfile
 import types
 import warnings
 from typing import NamedTuple
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 KINDS = ("key", "value")
 
-class UsageError(Exception):
+class UsageError(ValueError):
     """Bad input: one line that names the value, the limit and the likely fix."""
 
 # ------------------------------------------------------------------ 1. the Top-K SAE
@@ -118,7 +108,212 @@ class TopKSAE(nn.Module):
         learn, again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
         self.b_enc[self.idle > 16 * self.n_latents] += amount
 
-# ------------------------------------------------------------------ 2. where keys and values live
+# ------------------------------------------------------------------ 2. fidelity, the budget curve, the elbow
+@torch.no_grad()
+def fidelity(x, x_hat):
+    """Vectors x, x_hat (..., H, D) -> {fvu, cos, rel_norm}, in float64.
+
+    fvu = sum |x - x_hat|^2 / sum |x - mean_h|^2 over all vectors, mean_h the mean of the vector's
+    head: variance unexplained within heads. cos, the cosine of x and x_hat (of the whole vectors,
+    means and all), and rel_norm = |x_hat| / |x| are means over vectors."""
+    x, x_hat = x.flatten(0, -3).double(), x_hat.flatten(0, -3).double()  # (tokens, H, D)
+    spread = (x - x.mean(0)).square().sum().clamp_min(1e-12)
+    return {"fvu": ((x - x_hat).square().sum() / spread).item(),
+            "cos": F.cosine_similarity(x, x_hat, dim=-1, eps=1e-12).mean().item(),
+            "rel_norm": (x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).mean().item()}
+
+@torch.no_grad()
+def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
+    """[{k, fvu, cos, rel_norm, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
+    all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
+    none of these vectors fired."""
+    ks = sorted(k for k in ks if k <= sae.n_latents)
+    z, idx = sae.encode(x, max(1, ks[-1]))  # (tokens, H, ks[-1])
+    curve = []
+    for k in ks:
+        n_fired = len(idx[..., :k][z[..., :k] > 0].unique())
+        curve.append({"k": k, **fidelity(x, sae.decode(z[..., :k], idx[..., :k])),
+                      "dead": 1 - n_fired / sae.n_latents})
+    return curve
+
+def elbow(curve, most):
+    """The semantic elbow: the k from 1 to `most` whose FVU lies furthest below the chord between
+    the curve's ends there. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends
+    on `most`, so state that. not in paper: the readable text gives no rule for its elbow."""
+    curve = [point for point in curve if 1 <= point["k"] <= most]
+    first, last = curve[0], curve[-1]
+    fall, run = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
+    depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / run for p in curve]
+    return curve[depths.index(max(depths))]["k"]
+
+# ------------------------------------------------------------------ 3. the dual budget
+class Budget(NamedTuple):
+    """Atoms per key, atoms per value."""
+    k_key: int = 8
+    k_val: int = 16
+
+class DualBudget:
+    """The paper's codec of one layer: each key becomes its k_key strongest atoms, each value its
+    k_val. A codec says what a layer keeps of a token: encode returns it, and decode rebuilds the
+    keys and values from it, up to the code's error."""
+
+    def __init__(self, key_sae, value_sae, budget=Budget()):
+        self.key_sae, self.value_sae, self.budget = key_sae, value_sae, budget
+
+    def encode(self, keys, values):
+        """Keys before RoPE and values, (..., H, D) each -> the tensors (..., n) to be stored: fp16
+        coefficients and int16 indices of the keys, then of the values; n = H times the budget."""
+        z_key, idx_key = self.key_sae.encode(keys, self.budget.k_key)  # (..., H, k_key)
+        z_val, idx_val = self.value_sae.encode(values, self.budget.k_val)  # (..., H, k_val)
+        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
+                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+
+    def decode(self, stored):
+        """What encode returned -> keys, values (..., H, D), float32."""
+        z_key, idx_key = (x.unflatten(-1, (-1, self.budget.k_key)) for x in stored[:2])
+        z_val, idx_val = (x.unflatten(-1, (-1, self.budget.k_val)) for x in stored[2:])
+        return (self.key_sae.decode(z_key.float(), idx_key.int()),
+                self.value_sae.decode(z_val.float(), idx_val.int()))
+
+def roundtrip(codec, keys, values, live):
+    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), or what its own
+    `roundtrip` returns. A codec has one if it looks across tokens, of which it then ignores those
+    that are not live (B, T), or is faster by it. In generation a call brings a single token."""
+    if hasattr(codec, "roundtrip"):
+        return codec.roundtrip(keys, values, live)
+    return codec.decode(codec.encode(keys, values))
+
+# ------------------------------------------------------------------ 4. in the model
+@contextlib.contextmanager
+def reconstruct(model, codecs, sink=1):
+    """Inside, `model` computes with decoded keys and values, in prefill and in generation; its own
+    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
+    The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
+    2309.17453). Raises UsageError as `watch` and `live_tokens` do. The order of events:
+
+        the decoder is called          begin: which of the new tokens are live?
+        a layer's k_proj, k_norm       note: keys are there
+                  v_proj               note: values too; the second of the two triggers both: they
+                                       are coded, decoded, and written over the projections'
+                                       outputs, where tokens are live
+                  RoPE, cache, attention read what was written; then the next layer's k_proj"""
+    now, waiting = {}, {}
+
+    def begin(call):
+        now["live"] = live_tokens(call, sink)
+        waiting.clear()
+
+    def note(layer, kind, x):
+        waiting[kind] = x
+        if len(waiting) == 2:  # which of the two comes first depends on the type of model
+            replace(codecs[layer], waiting.pop("key"), waiting.pop("value"))
+
+    def replace(codec, keys, values):
+        live = now["live"].to(keys.device)
+        for x, x_hat in zip((keys, values), roundtrip(codec, keys.float(), values.float(), live)):
+            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))  # (B, T, H, D)
+
+    with watch(model, codecs, note, begin):
+        yield
+
+@contextlib.contextmanager
+def capture(model, layers):
+    """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind] to the keys or
+    values of the call, (B, T, H, D)."""
+    vectors = {}
+
+    def keep(layer, kind, x):
+        vectors[layer, kind] = x.detach().clone()  # some models change it in place
+
+    with watch(model, layers, keep):
+        yield vectors
+
+@torch.no_grad()
+def harvest(model, windows, layers, sink=1):
+    """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
+    `sink` tokens. Raises UsageError at a value that is not finite."""
+    vectors = {}  # allocated whole at once: joining batches would need twice the memory
+    with capture(model, layers) as captured:
+        for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
+            model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
+            for key, x in captured.items():  # (B, T, H, D)
+                if key not in vectors:
+                    vectors[key] = x.new_empty(len(windows), *x[0, sink:].shape)
+                vectors[key][batch] = x[:, sink:]
+    for (layer, kind), x in vectors.items():
+        if not x.isfinite().all():
+            raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
+    return {key: x.flatten(0, 1) for key, x in vectors.items()}
+
+# ------------------------------------------------------------------ the hooks
+@contextlib.contextmanager
+def watch(model, layers, see, begin=lambda call: None):
+    """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
+    the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
+    UsageError: no such layer; a call in which one of them is not seen, or no call at all, which
+    both happen after torch.compile."""
+    decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
+    wanted = {(layer, kind) for layer in layers for kind in KINDS}
+    absent = wanted - sites.keys()
+    if absent:
+        raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {len(sites) // 2 - 1}")
+
+    def start(decoder, args, kwargs):
+        nonlocal n_calls
+        n_calls += 1
+        missing.update(wanted)
+        bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
+        begin({**bound.arguments, **bound.kwargs})
+
+    def hook(site, view, module, args, y):
+        if site in missing:  # else outside a call of the decoder, or seen already in this one
+            missing.remove(site)
+            see(*site, view(args[0], y))
+
+    def end(decoder, args, output):
+        if missing:
+            raise UsageError(f"layer {min(missing)[0]}: keys or values went by unseen; is the "
+                             "model compiled?")
+
+    with contextlib.ExitStack() as hooks:
+        hooks.callback(decoder.register_forward_pre_hook(start, with_kwargs=True).remove)
+        for site in sorted(wanted):
+            modules, view = sites[site]
+            see_site = functools.partial(hook, site, view)
+            hooks.callback(modules[-1].register_forward_hook(see_site).remove)
+        hooks.callback(decoder.register_forward_hook(end).remove)
+        yield
+    if wanted and n_calls == 0:
+        raise UsageError("the model was not called, or compiled and called before; do not compile")
+
+def live_tokens(call, sink):
+    """The tokens of a call of the decoder that a codec may touch, (B, T) bool. Padding is left out,
+    as the mask tells, in any form that transformers takes: (B, T), or, as `generate` makes it for
+    a static cache, (B, 1, T, slots). So are sinks, the tokens whose position is below `sink`. The
+    position is that of position_ids, which begin again in packed texts; without them, it is the
+    number of earlier tokens that a token sees."""
+    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
+    cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
+    past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
+    B, T = tokens.shape[:2]
+    if isinstance(mask, dict):  # by type of layer
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        mask = torch.ones(B, past + T)
+    if mask.dim() == 2 and mask.min() >= 0 and mask.shape[1] >= past + T:
+        real = mask.bool()[:, past:past + T]
+        position = mask.bool().cumsum(-1)[:, past:past + T] - 1
+    elif mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
+        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4  # (B, T, slots)
+        slot = min(past, sees.shape[2] - T)  # the column of the first of these tokens
+        real, position = sees.diagonal(slot, 1, 2), sees.tril(slot).sum(-1) - 1
+    else:
+        raise UsageError(f"attention_mask: want 1 and 0 of (batch, tokens), not {mask.dtype} "
+                         f"{list(mask.shape)} for {past} + {T} tokens")
+    if call.get("position_ids") is not None:
+        position = call["position_ids"].to(real.device)
+    return (real & (position >= sink)).expand(B, T).to(tokens.device)
+
 # The modules that make a key or a value: a projection, and a norm after it where there is one.
 PARTS = {"key": ("query_key_value", "qkv_proj", "k_proj", "k_norm", "k_layernorm", "key_layernorm"),
          "value": ("query_key_value", "qkv_proj", "v_proj", "v_norm")}
@@ -162,239 +357,6 @@ def kv_sites(model):
             f"model type {decoder.config.model_type!r} is not supported: {len(sites) // 2} of its "
             f"modules, for {decoder.config.num_hidden_layers} layers, make keys and values")
     return sites
-
-@contextlib.contextmanager
-def watch(model, layers, see, begin=lambda call: None):
-    """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
-    the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
-    UsageError: no such layer; a call in which one of them is not seen, or no call at all, which
-    both happen after torch.compile."""
-    decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
-    wanted = {(layer, kind) for layer in layers for kind in KINDS}
-    absent = wanted - sites.keys()
-    if absent:
-        raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {len(sites) // 2 - 1}")
-
-    def start(decoder, args, kwargs):
-        nonlocal n_calls
-        n_calls += 1
-        missing.update(wanted)
-        bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
-        begin({**bound.arguments, **bound.kwargs})
-
-    def hook(site, view, module, args, y):
-        if site in missing:  # else outside a call of the decoder, or seen already in this one
-            missing.remove(site)
-            see(*site, view(args[0], y))
-
-    def end(decoder, args, output):
-        if missing:
-            raise UsageError(f"layer {min(missing)[0]}: keys or values went by unseen; is the "
-                             "model compiled?")
-
-    with contextlib.ExitStack() as hooks:
-        hooks.callback(decoder.register_forward_pre_hook(start, with_kwargs=True).remove)
-        for site in sorted(wanted):
-            modules, view = sites[site]
-            see_site = functools.partial(hook, site, view)
-            hooks.callback(modules[-1].register_forward_hook(see_site).remove)
-        hooks.callback(decoder.register_forward_hook(end).remove)
-        yield
-    if wanted and n_calls == 0:
-        raise UsageError("the model was not called, or compiled and called before; do not compile")
-
-@contextlib.contextmanager
-def capture(model, layers):
-    """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind] to the keys or
-    values of the call, (B, T, H, D)."""
-    vectors = {}
-
-    def keep(layer, kind, x):
-        vectors[layer, kind] = x.detach().clone()  # some models change it in place
-
-    with watch(model, layers, keep):
-        yield vectors
-
-@torch.no_grad()
-def check_sites(model):
-    """Raises UsageError unless attention reads what `watch` sees, and that before RoPE. Random keys
-    and values are written there; vectors of the same lengths must then stand in the cache."""
-    written, token = {}, torch.full((1, 5), 7, device=model.device)  # the same, five times
-    generator = torch.Generator().manual_seed(0)
-
-    def overwrite(layer, kind, x):  # (1, 5, H, D)
-        moved = (x - x[:, :1]).abs().max() > 0.1 * x.abs().max()
-        if (layer, kind) == (0, "key") and moved and has_rope:
-            raise ValueError("its keys are seen only after RoPE")
-        growing = torch.arange(1, 6)[:, None, None]  # lengths that a norm would make alike
-        random = growing * torch.randn(x.shape, generator=generator)
-        written[layer, kind] = x.copy_(random).float().clone()
-
-    with explain(f"model type {model.config.model_type!r} is not supported"):
-        decoder = model.get_decoder()
-        has_rope = any("rotary" in name for name, _ in decoder.named_modules())
-        with watch(model, range(decoder.config.num_hidden_layers), overwrite):
-            output = decoder(input_ids=token, use_cache=True)
-        # transformers before 5.24 calls it past_key_values
-        cache = output["cache" if "cache" in output else "past_key_values"]
-        for (layer, kind), x in written.items():
-            kept = getattr(cache.layers[layer], f"{kind}s").transpose(1, 2).float()  # (B, T, H, D)
-            ratio = kept.norm(dim=-1) / x.norm(dim=-1)  # RoPE may stretch all keys alike
-            if kept.shape != x.shape or (ratio / ratio.mean() - 1).abs().max() > 0.02:
-                raise ValueError(f"layer {layer}: attention reads other {kind}s than are seen")
-
-@torch.no_grad()
-def harvest(model, windows, layers, sink=1):
-    """{(layer, kind): (tokens, H, D)} of windows (n, T) of token ids, each without its first
-    `sink` tokens. Raises UsageError at a value that is not finite."""
-    vectors = {}  # allocated whole at once: joining batches would need twice the memory
-    with capture(model, layers) as captured:
-        for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
-            model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
-            for key, x in captured.items():  # (B, T, H, D)
-                if key not in vectors:
-                    vectors[key] = x.new_empty(len(windows), *x[0, sink:].shape)
-                vectors[key][batch] = x[:, sink:]
-    for (layer, kind), x in vectors.items():
-        if not x.isfinite().all():
-            raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
-    return {key: x.flatten(0, 1) for key, x in vectors.items()}
-
-# ------------------------------------------------------------------ 3. the budget curve
-@torch.no_grad()
-def fidelity(x, x_hat):
-    """Vectors x, x_hat (..., H, D) -> {fvu, cos, rel_norm}, in float64.
-
-    fvu = sum |x - x_hat|^2 / sum |x - mean_h|^2 over all vectors, mean_h the mean of the vector's
-    head: variance unexplained within heads. cos, the cosine of x and x_hat (of the whole vectors,
-    means and all), and rel_norm = |x_hat| / |x| are means over vectors."""
-    x, x_hat = x.flatten(0, -3).double(), x_hat.flatten(0, -3).double()  # (tokens, H, D)
-    spread = (x - x.mean(0)).square().sum().clamp_min(1e-12)
-    return {"fvu": ((x - x_hat).square().sum() / spread).item(),
-            "cos": F.cosine_similarity(x, x_hat, dim=-1, eps=1e-12).mean().item(),
-            "rel_norm": (x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).mean().item()}
-
-@torch.no_grad()
-def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
-    """[{k, fvu, cos, rel_norm, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
-    all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
-    none of these vectors fired."""
-    ks = sorted(k for k in ks if k <= sae.n_latents)
-    z, idx = sae.encode(x, max(1, ks[-1]))  # (tokens, H, ks[-1])
-    curve = []
-    for k in ks:
-        n_fired = len(idx[..., :k][z[..., :k] > 0].unique())
-        curve.append({"k": k, **fidelity(x, sae.decode(z[..., :k], idx[..., :k])),
-                      "dead": 1 - n_fired / sae.n_latents})
-    return curve
-
-def elbow(curve, most):
-    """The semantic elbow: the k from 1 to `most` whose FVU lies furthest below the chord between
-    the curve's ends there. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends
-    on `most`, so state that. not in paper: the readable text gives no rule for its elbow."""
-    curve = [point for point in curve if 1 <= point["k"] <= most]
-    first, last = curve[0], curve[-1]
-    fall, run = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
-    depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / run for p in curve]
-    return curve[depths.index(max(depths))]["k"]
-
-# ------------------------------------------------------------------ 4. the dual budget
-class Budget(NamedTuple):
-    """Atoms per key, atoms per value."""
-    k_key: int = 8
-    k_val: int = 16
-
-class DualBudget:
-    """The paper's codec of one layer: each key becomes its k_key strongest atoms, each value its
-    k_val. A codec says what a layer keeps of a token: encode returns it, and decode rebuilds the
-    keys and values from it, up to the code's error."""
-
-    def __init__(self, key_sae, value_sae, budget=Budget()):
-        self.key_sae, self.value_sae, self.budget = key_sae, value_sae, budget
-
-    def encode(self, keys, values):
-        """Keys before RoPE and values, (..., H, D) each -> the tensors (..., n) to be stored: fp16
-        coefficients and int16 indices of the keys, then of the values; n = H times the budget."""
-        z_key, idx_key = self.key_sae.encode(keys, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = self.value_sae.encode(values, self.budget.k_val)  # (..., H, k_val)
-        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
-                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
-
-    def decode(self, stored):
-        """What encode returned -> keys, values (..., H, D), float32."""
-        z_key, idx_key = (x.unflatten(-1, (-1, self.budget.k_key)) for x in stored[:2])
-        z_val, idx_val = (x.unflatten(-1, (-1, self.budget.k_val)) for x in stored[2:])
-        return (self.key_sae.decode(z_key.float(), idx_key.int()),
-                self.value_sae.decode(z_val.float(), idx_val.int()))
-
-def roundtrip(codec, keys, values, live):
-    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), or what its own
-    `roundtrip` returns. A codec has one if it looks across tokens, of which it then ignores those
-    that are not live (B, T), or is faster by it. In generation a call brings a single token."""
-    if hasattr(codec, "roundtrip"):
-        return codec.roundtrip(keys, values, live)
-    return codec.decode(codec.encode(keys, values))
-
-def live_tokens(call, sink):
-    """The tokens of a call of the decoder that a codec may touch, (B, T) bool. Padding is left out,
-    as the mask tells, in any form that transformers takes: (B, T), or, as `generate` makes it for
-    a static cache, (B, 1, T, slots). So are sinks, the tokens whose position is below `sink`. The
-    position is that of position_ids, which begin again in packed texts; without them, it is the
-    number of earlier tokens that a token sees."""
-    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-    cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
-    past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
-    B, T = tokens.shape[:2]
-    with explain("attention_mask: want 1 and 0 of (batch, tokens), or booleans, or numbers to add, "
-                 "of (batch, heads, tokens, tokens); position_ids: (batch, tokens)"):
-        if isinstance(mask, dict):  # by type of layer
-            mask = mask.get("full_attention", next(iter(mask.values())))
-        if mask is None:
-            mask = torch.ones(B, past + T)
-        if mask.dim() == 2 and mask.min() >= 0 and mask.shape[1] >= past + T:
-            real = mask.bool()[:, past:past + T]
-            position = mask.bool().cumsum(-1)[:, past:past + T] - 1
-        elif mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
-            sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4  # (B, T, slots)
-            slot = min(past, sees.shape[2] - T)  # the column of the first of these tokens
-            real, position = sees.diagonal(slot, 1, 2), sees.tril(slot).sum(-1) - 1
-        else:
-            raise ValueError(f"{mask.dtype} {list(mask.shape)} for {past} + {T} tokens")
-        if call.get("position_ids") is not None:
-            position = call["position_ids"].to(real.device)
-        return (real & (position >= sink)).expand(B, T).to(tokens.device)
-
-@contextlib.contextmanager
-def reconstruct(model, codecs, sink=1):
-    """Inside, `model` computes with decoded keys and values, in prefill and in generation; its own
-    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
-    The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
-    2309.17453). Raises UsageError as `watch` and `live_tokens` do. The order of events:
-
-        the decoder is called          begin: which of the new tokens are live?
-        a layer's k_proj, k_norm       note: keys are there
-                  v_proj               note: values too; the second of the two triggers both: they
-                                       are coded, decoded, and written over the projections'
-                                       outputs, where tokens are live
-                  RoPE, cache, attention read what was written; then the next layer's k_proj"""
-    now, waiting = {}, {}
-
-    def begin(call):
-        now["live"] = live_tokens(call, sink)
-        waiting.clear()
-
-    def note(layer, kind, x):
-        waiting[kind] = x
-        if len(waiting) == 2:  # which of the two comes first depends on the type of model
-            replace(codecs[layer], waiting.pop("key"), waiting.pop("value"))
-
-    def replace(codec, keys, values):
-        live = now["live"].to(keys.device)
-        for x, x_hat in zip((keys, values), roundtrip(codec, keys.float(), values.float(), live)):
-            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))  # (B, T, H, D)
-
-    with watch(model, codecs, note, begin):
-        yield
 
 # ------------------------------------------------------------------ 5. the fast path
 class FastSAE(TopKSAE):
@@ -455,260 +417,3 @@ def fuse(codecs):
     fused = {layer: types.SimpleNamespace(roundtrip=functools.partial(compiled, codec))
              for layer, codec in codecs.items() if type(codec) is DualBudget}
     return {**codecs, **fused}
-
-# ------------------------------------------------------------------ 6. models, text, files
-HERE = pathlib.Path(__file__).resolve().parent
-PIECE, STRIP = 1 << 16, 256  # characters read at a time; on each side of a cut, to try it
-MODELS = {"tiny": str(HERE / "tiny"), "yi-6b": "01-ai/Yi-6B",
-          "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
-          "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
-          "smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}
-WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
-            "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
-
-def run(main):
-    """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130; a reader of
-    its output that went away, as `| head` does, in 141."""
-    sys.stdout.reconfigure(line_buffering=True, errors="replace")  # logs; terminals without ±
-    try:
-        main()
-    except (UsageError, KeyboardInterrupt) as error:
-        message = str(error) or "interrupted; the last checkpoint, if any, is kept"
-        print("error:", " ".join(message.split())[:500], file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
-        sys.exit(141)
-
-@contextlib.contextmanager
-def explain(message):
-    """Whatever goes wrong inside becomes a UsageError: the message, then the cause."""
-    try:
-        yield
-    except (UsageError, BrokenPipeError):
-        raise
-    except Exception as error:
-        raise UsageError(f"{message} ({type(error).__name__}: {error})") from None
-
-def pick_device(device=None, dtype=None):
-    """--device and --dtype -> ("cpu", "cuda:0" or "auto", torch.dtype), printed with the reason."""
-    best = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
-        raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
-    picked = best if device in (None, "", "cuda") else device
-    dtype = dtype or ("float32" if picked == "cpu" else "bfloat16")
-    print(f"device {picked} ({'asked for' if device else 'the best that was found'}); model in "
-          f"{dtype}, SAEs in float32")
-    return picked, getattr(torch, dtype)
-
-def parse_layers(spec, n_layers):
-    """'all', '12', '0-7' or '3,9' -> sorted layer numbers, each below n_layers."""
-    with explain(f"--layer {spec}: want all, 12, 0-7 or 3,9; the model has layers 0 to "
-                 f"{n_layers - 1}"):
-        parts = [part.split("-") for part in spec.replace("all", f"0-{n_layers - 1}").split(",")]
-        ends = [(int(part[0]), int(part[-1])) for part in parts]
-        if max(map(len, parts)) > 2 or not all(first <= last < n_layers for first, last in ends):
-            raise ValueError("no such layers")
-        return sorted({layer for first, last in ends for layer in range(first, last + 1)})
-
-def slug(name):
-    """The name that SAEs and results of a model are filed under."""
-    return name if name in MODELS else pathlib.Path(name).resolve().name.lower()
-
-def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=False):
-    """--model, `pick_device`, --layer -> (model in eval mode, tokenizer, layer numbers).
-    name: a key of MODELS, a hub id or a folder; no_deeper: load no layer above the last chosen."""
-    import transformers
-    transformers.logging.set_verbosity_error()  # else a table of the layers left out on purpose
-    transformers.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each try
-    source = MODELS.get(name, name)
-    with explain(f"--model {name}: want a folder, one of {', '.join(MODELS)}, or a hub id that is "
-                 "reachable and not gated, without code of its own"):
-        config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
-        text = config.get_text_config()
-        layers = parse_layers(layers, text.num_hidden_layers)
-        if no_deeper:
-            text.num_hidden_layers = layers[-1] + 1
-            text.layer_types = (getattr(text, "layer_types", None) or [])[:layers[-1] + 1] or None
-        tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
-            device_map="auto" if device == "auto" else None)  # auto needs the package accelerate
-    if info["missing_keys"]:
-        raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
-    if any(p.is_meta for p in model.parameters()):
-        raise UsageError(f"--model {name}: its layers do not fit into memory; choose a smaller one")
-    model = (model if device == "auto" else model.to(device)).eval().requires_grad_(False)
-    check_sites(model)
-    return model, tokenizer, layers
-
-def default_text(split, model_name):
-    """Tiny's own text, else WikiText; split is "train" or "valid"."""
-    return str(HERE / "tiny" / f"{split}.txt") if model_name == "tiny" else WIKITEXT[split]
-
-def read_text(spec, split, model_name):
-    """--text -> yields the text in pieces: a UTF-8 file, or a hub data set
-    owner/name[:config[:split[:column]]], a blank line after each document. None: the default."""
-    spec = default_text(split, model_name) if spec is None else spec
-    like_a_file = re.search(r"\.[a-z]\w*$", spec) or not re.match(r"[\w-]+/[\w.-]+(:|$)", spec)
-    if not (os.path.isfile(spec) or like_a_file):
-        for text in hub_documents(spec):
-            yield from (text[i:i + PIECE] for i in range(0, len(text), PIECE))
-        return
-    with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8") as file:
-        while piece := file.read(PIECE):
-            yield piece
-
-def hub_documents(spec):
-    """Yields a data set's documents, streamed. `datasets` itself takes a broken stream up again."""
-    name, config, split, column = (spec.split(":") + [""] * 3)[:4]
-    column = column or "text"
-    with explain(f"--text {spec}: no file, and as a data set it cannot be read"):
-        from datasets import load_dataset  # optional: pip install datasets
-        for row in load_dataset(name, config or None, split=split or "train", streaming=True):
-            if not isinstance(row.get(column), str):
-                raise UsageError(f"--text {spec}: no text in column {column!r} of "
-                                 f"{', '.join(row)}; want owner/name:config:split:column")
-            yield row[column] + "\n\n"
-
-def encode(tokenizer, text, special=True):
-    """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval, and
-    none after it."""
-    bos, eos = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
-    special = special and not (bos and text.startswith(bos))
-    ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
-    appended = special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
-    return ids[:-1] if appended and not text.endswith(eos) else ids
-
-def tokenize(pieces, tokenizer, n):
-    """A text in pieces -> the first n token ids (n,), or all of fewer: those of one call on the
-    whole text, of which no more is read than they need. A long text is cut at a place on each side
-    of which a strip of text has the same tokens apart as together; places before white space are
-    tried first, as tokenizers of words have seams there."""
-    def after(text):  # the ids of a text that goes on: its beginning is not the text's
-        return encode(tokenizer, "\n" + text, False)[len(encode(tokenizer, "\n", False)):]
-
-    def find_cut(text):
-        places = range(len(text) - STRIP, max(0, len(text) - 8 * STRIP), -1)
-        for place in sorted(places, key=lambda place: not text[place].isspace()):
-            left, right = text[max(0, place - STRIP):place], text[place:place + STRIP]
-            repeated = len(set(left)) == 1 or len(set(right)) == 1  # a run hides its beginning
-            if not repeated and after(left) + after(right) == after(left + right):
-                return place
-        return 0
-
-    text, ids, ids_of = "", [torch.empty(0, dtype=torch.long)], functools.partial(encode, tokenizer)
-    for piece in itertools.chain(pieces, [None]):  # None: the end
-        text += piece or ""
-        cut = len(text) if piece is None else find_cut(text) if len(text) >= PIECE else 0
-        if cut:
-            ids.append(torch.tensor(ids_of(text[:cut]), dtype=torch.long))
-            text, ids_of = text[cut:], after
-        if sum(map(len, ids)) >= n:
-            break
-    return torch.cat(ids)[:n]
-
-def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=1):
-    """Text in pieces -> token ids (n, seq_len): disjoint windows, the tail dropped, of about
-    max_tokens, but at least `least` of them. Special tokens stand at the beginning of the text
-    only: the GPTQ convention for perplexity. seq_len None: `default`, or the model's limit."""
-    limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
-    seq_len = min(default, limit) if seq_len is None else seq_len
-    if not 2 <= seq_len <= limit:
-        raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
-    ids = tokenize(pieces, tokenizer, max(max_tokens, least * seq_len))
-    n, n_known = len(ids) // seq_len, model.get_input_embeddings().num_embeddings
-    if len(ids) and ids.max() >= n_known:
-        raise UsageError(f"the tokenizer makes token {ids.max()}, but the model has {n_known}")
-    if n < least:
-        raise UsageError(f"text of {len(ids)} tokens: too short for {least} windows of {seq_len}; "
-                         "give more text or a smaller --seq-len")
-    return ids[:n * seq_len].view(n, seq_len)
-
-def write_atomic(path, data):
-    """Write bytes or str under a temporary name, then rename: the file is the old or the new."""
-    path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with explain(f"cannot write {path}; nothing was replaced"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
-
-def check_out(out):
-    """Raises UsageError now, rather than after hours, if nothing can be written in --out."""
-    with explain(f"--out {out}: cannot write there"):
-        out.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=out).close()
-
-def sha256(data):
-    """The first 12 digits of the hash of bytes, or of token ids."""
-    data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
-    return hashlib.sha256(data).hexdigest()[:12]
-
-@torch.no_grad()
-def model_marks(model, layers):
-    """What tells models apart -> {str(layer): {dtype, sums}}: of each parameter that makes the
-    layer's keys or values, rounded to bfloat16, 16 parts; of each, the sum of w_i cos(i)."""
-    sites, marks = kv_sites(model), {}
-    for layer in layers:
-        modules = dict.fromkeys(module for kind in KINDS for module in sites[layer, kind][0])
-        parameters = [p.cpu().bfloat16().double().flatten()
-                      for module in modules for p in module.parameters()]
-        sums = [[float(f"{part.sum():.6g}") for part in (
-            p * torch.arange(len(p)).double().cos()).tensor_split(16)] for p in parameters]
-        marks[str(layer)] = {"dtype": str(next(iter(modules)).weight.dtype), "sums": sums}
-    return marks
-
-def same_marks(a, b):
-    """Whether two marks are of one model, in the layers that both hold: equal, or nearly so if one
-    of them was loaded in float16, from which rounding to bfloat16 now and then goes another way."""
-    for layer in a.keys() & b.keys():
-        x, y = (torch.tensor(mark[layer]["sums"], dtype=torch.float64) for mark in (a, b))
-        dtypes = {a[layer]["dtype"], b[layer]["dtype"]}
-        tolerance = 0.004 if len(dtypes) == 2 and "torch.float16" in dtypes else 1e-5
-        if x.shape != y.shape or not ((x - y).norm(dim=1) <= tolerance * x.norm(dim=1)).all():
-            return False
-    return not a.keys().isdisjoint(b)
-
-def save_sae(folder, sae, metadata):
-    """cfg.json and sae_weights.safetensors in the layout of SAELens 6, for vectors less the mean of
-    their head, which head_offsets.safetensors holds. The scale is folded into b_enc: ReLU is
-    homogeneous, so z in units of x and s = 1 give the same function."""
-    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale, "W_dec": sae.W_dec,
-               "b_dec": torch.zeros_like(sae.b_dec[0])}
-    cfg = {"architecture": "topk", "d_in": sae.b_dec.shape[1], "d_sae": sae.n_latents,
-           "k": sae.k, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
-           "normalize_activations": "none", "metadata": {"sae_lens_version": "6.54.0", **metadata}}
-    for name, tensors in (("head_offsets", {"head_offsets": sae.b_dec}), ("sae_weights", weights)):
-        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        write_atomic(folder / f"{name}.safetensors", safetensors.torch.save(tensors))
-    write_atomic(folder / "cfg.json", json.dumps(cfg, indent=1) + "\n")  # last: now it is whole
-
-def load_sae(folder):
-    """(TopKSAE, metadata) from a folder that `save_sae` wrote."""
-    with explain(f"{folder}: missing, truncated or corrupt, or of an older version; train again"):
-        cfg = json.loads((folder / "cfg.json").read_text())
-        weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
-        offsets = safetensors.torch.load((folder / "head_offsets.safetensors").read_bytes())
-        weights["b_dec"] = offsets["head_offsets"]
-        sae = FastSAE(*weights["b_dec"].shape, cfg["d_sae"], cfg["k"])
-        sae.load_state_dict({**dict(sae.named_buffers()), **weights})
-        return sae.requires_grad_(False), cfg["metadata"]
-
-def load_saes(folder, model, layers=None, names=KINDS):
-    """({(layer, name): TopKSAE}, each on the device of its layer; the metadata of one of them).
-    Raises UsageError if one is absent, corrupt, or of another model."""
-    folder, saes, sites = pathlib.Path(folder), {}, kv_sites(model)
-    found = [re.fullmatch(rf"layer(\d+)\.{names[0]}", path.name) for path in folder.glob("layer*")]
-    there = sorted(int(match[1]) for match in found if match)
-    for layer in layers or there or [0]:
-        if layer not in there or (layer, "key") not in sites:
-            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {there}")
-        marks = model_marks(model, [layer])
-        for name in names:
-            sae, metadata = load_sae(folder / f"layer{layer}.{name}")
-            if not same_marks(metadata.get("marks", {}), marks):
-                raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
-    return saes, metadata

@@ -31,7 +31,13 @@ import transformers
 import evaluate
 import plots
 import sta
+import support.text
 import train_sae
+from support.files import (ROOT, load_sae, load_saes, model_marks, run_main, same_marks, save_sae,
+                           write_atomic)
+from support.models import check_sites, load_model
+from support.tasks import Question, TASKS, encode_pair, load_task, loglikelihoods, score_task
+from support.text import encode_text, read_text, token_windows, tokenize
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "gpt_neox", "phi3"]
 TYPES = FAMILIES + [  # of the 77 that `python test_sta.py` finds to work
@@ -98,7 +104,7 @@ def tokens_of(batch, length, seed=0):
 def script(module, *argv):
     """Run a script's main in this process; returns its exit status."""
     try:
-        sta.run(lambda: module.main(list(map(str, argv))))
+        run_main(lambda: module.main(list(map(str, argv))))
     except SystemExit as stop:
         return stop.code
     return 0
@@ -245,7 +251,7 @@ def test_curve_and_elbow():
 def check_type(model):
     """Captured keys and values are those of Hugging Face's cache; what a codec returns is what
     attention gets, keys and values apart, for as many tokens as heads, too; a codec sees both."""
-    sta.check_sites(model)
+    check_sites(model)
     H, D = sta.kv_shape(model.get_decoder().config)
     for T in (H, 12):
         ids = tokens_of(2, T)
@@ -293,14 +299,14 @@ def test_type(family, kv_heads):
     ("hunyuan_v1_dense", "its keys are seen only after RoPE")])
 def test_type_that_is_refused(family, message):
     with pytest.raises(sta.UsageError, match=f"model type '{family}' is not supported.*{message}"):
-        sta.check_sites(small_model(family))
+        check_sites(small_model(family))
 
 def test_a_model_that_goes_on_in_place():
     """OLMo may clip keys and values after the projections: what codecs return must arrive."""
     model = small_model("olmo", clip_qkv=0.1)
     with pytest.raises(sta.UsageError, match="layer 0: attention reads other keys than are seen"):
-        sta.check_sites(model)
-    sta.check_sites(small_model("olmo"))
+        check_sites(model)
+    check_sites(small_model("olmo"))
 
 @pytest.mark.parametrize("context", [
     lambda model: sta.capture(model, [0]),
@@ -481,20 +487,20 @@ METADATA = {"model": "small", "marks": {}, "settings": {}}
 
 def test_saved_sae_is_the_same_function(tmp_path):
     sae, x, folder = small_sae(), vectors_of(50), tmp_path / "layer0.key"
-    sta.save_sae(folder, sae, METADATA)
-    loaded, metadata = sta.load_sae(folder)
+    save_sae(folder, sae, METADATA)
+    loaded, metadata = load_sae(folder)
     torch.testing.assert_close(through(loaded, x, 8), through(sae, x, 8), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.encode(x, 8)[0], sae.encode(x, 8)[0] * sae.scale)  # folded
     assert loaded.scale == 1 and loaded.k == 8 and {k: metadata[k] for k in METADATA} == METADATA
     (folder / "head_offsets.safetensors").unlink()  # as SAEs of one mean for all heads were saved
     with pytest.raises(sta.UsageError, match="or of an older version; train again"):
-        sta.load_sae(folder)
+        load_sae(folder)
 
 def test_saved_sae_is_one_of_saelens(tmp_path):
     """Its formula, on vectors less the mean of their head: pip install sae-lens==6.54.0 to try."""
     lens = pytest.importorskip("sae_lens", reason="sae-lens is not installed")
     sae, x = small_sae(), vectors_of(50)
-    sta.save_sae(tmp_path, sae, METADATA)
+    save_sae(tmp_path, sae, METADATA)
     other = lens.SAE.load_from_disk(tmp_path)
     inside = x - safetensors.torch.load_file(tmp_path / "head_offsets.safetensors")["head_offsets"]
     z, idx = sae.encode(x, 8)
@@ -505,37 +511,37 @@ def test_saved_sae_is_one_of_saelens(tmp_path):
 @pytest.mark.parametrize("spoil", [
     lambda data: data[:len(data) // 2], lambda data: b"\xff" * 64, lambda data: b""])
 def test_corrupt_weights(tmp_path, spoil):
-    sta.save_sae(tmp_path / "layer0.key", small_sae(), METADATA)
+    save_sae(tmp_path / "layer0.key", small_sae(), METADATA)
     weights = tmp_path / "layer0.key" / "sae_weights.safetensors"
     weights.write_bytes(spoil(weights.read_bytes()))
     with pytest.raises(sta.UsageError, match="layer0.key: missing, truncated or corrupt"):
-        sta.load_sae(tmp_path / "layer0.key")
+        load_sae(tmp_path / "layer0.key")
 
 def test_saes_of_another_model_or_shape(tmp_path):
     model = small_model("llama")
     for key, sae in small_saes(model).items():
-        metadata = {**METADATA, "marks": sta.model_marks(model, [key[0]])}
-        sta.save_sae(tmp_path / f"layer{key[0]}.{key[1]}", sae, metadata)
+        metadata = {**METADATA, "marks": model_marks(model, [key[0]])}
+        save_sae(tmp_path / f"layer{key[0]}.{key[1]}", sae, metadata)
     (tmp_path / "layer_old.key").mkdir()  # somebody's own
-    assert set(sta.load_saes(tmp_path, model)[0]) == set(sta.kv_sites(model))
+    assert set(load_saes(tmp_path, model)[0]) == set(sta.kv_sites(model))
     with pytest.raises(sta.UsageError, match="SAEs of small, not of this model"):
-        sta.load_saes(tmp_path, small_model("qwen2", vocab_size=64))
-    sta.save_sae(tmp_path / "layer0.key", small_sae(24), METADATA)
+        load_saes(tmp_path, small_model("qwen2", vocab_size=64))
+    save_sae(tmp_path / "layer0.key", small_sae(24), METADATA)
     with pytest.raises(sta.UsageError, match="not of this model"):
-        sta.load_saes(tmp_path, model)
+        load_saes(tmp_path, model)
 
 def test_marks_forgive_rounding_but_no_change():
     model = small_model("qwen2")
     for layer in model.model.layers:
         layer.self_attn.k_proj.bias.normal_()
-    marks = sta.model_marks(model, [0, 1])
+    marks = model_marks(model, [0, 1])
     for dtype in (torch.bfloat16, torch.float16):
         rounded = small_model("qwen2")
         rounded.load_state_dict(model.state_dict())
-        assert sta.same_marks(sta.model_marks(rounded.to(dtype), [1]), marks)
-    assert not sta.same_marks(sta.model_marks(model, [0]), sta.model_marks(model, [1]))  # none
+        assert same_marks(model_marks(rounded.to(dtype), [1]), marks)
+    assert not same_marks(model_marks(model, [0]), model_marks(model, [1]))  # none
     shuffled = {"0": marks["1"], "1": marks["0"]}
-    assert not sta.same_marks(shuffled, marks)
+    assert not same_marks(shuffled, marks)
     for change in (lambda a: a.k_proj.weight.neg_(), lambda a: a.v_proj.weight.mul_(1.02),
                    lambda a: a.k_proj.bias[3].add_(0.5), lambda a: a.v_proj.weight[5].neg_(),
                    lambda a: a.v_proj.weight[2, 3].add_(0.01),
@@ -543,30 +549,30 @@ def test_marks_forgive_rounding_but_no_change():
         other = small_model("qwen2")
         other.load_state_dict(model.state_dict())
         change(other.model.layers[1].self_attn)
-        assert not sta.same_marks(sta.model_marks(other, [0, 1]), marks)
-        assert not sta.same_marks(sta.model_marks(other.bfloat16(), [0, 1]), marks)
-        assert sta.same_marks(sta.model_marks(other, [0]), marks)
+        assert not same_marks(model_marks(other, [0, 1]), marks)
+        assert not same_marks(model_marks(other.bfloat16(), [0, 1]), marks)
+        assert same_marks(model_marks(other, [0]), marks)
 
 def test_failed_write_loses_nothing(tmp_path):
-    sta.write_atomic(tmp_path / "file", "old")
+    write_atomic(tmp_path / "file", "old")
     (tmp_path / ".file.tmp").mkdir()  # in the way of the new file
     with pytest.raises(sta.UsageError, match="cannot write .*; nothing was replaced"):
-        sta.write_atomic(tmp_path / "file", "new")
+        write_atomic(tmp_path / "file", "new")
     assert (tmp_path / "file").read_text() == "old"
 
 def test_windows_are_the_text_cut_once(monkeypatch):
     """In pieces, the tokens are those of one call: special tokens stand at the beginning only; the
     tail is dropped. No more is read and tokenised than they need."""
-    model, tokenizer, _ = sta.load_model("tiny")
-    text, read = "".join(sta.read_text(None, "valid", "tiny")), []
+    model, tokenizer, _ = load_model("tiny")
+    text, read = "".join(read_text(None, "valid", "tiny")), []
     ids = torch.tensor(tokenizer(text).input_ids)
     for size in (2000, 65_536):
-        monkeypatch.setattr(sta, "PIECE", size)
-        windows = sta.token_windows(sta.read_text(None, "valid", "tiny"), tokenizer, model, 100,
+        monkeypatch.setattr(support.text, "PIECE", size)
+        windows = token_windows(read_text(None, "valid", "tiny"), tokenizer, model, 100,
                                     2048, 1 << 40)
         assert torch.equal(windows.flatten(), ids[:len(ids) // 100 * 100])
-    pieces = (read.append(piece) or piece for piece in sta.read_text(None, "valid", "tiny"))
-    assert sta.token_windows(pieces, tokenizer, model, None, 2048, 1, least=2).shape == (2, 256)
+    pieces = (read.append(piece) or piece for piece in read_text(None, "valid", "tiny"))
+    assert token_windows(pieces, tokenizer, model, None, 2048, 1, least=2).shape == (2, 256)
     assert len("".join(read)) == 65_536 < len(text) / 5
 
 TEXTS = {"prose": "The year 1862, it's said, was cold;\n\n  they'd gone.\tHm... " * 200,
@@ -580,10 +586,10 @@ TEXTS = {"prose": "The year 1862, it's said, was cold;\n\n  they'd gone.\tHm... 
 @pytest.mark.parametrize("kind", ["gpt2", "llama3", "sentencepiece"])
 def test_tokens_in_pieces_are_those_of_one_call(text, kind, monkeypatch):
     """With the three ways in which tokenizers cut text: GPT-2's, Llama 3's and Llama 2's."""
-    monkeypatch.setattr(sta, "PIECE", 3000)
+    monkeypatch.setattr(support.text, "PIECE", 3000)
     tokenizer, text = make_tokenizer(kind), TEXTS[text]
     pieces = (text[i:i + 777] for i in range(0, len(text), 777))
-    assert sta.tokenize(pieces, tokenizer, 1 << 40).tolist() == tokenizer(text).input_ids
+    assert tokenize(pieces, tokenizer, 1 << 40).tolist() == tokenizer(text).input_ids
 
 @functools.cache
 def make_tokenizer(kind, template="<s> $A"):
@@ -601,7 +607,7 @@ def make_tokenizer(kind, template="<s> $A"):
                                                      normalizers.Replace(" ", "▁")])
         alphabet, words = [], pre_tokenizers.Split("▁", "merged_with_next")  # for the trainer only
     tokenizer.pre_tokenizer = words
-    tokenizer.train_from_iterator([*TEXTS.values(), *sta.read_text(None, "valid", "tiny")],
+    tokenizer.train_from_iterator([*TEXTS.values(), *read_text(None, "valid", "tiny")],
                                   trainers.BpeTrainer(vocab_size=1500, special_tokens=[
                                       "<s>", "<unk>", *(f"<0x{i:02X}>" for i in range(256))],
                                       initial_alphabet=alphabet, show_progress=False))
@@ -615,31 +621,31 @@ def test_special_tokens_stand_before_a_text_only():
     """Also with a tokenizer that would append EOS, and so end each piece and context with it."""
     tokenizer = make_tokenizer("gpt2", "<s> $A <unk>")
     tokenizer.eos_token = "<unk>"
-    ids = sta.encode(tokenizer, "The year")
+    ids = encode_text(tokenizer, "The year")
     assert ids[0] == 0 and tokenizer.eos_token_id not in ids
-    assert evaluate.encode_pair(tokenizer, "The", " year")[0] + evaluate.encode_pair(
+    assert encode_pair(tokenizer, "The", " year")[0] + encode_pair(
         tokenizer, "The", " year")[1] == ids
 
 def test_a_text_that_begins_with_bos_has_one():
     tokenizer = make_tokenizer("gpt2")
-    assert sta.encode(tokenizer, "<s>The year")[:2] == sta.encode(tokenizer, "The year")[:2]
-    assert evaluate.encode_pair(tokenizer, "<s>The year", " 1862")[0][:2][1] != 0  # lm-eval 0.4.13
-    assert sta.tokenize(["<s>The year"], tokenizer, 9)[1] != 0
+    assert encode_text(tokenizer, "<s>The year")[:2] == encode_text(tokenizer, "The year")[:2]
+    assert encode_pair(tokenizer, "<s>The year", " 1862")[0][:2][1] != 0  # lm-eval 0.4.13
+    assert tokenize(["<s>The year"], tokenizer, 9)[1] != 0
 
 def test_documents_of_the_hub(monkeypatch):
     rows = [{"text": f"document {i}", "id": i} for i in range(6)]
     hub = types.SimpleNamespace(load_dataset=lambda name, config, split, streaming: rows)
     monkeypatch.setitem(sys.modules, "datasets", hub)
-    text = "".join(sta.read_text("owner/name", "train", "tiny"))
+    text = "".join(read_text("owner/name", "train", "tiny"))
     assert text == "".join(f"document {i}\n\n" for i in range(6))
     rows[:] = [{"prose": "a", "id": 1}]
-    assert list(sta.read_text("owner/name:c:train:prose", "train", "tiny")) == ["a\n\n"]
+    assert list(read_text("owner/name:c:train:prose", "train", "tiny")) == ["a\n\n"]
     for column in ("", ":c:train:id"):
         with pytest.raises(sta.UsageError, match="no text in column '.*' of prose, id; want own"):
-            list(sta.read_text(f"owner/name{column}", "train", "tiny"))
+            list(read_text(f"owner/name{column}", "train", "tiny"))
     hub.load_dataset = None
     with pytest.raises(sta.UsageError, match="owner/name: no file, and as a data set it cannot be"):
-        list(sta.read_text("owner/name", "train", "tiny"))
+        list(read_text("owner/name", "train", "tiny"))
 
 # ---------------------------------------------------------------- the scripts, on tiny
 SHORT = ["--tokens", 16_384, "--n-latents", 64, "--batch-tokens", 256, "--layer", "1-2"]
@@ -652,7 +658,7 @@ def trained(tmp_path_factory):
         patch.setattr(train_sae, "BUFFER_TOKENS", 2048)
         assert script(train_sae, *SHORT, "--out", out) == 0
     assert not (out / "tiny" / "unfinished.safetensors").exists()
-    norms = sta.load_sae(out / "tiny" / "layer1.key")[0].W_dec.norm(dim=-1)
+    norms = load_sae(out / "tiny" / "layer1.key")[0].W_dec.norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(64), atol=1e-5, rtol=0)
     assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu"]["key"] < 0.8
     return out
@@ -675,16 +681,16 @@ def model_folder(folder, seed):
     for p in model.parameters():
         p.normal_(0, 0.05)
     model.save_pretrained(folder)
-    sta.load_model("tiny")[1].save_pretrained(folder)
+    load_model("tiny")[1].save_pretrained(folder)
     return folder
 
 def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch):
     a, b = (model_folder(tmp_path / name / "checkpoint-100", seed)
             for seed, name in enumerate("ab"))
     train = ["--tokens", 2048, "--n-latents", 16, "--k-key", 2, "--k-val", 4, "--out", tmp_path,
-             "--text", sta.HERE / "tiny" / "train.txt"]
+             "--text", ROOT / "tiny" / "train.txt"]
     results = ["--saes", tmp_path, "--k-key", 2, "--k-val", 4, "--max-tokens", 256, "--out",
-               tmp_path / "results", "--text", sta.HERE / "tiny" / "valid.txt"]
+               tmp_path / "results", "--text", ROOT / "tiny" / "valid.txt"]
     with monkeypatch.context() as patch:  # a stop before anything is saved
         patch.setattr(train_sae, "save_trained", lambda *args: (_ for _ in ()).throw(
             KeyboardInterrupt))
@@ -706,12 +712,12 @@ def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch)
 
 def test_a_stop_between_the_last_sae_and_the_log_can_be_resumed(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(train_sae, "BUFFER_TOKENS", 2048)
-    def stop(path, data, write=sta.write_atomic):
+    def stop(path, data, write=write_atomic):
         if path.name.startswith("run-"):
             raise KeyboardInterrupt
         write(path, data)
     with monkeypatch.context() as patch:
-        patch.setattr(sta, "write_atomic", stop)
+        patch.setattr(train_sae, "write_atomic", stop)
         assert script(train_sae, *SHORT, "--out", tmp_path) == 130
     assert script(train_sae, *SHORT, "--out", tmp_path) == 2
     assert script(train_sae, *SHORT, "--out", tmp_path, "--resume") == 0
@@ -721,9 +727,9 @@ def test_a_stop_between_the_last_sae_and_the_log_can_be_resumed(trained, tmp_pat
 
 def run_script(patch, *argv):
     """train_sae.py in a process of its own, after the statement `patch`."""
-    code = f"import train_sae, sta; train_sae.BUFFER_TOKENS = 2048; {patch}; " \
-           "sta.run(train_sae.main)"
-    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=sta.HERE,
+    code = f"import train_sae, support.files; train_sae.BUFFER_TOKENS = 2048; {patch}; " \
+           "run_main(train_sae.main)"
+    return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
@@ -753,7 +759,7 @@ def test_the_readmes_repl_prints_what_it_says(tmp_path, monkeypatch, capsys):
     """With SAEs of the quick start's settings: shapes are equal, figures close."""
     assert script(train_sae, "--layer", "2", "--out", tmp_path / "saes") == 0
     monkeypatch.chdir(tmp_path)
-    readme = (sta.HERE / "README.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
     code = readme.split("```python\n")[1].split("```")[0]
     capsys.readouterr()
     exec(code, {})
@@ -825,9 +831,9 @@ def test_evaluation_table(evaluated):
 def test_perplexity_is_that_of_hugging_face(evaluated):
     """The dense row against transformers' own labels= loss on windows cut here."""
     rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
-    model = transformers.AutoModelForCausalLM.from_pretrained(sta.HERE / "tiny").float()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(sta.HERE / "tiny")
-    text = (sta.HERE / "tiny" / "valid.txt").read_text(encoding="utf-8")
+    model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny").float()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny")
+    text = (ROOT / "tiny" / "valid.txt").read_text(encoding="utf-8")
     ids = tokenizer(text, return_tensors="pt").input_ids
     with torch.no_grad():
         losses = [model(input_ids=w, labels=w).loss.item() for w in ids[:, :2048].split(256, dim=1)]
@@ -896,7 +902,7 @@ FORMATS = {  # a hub row and what lm-eval 0.4.13 makes of it: contexts, choices,
 @pytest.mark.parametrize("task", FORMATS)
 def test_format(task):
     row, *expected = FORMATS[task]
-    assert list(evaluate.TASKS[task][3](row)) == expected
+    assert list(TASKS[task][3](row)) == expected
 
 def write_jsonl(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows))
@@ -904,13 +910,13 @@ def write_jsonl(path, rows):
 
 def test_loglikelihoods_are_those_of_one_request_at_a_time(tmp_path, capsys):
     """Against Hugging Face on each request alone; with cut contexts, spaces, an empty context."""
-    model, tokenizer, _ = sta.load_model("tiny")
-    rows = [json.loads(line) for line in open(sta.HERE / "tiny" / "cloze.jsonl")][:6]
+    model, tokenizer, _ = load_model("tiny")
+    rows = [json.loads(line) for line in open(ROOT / "tiny" / "cloze.jsonl")][:6]
     rows[0]["context"] += "  "
     rows[1]["context"] = ""
     rows[2]["context"] = " ".join(row["context"] for row in rows) * 2  # over 256 tokens
     path = write_jsonl(tmp_path / "t.jsonl", rows)
-    task = evaluate.load_task(path, None, None, tokenizer, 256)
+    task = load_task(path, None, None, tokenizer, 256)
     assert "4 contexts cut on the left, to the model's 256 tokens" in capsys.readouterr().out
     expected, bos = [], tokenizer.bos_token_id
     for row in rows:
@@ -925,15 +931,15 @@ def test_loglikelihoods_are_those_of_one_request_at_a_time(tmp_path, capsys):
             with torch.no_grad():
                 log_p = model(whole[None, :-1]).logits[0].double().log_softmax(-1)
             expected.append(log_p[range(n - 1, len(whole) - 1), whole[n:]].sum().item())
-    totals = evaluate.loglikelihoods(lambda ids: model(ids).logits, task, model, "test")
+    totals = loglikelihoods(lambda ids: model(ids).logits, task, model, "test")
     assert totals == pytest.approx(expected, abs=2e-4)
 
 def test_scores():
-    task = [evaluate.Question([None] * 2, lengths, label)
+    task = [Question([None] * 2, lengths, label)
             for lengths, label in (([2, 5], 0), ([2, 9], 1), ([1, 1], 1))]
-    dense = evaluate.score_task(task, [-1.0, -2.0] * 3, None)
+    dense = score_task(task, [-1.0, -2.0] * 3, None)
     assert dense["right"] == [True, False, False] and dense["delta_acc"] == 0
-    row = evaluate.score_task(task, [-3.0, -9.0, -3.0, -9.0, -1.0, -2.0], dense)
+    row = score_task(task, [-3.0, -9.0, -3.0, -9.0, -1.0, -2.0], dense)
     assert row["acc"] == pytest.approx(1 / 3)  # only the first row's sum is largest at its label
     assert row["acc_norm"] == pytest.approx(2 / 3)  # per character -1.5 beats -1.8, -1 beats -1.5
     assert row["acc_stderr"] == pytest.approx(np.std([1, 0, 0], ddof=1) / np.sqrt(3))
@@ -1030,18 +1036,18 @@ def test_a_token_across_the_join_is_named(tmp_path):
         models.WordLevel({"<unk>": 0}, unk_token="<unk>")))
     path = write_jsonl(tmp_path / "t.jsonl", [{"context": "c", "choices": ["a", "b"], "label": 0}])
     with pytest.raises(sta.UsageError, match="choice 0 has no token of its own: one spans"):
-        evaluate.load_task(path, None, None, tokenizer, 256)
+        load_task(path, None, None, tokenizer, 256)
 
 def test_any_terminal():
     """One that knows ASCII only; a reader that goes away, as `| head -1` does."""
     def start(statement):
         return subprocess.Popen(
-            [sys.executable, "-c", f"import sta; sta.run(lambda: {statement})"], cwd=sta.HERE,
+            [sys.executable, "-c", f"import sta; run_main(lambda: {statement})"], cwd=ROOT,
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONIOENCODING": "ascii"})
     ascii, plain, inside = map(start, (
         "print('±')", "[print('line') for _ in range(100_000)]",
-        "[sta.explain('x').__enter__() or print('line') for _ in range(100_000)]"))
+        "[files.explain('x').__enter__() or print('line') for _ in range(100_000)]"))
     assert ascii.communicate() == ("?\n", "")
     for run in (plain, inside):
         assert run.stdout.readline() == "line\n"

@@ -17,12 +17,15 @@ import pathlib
 import time
 from typing import Callable, NamedTuple
 
-import safetensors.torch
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import sta
+from support.files import (check_folder, check_out, load_state, model_marks, run_main, save_sae,
+                           save_state, sha256, write_atomic)
+from support.models import MODELS, load_model, pick_device, slug
+from support.text import read_text, token_windows
 
 # The recipe; --lr and --batch-tokens belong to it.
 BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread
@@ -38,7 +41,7 @@ def parse_args(argv=None, description=__doc__):
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     # what
-    add("--model", default="tiny", help=f"{', '.join(sta.MODELS)}, a hub id or a folder")
+    add("--model", default="tiny", help=f"{', '.join(MODELS)}, a hub id or a folder")
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
     add("--text", help="UTF-8 file, or hub data set (default: tiny's own, else WikiText-103)")
     # how much
@@ -230,53 +233,6 @@ def log_line(entry, n_steps, seconds, lr, n_vectors):
             f"{1000 * seconds:.0f} ms | {n_vectors / seconds / 1e6:.2f}M vectors/s")
 
 # ------------------------------------------------------------------ state on disk
-def save_state(path, saes, optimizer, progress):
-    """All that resuming needs, in one file, so that it is replaced as one."""
-    tensors = {f"sae.{name}": x for name, x in nn.ModuleList(saes.values()).state_dict().items()}
-    for i, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"adam.{i}.{name}": x for name, x in moments.items()}
-    tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-    sta.write_atomic(path, safetensors.torch.save(tensors, {"progress": json.dumps(progress)}))
-
-def load_state(path, saes, optimizer, settings):
-    """Inverse of `save_state`; returns progress, that of a new run if there is no file. Raises
-    UsageError if it is corrupt or of other settings."""
-    if not path.exists():
-        return {"buffers": 0, "step": 0, "settings": settings, "log": []}
-    with sta.explain(f"{path}: corrupt; delete it and train again"):
-        with safetensors.safe_open(path, "pt") as file:
-            progress = json.loads(file.metadata()["progress"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-        expect_same(path, progress["settings"], settings)
-        nn.ModuleList(saes.values()).load_state_dict(
-            {name[4:]: x for name, x in tensors.items() if name.startswith("sae.")})
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"param_groups": groups, "state": {
-            i: {name: tensors[f"adam.{i}.{name}"] for name in ("step", "exp_avg", "exp_avg_sq")}
-            for i in groups[0]["params"]}})
-    return progress
-
-def expect_same(path, then, now):
-    """Raises UsageError if the settings of what is there differ from those of this run."""
-    for name, value in now.items():
-        if then.get(name) != value:
-            raise sta.UsageError(f"{path} was trained with {name} = {then.get(name)}, not {value}; "
-                                 "choose that, or another folder, or delete it")
-
-def check_folder(folder, sites, settings, resume):
-    """True if this very run is finished there. Raises UsageError rather than overwrite, or mix SAEs
-    of different settings."""
-    unfinished = (folder / "unfinished.safetensors").exists()
-    if unfinished and not resume:
-        raise sta.UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
-                             "--out, or delete unfinished.safetensors")
-    paths = [folder / f"layer{layer}.{name}" for layer, name in sites]
-    done = [path for path in paths if (path / "cfg.json").exists()]
-    general = {name: x for name, x in settings.items() if name not in ("layers", "model_sha256")}
-    for path in sorted(folder.glob("layer*.*/cfg.json")):
-        there = sta.load_sae(path.parent)[1].get("settings", {})
-        expect_same(path.parent, there, settings if path.parent in done else general)
-    return len(done) == len(paths) and not unfinished
 
 def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
@@ -285,7 +241,7 @@ def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
         point = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k])[0]
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
               f"{100 * point['dead']:5.1f}%")
-        sta.save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
+        save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
             "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
             "kind": name, "held_out": point, "settings": settings})
     print(f"wrote {len(saes)} SAEs to {folder}; next: {variant.next_step.format(folder=folder)}"
@@ -293,22 +249,22 @@ def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
 
 def main(argv=None, variant=PerHead(), description=__doc__):
     args = parse_args(argv, description)
-    sta.check_out(args.out)
-    device, dtype = sta.pick_device(args.device, args.dtype)
+    check_out(args.out)
+    device, dtype = pick_device(args.device, args.dtype)
     if device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32
-    model, tokenizer, layers = sta.load_model(args.model, device, dtype, args.layer,
+    model, tokenizer, layers = load_model(args.model, device, dtype, args.layer,
                                               no_deeper=True)
-    pieces = sta.read_text(args.text, "train", args.model)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
-    folder = args.out / sta.slug(args.model)
-    marks = sta.model_marks(model, layers)
-    settings = {"model_sha256": sta.sha256(json.dumps(marks).encode())}
+    pieces = read_text(args.text, "train", args.model)
+    windows = token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
+    folder = args.out / slug(args.model)
+    marks = model_marks(model, layers)
+    settings = {"model_sha256": sha256(json.dumps(marks).encode())}
     settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_tokens", "n_latents", "k_key", "k_val", "lr", "seed")}
     settings |= {"seq_len": windows.shape[1], "layers": layers,
                  "dtype": str(dtype).removeprefix("torch."),
-                 "text": args.text or "default", "text_sha256": sta.sha256(windows)}
+                 "text": args.text or "default", "text_sha256": sha256(windows)}
     sites = itertools.product(layers, variant.budgets(args, (1, 1)))
     if check_folder(folder, sites, settings, args.resume):
         return print(f"{folder}: trained already with these settings; nothing to do")
@@ -316,9 +272,9 @@ def main(argv=None, variant=PerHead(), description=__doc__):
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
     saes, held_vectors, log = train(model, windows, layers, args, folder, settings, variant)
     save_trained(folder, marks, saes, held_vectors, settings, args, variant)
-    sta.write_atomic(folder / f"run-{args.layer}.json", json.dumps(
+    write_atomic(folder / f"run-{args.layer}.json", json.dumps(
         {"model": args.model, "settings": settings, "log": log}))
     (folder / "unfinished.safetensors").unlink(missing_ok=True)
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -9,8 +9,11 @@ import json
 import pathlib
 import types
 
-import evaluate
 import sta
+from support.files import check_out, load_saes, model_marks, sha256
+from support.models import load_model, pick_device, slug
+from support.results import find_fitted, provenance, result_path
+from support.text import read_text, text_name, token_windows
 
 OPTIONS = {
     "model": dict(help="short name, hub id or folder (default: that of the newest SAEs)"),
@@ -56,41 +59,41 @@ def parse_args(doc, argv, names, **more):
 def begin_fit(args, name):
     """-> (model, tokenizer, layers, windows (n, T) of the text, the folder saes/<model>/<name>, the
     settings that are stored beside the fitted files)."""
-    sta.check_out(args.out)
+    check_out(args.out)
     args.tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
-    model, tokenizer, layers = sta.load_model(
-        args.model, *sta.pick_device(args.device, args.dtype), args.layer or "all")
-    pieces = sta.read_text(args.text, "train", args.model)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
-    marks = json.dumps(sta.model_marks(model, range(model.get_decoder().config.num_hidden_layers)))
-    settings = {"model_sha256": sta.sha256(marks.encode()),
-                "text": evaluate.text_name(args.text, "train", args.model),
-                "text_sha256": sta.sha256(windows), "tokens": windows.numel(),
+    model, tokenizer, layers = load_model(
+        args.model, *pick_device(args.device, args.dtype), args.layer or "all")
+    pieces = read_text(args.text, "train", args.model)
+    windows = token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
+    marks = json.dumps(model_marks(model, range(model.get_decoder().config.num_hidden_layers)))
+    settings = {"model_sha256": sha256(marks.encode()),
+                "text": text_name(args.text, "train", args.model),
+                "text_sha256": sha256(windows), "tokens": windows.numel(),
                 "seq_len": windows.shape[1], "seed": args.seed}
-    return model, tokenizer, layers, windows, args.out / sta.slug(args.model) / name, settings
+    return model, tokenizer, layers, windows, args.out / slug(args.model) / name, settings
 
 def begin_look(args, ending):
     """-> a namespace: model, tokenizer, name, folder of the SAEs, saes {(layer, kind): SAE},
     layers, windows (n, T) of the text, about (provenance), path of the result."""
-    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    folder, has_saes, name = find_fitted(args.saes, args.model)
     if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    sta.check_out(args.out)
-    model, tokenizer, layers = sta.load_model(
-        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
-    about = evaluate.provenance(model)
-    path = evaluate.result_path(args.out, name, about, ending)
-    saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
+    check_out(args.out)
+    model, tokenizer, layers = load_model(
+        name, *pick_device(args.device, args.dtype), args.layer or "all")
+    about = provenance(model)
+    path = result_path(args.out, name, about, ending)
+    saes, trained = load_saes(folder, model, layers if args.layer else None)
     for option, kind in (("k_key", "key"), ("k_val", "value")):
         most = min(sae.n_latents for (_, which), sae in saes.items() if which == kind)
         if getattr(args, option) > most:
             raise sta.UsageError(f"--{option.replace('_', '-')} {getattr(args, option)}: want 1 to "
                                  f"n_latents = {most}")
-    pieces = sta.read_text(args.text, "valid", name)
-    windows = sta.token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
-    about |= {"model": name, "text": evaluate.text_name(args.text, "valid", name),
+    pieces = read_text(args.text, "valid", name)
+    windows = token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
+    about |= {"model": name, "text": text_name(args.text, "valid", name),
               "tokens": windows.numel(),
-              "text_sha256": sta.sha256(windows), "seq_len": windows.shape[1],
+              "text_sha256": sha256(windows), "seq_len": windows.shape[1],
               "settings": trained.get("settings")}
     return types.SimpleNamespace(
         model=model, tokenizer=tokenizer, name=name, folder=folder, saes=saes, path=path,

@@ -30,6 +30,9 @@ import sta
 from beyond import parse_args
 from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted, read_settings,
                               side_by_side, write_fitted)
+from support.files import check_out, run_main
+from support.models import load_model, pick_device
+from support.results import find_fitted
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16's bytes per token: a row for each
@@ -161,7 +164,7 @@ def share_out(curves, n_bytes):
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
     config, learned, curves, new_rows = model.get_decoder().config, {}, {}, []
-    shape, folder = sta.kv_shape(config), evaluate.find_fitted(args.saes, args.model)[0]
+    shape, folder = sta.kv_shape(config), find_fitted(args.saes, args.model)[0]
     folder = folder / "additive"
     for layer in evaluate.coded_layers(model, saes, args):
         learned[layer] = read_fitted(folder, model, layer)
@@ -188,12 +191,12 @@ def main(argv=None):
         type=float, default=0.25, help="largest share of bf16 to learn for (default 0.25)"))
     if not 0 < args.most <= 1:
         raise sta.UsageError(f"--most {args.most}: want a share above 0, at most 1")
-    sta.check_out(args.saes)
-    name = args.model or evaluate.find_fitted(args.saes, None)[2] or "tiny"
-    folder = evaluate.find_fitted(args.saes, name)[0] / "additive"
+    check_out(args.saes)
+    name = args.model or find_fitted(args.saes, None)[2] or "tiny"
+    folder = find_fitted(args.saes, name)[0] / "additive"
     calibration = folder.with_name("calibration")
     settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most}
-    model, _, layers = sta.load_model(name, *sta.pick_device(args.device, args.dtype),
+    model, _, layers = load_model(name, *pick_device(args.device, args.dtype),
                                       args.layer or "all")
     fitted = {layer: read_fitted(calibration, model, layer) for layer in layers}
     keep_settings(folder, settings)
@@ -208,4 +211,4 @@ def main(argv=None):
     print(f"{folder} is complete; next: python evaluate.py --rows additive --model {name}")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

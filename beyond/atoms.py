@@ -30,6 +30,8 @@ from tqdm import tqdm
 import sta
 from beyond import LOOK, begin_look, capture_queries, parse_args
 from beyond.depth import words_of
+from support.files import ROOT, run_main, write_atomic
+from support.text import encode_text
 
 N_RIVALS = 200  # directions of each kind to compare atoms with
 N_KEPT, N_SHOWN = 200, 6  # tokens per atom: kept of each kind, shown on the page
@@ -271,7 +273,7 @@ def main(argv=None):
     readers_of = find_readers(run, run.windows[:max(1, 16_384 // run.windows.shape[1])], n_fired)
     sentence = run.windows[0, 1:49]
     if args.sentence:
-        sentence = torch.tensor(sta.encode(run.tokenizer, args.sentence))
+        sentence = torch.tensor(encode_text(run.tokenizer, args.sentence))
     codes, page, check = code_of(run, sentence, ks), {}, {}
     print("share that the rule describes, by the ten strongest tokens / by ten at random:")
     for (layer, kind), latents in seen.items():
@@ -287,12 +289,12 @@ def main(argv=None):
             **{name: about[name] for name in ("tokens", "k_key", "k_val")}}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
-    template = (sta.HERE / "beyond" / "atoms.html").read_text(encoding="utf-8")
+    template = (ROOT / "beyond" / "atoms.html").read_text(encoding="utf-8")
     result = {**about, "check": check, "sentence": said, "example": example(page, words, codes)}
     for path, content in ((run.path.with_suffix(".html"), template.replace("DATA", data)),
                           (run.path, json.dumps(result) + "\n")):
-        sta.write_atomic(path, content)
+        write_atomic(path, content)
         print(f"wrote {path}")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

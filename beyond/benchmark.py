@@ -26,10 +26,13 @@ import time
 
 import torch
 
-import evaluate
 import sta
 import train_sae
 from beyond import OPTIONS, parse_args
+from support.files import check_out, run_main, sha256, write_atomic
+from support.models import load_model, pick_device, slug
+from support.results import provenance
+from support.text import read_text, text_name, token_windows
 
 SHAPES = {"tiny": (128, 512, 16, 1024), "SmolLM2": (64, 1024, 16, 1024),
           "Yi-6B": (128, 1024, 16, 2048), "large": (512, 4096, 32, 2048)}  # D, M, k, rows
@@ -194,9 +197,9 @@ def fit(make, x, lr, seed, args, k):
 def compare_peers(trainers, args):
     """-> ({site: {trainer: {lr, by_rate, fvu and dead of each seed, ms}}} for keys and values of
     some layers; about the text). Of 15 parts of it, one is held out and one chooses the rate."""
-    model, tokenizer, layers = sta.load_model(args.model, "cpu", getattr(torch, args.dtype),
+    model, tokenizer, layers = load_model(args.model, "cpu", getattr(torch, args.dtype),
                                               args.layer or "all")
-    windows = sta.token_windows(sta.read_text(args.text, "train", args.model), tokenizer, model,
+    windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
                                 args.seq_len, 512, args.tokens, least=30)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
     n, sites = len(windows) // 15, {}
@@ -220,8 +223,8 @@ def compare_peers(trainers, args):
                   f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):6.2%}  {ms:5.1f} ms  "
                   f"{args.batch / ms / 1000:.2f}M vectors/s", flush=True)
         sites[f"layer {layer} {kind}"] = results
-    return sites, {"tokens": windows.numel(), "text_sha256": sta.sha256(windows),
-                   "seq_len": windows.shape[1], **evaluate.provenance(model)}
+    return sites, {"tokens": windows.numel(), "text_sha256": sha256(windows),
+                   "seq_len": windows.shape[1], **provenance(model)}
 
 def time_peers(trainers):
     """{shape: {trainer: median ms of a step}}, in turn, on random vectors."""
@@ -244,13 +247,13 @@ def peers_main(argv):
         tokens=dict(type=int, default=132_000, help="of the text (default 132,000)"),
         n_latents=dict(type=int, default=1024, help="(default 1024)"),
         batch=dict(type=int, default=1024, help="vectors per step (default 1024)"))
-    sta.check_out(args.out)
+    check_out(args.out)
     trainers = installed_trainers()
     times, (sites, about) = time_peers(trainers), compare_peers(trainers, args)
     settings = {name: getattr(args, name) for name in ("k_key", "k_val", "n_latents", "batch")}
-    path = args.out / f"{sta.slug(args.model)}-peers.json"
-    sta.write_atomic(path, json.dumps({
-        "model": args.model, "text": evaluate.text_name(args.text, "train", args.model),
+    path = args.out / f"{slug(args.model)}-peers.json"
+    write_atomic(path, json.dumps({
+        "model": args.model, "text": text_name(args.text, "train", args.model),
         "dtype": args.dtype, "settings": settings, **about,
         "peers": {"sites": sites, "times": times}}) + "\n")
     print(f"wrote {path}")
@@ -261,8 +264,8 @@ def main(argv=None):
     if argv[:1] == ["peers"]:
         return peers_main(argv[1:])
     args = parse_args(__doc__, argv, "device out")
-    sta.check_out(args.out)
-    device, shapes = torch.device(sta.pick_device(args.device)[0]), {}
+    check_out(args.out)
+    device, shapes = torch.device(pick_device(args.device)[0]), {}
     print("ms, medians      D    M  k  rows  matmul    step  code: eager  compiled  million rows/s")
     for name, shape in SHAPES.items():
         row = shapes[name] = time_shape(shape, device)
@@ -273,8 +276,8 @@ def main(argv=None):
     result = {"device": f"{device} ({platform.machine()}, {torch.get_num_threads()} threads)",
               "torch": torch.__version__, "command": "python -m beyond.benchmark",
               "date": time.ctime(), "shapes": shapes}
-    sta.write_atomic(args.out / "benchmark.json", json.dumps(result) + "\n")
+    write_atomic(args.out / "benchmark.json", json.dumps(result) + "\n")
     print(f"wrote {args.out / 'benchmark.json'}")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -36,6 +36,10 @@ from transformers.cache_utils import Cache, DynamicLayer
 import evaluate
 import sta
 from beyond import parse_args
+from support.files import load_saes, run_main, sha256, write_atomic
+from support.models import load_model, pick_device
+from support.results import check_pattern, find_fitted, provenance, result_path
+from support.text import encode_text
 
 N_TIMED = 32  # tokens: at recent = 128, a quarter of it is coded once among them
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
@@ -268,7 +272,7 @@ def opened(model, row, args):
 @torch.no_grad()
 def write_on(model, tokenizer, rows, args):
     """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
-    ids, costs = torch.tensor([sta.encode(tokenizer, args.generate)]).long().to(model.device), []
+    ids, costs = torch.tensor([encode_text(tokenizer, args.generate)]).long().to(model.device), []
     if ids.numel() == 0:
         raise sta.UsageError("--generate: no tokens in it; give a beginning to go on from")
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
@@ -322,17 +326,17 @@ def main(argv=None):
         new_tokens=dict(type=int, default=100, help="(default 100)"),
         contexts=dict(type=numbers, help="instead of --generate: numbers of tokens, 1024,4096"),
         recent=dict(type=int, default=16, help="newest tokens kept exact (default 16)"))
-    evaluate.check_pattern(args.only)
-    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    check_pattern(args.only)
+    folder, has_saes, name = find_fitted(args.saes, args.model)
     if not has_saes and not (args.rows and name):
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, layers = sta.load_model(
-        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
+    model, tokenizer, layers = load_model(
+        name, *pick_device(args.device, args.dtype), args.layer or "all")
     check_rope(model)
-    about = {"model": name, "prompt_sha256": sta.sha256(args.generate.encode()),
-             **evaluate.provenance(model)}
-    path = evaluate.result_path(args.out, name, about, "-cache")
-    saes = sta.load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
+    about = {"model": name, "prompt_sha256": sha256(args.generate.encode()),
+             **provenance(model)}
+    path = result_path(args.out, name, about, "-cache")
+    saes = load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
     dense, *paper = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), args.k_key,
                                         args.k_val)
     paper = [row for row in paper if row.name == "dual"]
@@ -340,7 +344,7 @@ def main(argv=None):
                       if stored(row) and re.search(args.only, row.name)]
     costs = (time_contexts(model, rows, args) if args.contexts else
              write_on(model, tokenizer, rows, args))
-    sta.write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
+    write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

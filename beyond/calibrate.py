@@ -29,8 +29,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-import train_sae
 from beyond import FIT, begin_fit, parse_args
+from support.files import expect_same, explain, model_marks, run_main, same_marks, write_atomic
 
 FISHER = 0.9  # the share of G in the metric
 SAMPLES = 64  # drawn at once
@@ -128,30 +128,30 @@ def keep_settings(folder, settings):
     """Note what the folder's files are fitted with. Raises UsageError at other settings there."""
     path = folder / "settings.json"
     if path.exists():
-        with sta.explain(f"{path}: corrupt; delete the folder"):
+        with explain(f"{path}: corrupt; delete the folder"):
             stored = json.loads(path.read_text())
-        train_sae.expect_same(folder, stored, settings)
-    sta.write_atomic(path, json.dumps(settings, indent=1) + "\n")
+        expect_same(folder, stored, settings)
+    write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
 def write_fitted(folder, model, layer, tensors):
-    sta.write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
+    write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
         {name: x.float().cpu().contiguous() for name, x in tensors.items()},
-        {"marks": json.dumps(sta.model_marks(model, [layer]))}))
+        {"marks": json.dumps(model_marks(model, [layer]))}))
 
 def read_fitted(folder, model, layer):
     """The tensors of a layer in saes/<model>/<calibration or additive>, on the model's device."""
     path = folder / f"layer{layer}.safetensors"
     command = {"calibration": "calibrate"}.get(folder.name, folder.name)
-    with sta.explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
+    with explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
         with safetensors.safe_open(path, "pt", device=str(model.device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
             marks = json.loads(file.metadata()["marks"])
-    if not sta.same_marks(marks, sta.model_marks(model, [layer])):
+    if not same_marks(marks, model_marks(model, [layer])):
         raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
     return tensors
 
 def read_settings(folder):
-    with sta.explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
+    with explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
         return json.loads((folder / "settings.json").read_text())
 
 def main(argv=None):
@@ -166,7 +166,7 @@ def main(argv=None):
         torch.manual_seed(args.seed)
         windows = mix(windows[:len(windows) - n_own],
                       own_windows(model, tokenizer, n_own, windows.shape[1]))
-    sta.write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
+    write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
     for layer, (mean, covariance, G) in statistics(model, windows, layers, seed=args.seed).items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
@@ -176,4 +176,4 @@ def main(argv=None):
           f"beyond.additive --model {args.model}, or evaluate.py --rows rivals")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -26,6 +26,8 @@ from beyond import begin_look, parse_args
 from beyond.depth import hierarchy, print_hierarchy, read_codes, words_of
 from beyond.variants import VARIANTS, ReluCode, beside, search, settings_of
 from evaluate import mean_stderr
+from support.files import explain, load_sae, load_saes, run_main, write_atomic
+from support.models import slug
 
 # ------------------------------------------------------------------ the rows
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
@@ -34,7 +36,7 @@ FACTORS = {"splits": {}, "l1": {"tokens": 3, "lr": 4}}
 def train_controls(what, folder, model_name, layers):
     """Train the variant `what` beside the SAEs of a folder, with their settings times FACTORS,
     unless it is there."""
-    settings = sta.load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
+    settings = load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
     there = beside(folder, what)
     if not all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
         argv = ["--model", model_name, "--out", str(there.parent), "--layer",
@@ -368,7 +370,7 @@ def measure(run, args, l1):
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
     codecs, attention = {"dual": evaluate.dual_codecs(run.saes, args.k_key, args.k_val)}, {}
     if l1.exists():
-        saes, _ = sta.load_saes(l1, run.model, run.layers)
+        saes, _ = load_saes(l1, run.model, run.layers)
         codecs["l1"] = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"])
                         for layer in run.layers}
         attention = {name: attention_change(run.model, some, windows, args.sink)
@@ -384,7 +386,7 @@ def measure(run, args, l1):
 
 def judge_again(out, name):
     """Print the verdicts on a model's result files, as they are now."""
-    with sta.explain(f"{out}/{name}.json, {name}-claims.json: not both there; run without --judge"):
+    with explain(f"{out}/{name}.json, {name}-claims.json: not both there; run without --judge"):
         result, measured = (json.loads((out / f"{name}{ending}.json").read_text())
                             for ending in ("", "-claims"))
         judge(result, measured)
@@ -400,7 +402,7 @@ def main(argv=None):
         judge=dict(action="store_true", help="only judge again what --out holds"))
     n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
     if args.judge:
-        return judge_again(args.out, sta.slug(args.model or "tiny"))
+        return judge_again(args.out, slug(args.model or "tiny"))
     run = begin_look(args, "-claims")
     if run.name == "tiny":
         for what in FACTORS:
@@ -411,7 +413,7 @@ def main(argv=None):
     depth_about = {name: run.about[name] for name in ("tokens", "text_sha256")}
     claims = [{**claim, **(depth_about if claim["claim"] == "P8" else {})}
               for claim in judge(result, measured)]
-    sta.write_atomic(run.path, json.dumps({**run.about, **about, "claims": claims,
+    write_atomic(run.path, json.dumps({**run.about, **about, "claims": claims,
                                            **measured}) + "\n")
     print(f"wrote {run.path}")
     if measured["attention"]:
@@ -419,4 +421,4 @@ def main(argv=None):
         plots.save(figure, path.with_name(f"{path.stem}-shrinkage.png"))
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -18,6 +18,8 @@ from tqdm import tqdm
 
 import sta
 from beyond import LOOK, begin_look, parse_args
+from support.files import run_main, write_atomic
+from support.text import encode_text
 
 N_PAIRS, N_BOOTSTRAP = 20_000, 200
 MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
@@ -35,7 +37,7 @@ def read_codes(model, saes, windows, ks):
 
 def words_of(tokenizer, windows):
     """The text of each token, with a space before it, which some tokenizers drop at a beginning."""
-    first = sta.encode(tokenizer, ":", special=False)[-1:]
+    first = encode_text(tokenizer, ":", special=False)[-1:]
     n = len(tokenizer.decode(first))
     text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
     return [text[i] for i in windows.flatten().tolist()]
@@ -159,8 +161,8 @@ def main(argv=None):
     codes = read_codes(run.model, run.saes, run.windows, {"key": args.k_key, "value": args.k_val})
     result = hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows))
     print_hierarchy(result)
-    sta.write_atomic(run.path, json.dumps({**run.about, "hierarchy": result}) + "\n")
+    write_atomic(run.path, json.dumps({**run.about, "hierarchy": result}) + "\n")
     print(f"wrote {run.path}")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

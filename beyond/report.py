@@ -26,16 +26,19 @@ import evaluate
 import plots
 import sta
 from beyond.claims import CLAIMS
+from support.files import ROOT, explain, run_main, write_atomic
+from support.results import check_pattern
+from support.tasks import mean_stderr
 
-FILE = sta.HERE / "figures" / "results.jsonl"
-READMES = (sta.HERE / "README.md", sta.HERE / "beyond" / "README.md")
+FILE = ROOT / "figures" / "results.jsonl"
+READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "command", "commit",
               "device", "torch", "transformers", "date")
 METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
 
 # ------------------------------------------------------------------ taking results in
 def fingerprint(marks):
-    """The 16 sums of `sta.model_marks`, each parameter's divided by their length, added up."""
+    """The 16 sums of `model_marks`, each parameter's divided by their length, added up."""
     sums = [torch.tensor(row) for mark in marks.values() for row in mark["sums"]]
     total = sum(row / row.norm().clamp_min(1e-12) for row in sums)
     return [round(x, 4) for x in total.tolist()]
@@ -96,7 +99,7 @@ def add(paths, folder, file=None, experiment=None, only=""):
     file = file or FILE
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
-        with sta.explain(f"{path}: no result of a model by this version; leave it out"):
+        with explain(f"{path}: no result of a model by this version; leave it out"):
             new = lines_of(json.loads(path.read_text()), folder, experiment)
         new = [line for line in new if re.search(only, line["name"])]
         for line in new:
@@ -106,11 +109,11 @@ def add(paths, folder, file=None, experiment=None, only=""):
                 check_together(old, line)
             lines[key_of(line)] = line
     text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.values())
-    sta.write_atomic(file, text)
+    write_atomic(file, text)
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
 def read(file=None):
-    with sta.explain(f"{file or FILE}: corrupt"):
+    with explain(f"{file or FILE}: corrupt"):
         return [json.loads(line) for line in (file or FILE).read_text().splitlines()]
 
 # ------------------------------------------------------------------ the tables
@@ -274,7 +277,7 @@ def paired(lines, a="additive", b="transform"):
                     gaps = [y - x for x, y in zip(one["window_ce"], other["window_ce"])]
                     cells = found.setdefault((model, one["text"], seed_of(one)), {})
                     cells[round(100 * one["bytes_share"], 2)] = "{:+.4f} ± {:.4f}".format(
-                        *evaluate.mean_stderr(gaps))
+                        *mean_stderr(gaps))
     shares = sorted({share for cells in found.values() for share in cells})
     return markdown([f"{b} worse than {a}, nats", *(f"{share:.3g} %" for share in shares)], [
         [f"{OTHERS[model]}, {pathlib.Path(text).stem}", *(cells.get(share, "") for share in shares)]
@@ -443,13 +446,13 @@ def main(argv=None):
     parser.add_argument("--experiment", help="for add: keep the dual row only, under this name")
     parser.add_argument("--only", default="", help="for add: take what matches this pattern only")
     args = parser.parse_args(argv)
-    evaluate.check_pattern(args.only)
+    check_pattern(args.only)
     if args.what == "add":
         return add(args.results, args.dir, experiment=args.experiment, only=args.only)
     lines = read()
     if args.what == "write":
         for path in READMES:
-            sta.write_atomic(path, filled(path.read_text(), lines))
+            write_atomic(path, filled(path.read_text(), lines))
         name = f"{pathlib.Path(SMOLLM2).name}-bytes.png"
         return plots.save(draw_bytes(lines, SMOLLM2), FILE.with_name(name))
     for name, table in TABLES.items():
@@ -458,4 +461,4 @@ def main(argv=None):
         print(f"{name}: {figure(lines)}")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

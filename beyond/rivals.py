@@ -27,6 +27,8 @@ import evaluate
 import sta
 from beyond import parse_args
 from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
+from support.files import run_main
+from support.results import find_fitted
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
@@ -161,7 +163,7 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     shape = sta.kv_shape(model.get_decoder().config)
     layers = evaluate.coded_layers(model, saes, args)
-    folder = evaluate.find_fitted(args.saes, args.model)[0] / "calibration"
+    folder = find_fitted(args.saes, args.model)[0] / "calibration"
     fitted = {layer: read_fitted(folder, model, layer) for layer in layers}
     settings, new_rows = read_settings(folder), []
     for bits in (2, 3):
@@ -191,4 +193,4 @@ def main(argv=None):
     raise sta.UsageError("this file adds rows to a table; run: python evaluate.py --rows rivals")
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

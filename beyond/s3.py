@@ -27,9 +27,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import evaluate
 import sta
 from beyond import capture_queries, parse_args
+from support.files import load_saes, run_main, write_atomic
+from support.models import load_model, pick_device
+from support.results import find_fitted, provenance, result_path
+from support.tasks import Question, loglikelihoods, mean_stderr, task_rows
+from support.text import encode_text, read_text, tokenize
 
 CHUNK, OVERLAP, SPAN = 512, 64, 32  # tokens
 N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
@@ -136,7 +140,8 @@ def best_spans(score, budget):
 
 def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
-    asked, special = torch.tensor(sta.encode(tokenizer, question)).long(), tokenizer.all_special_ids
+    asked = torch.tensor(encode_text(tokenizer, question)).long()
+    special = tokenizer.all_special_ids
     began = time.time()
     if not words_of(question):
         raise sta.UsageError("--question: no words in it; ask something")
@@ -215,9 +220,9 @@ def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
                 given["full context"] = ids
             room = model.get_decoder().config.max_position_embeddings - len(last[i])
             asks = [(context[-room:].tolist(), last[i].tolist()) for context in given.values()]
-            totals = evaluate.loglikelihoods(
+            totals = loglikelihoods(
                 lambda x: model(input_ids=x, use_cache=False).logits,
-                [evaluate.Question(asks, [], 0)], model, "losses")
+                [Question(asks, [], 0)], model, "losses")
             for name, total in zip(given, totals):
                 here.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
         for what, x in here.items():
@@ -248,7 +253,7 @@ def evaluate_on(model, tokenizer, saes, rows):
             if " by " in what and what.startswith(("recall", "hit")):
                 bm25s = figures[re.sub("by .* at", "by bm25 at", what)]
                 means["less bm25's"] = np.subtract(means["mean"], [np.mean(c) for c in bm25s])
-            row = {name: evaluate.mean_stderr(values) for name, values in means.items()}
+            row = {name: mean_stderr(values) for name, values in means.items()}
             print(f"{n:3} passages, {len(x)} contexts: {what:28}", ", ".join(
                 f"{name} {mean:.3f} ±{float('nan') if error is None else error:.3f}"
                 for name, (mean, error) in row.items()))
@@ -264,20 +269,20 @@ def main(argv=None):
         evaluate=dict(action="store_true", help="measure on BoolQ's rows instead"),
         task_dir=dict(type=pathlib.Path, help="with boolq.jsonl (else the hub's rows)"),
         limit=dict(type=int, help="of BoolQ's rows (default all)"))
-    folder, has_saes, name = evaluate.find_fitted(args.saes, args.model)
+    folder, has_saes, name = find_fitted(args.saes, args.model)
     if not has_saes:
         raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, layers = sta.load_model(
-        name, *sta.pick_device(args.device, args.dtype), args.layer or "all")
-    saes, trained = sta.load_saes(folder, model, layers if args.layer else None)
+    model, tokenizer, layers = load_model(
+        name, *pick_device(args.device, args.dtype), args.layer or "all")
+    saes, trained = load_saes(folder, model, layers if args.layer else None)
     saes = {layer: sae for (layer, kind), sae in saes.items() if kind == "key"}
     if args.evaluate:
-        about = {"model": name, **evaluate.provenance(model), "settings": trained["settings"]}
-        path = evaluate.result_path(args.out, name, about, "-s3")
-        rows = [row for _, row in evaluate.task_rows("boolq", args.task_dir, args.limit)]
-        return sta.write_atomic(path, json.dumps(about | evaluate_on(model, tokenizer, saes, rows)))
-    ids = sta.tokenize(sta.read_text(args.text, "valid", name), tokenizer, sys.maxsize)
+        about = {"model": name, **provenance(model), "settings": trained["settings"]}
+        path = result_path(args.out, name, about, "-s3")
+        rows = [row for _, row in task_rows("boolq", args.task_dir, args.limit)]
+        return write_atomic(path, json.dumps(about | evaluate_on(model, tokenizer, saes, rows)))
+    ids = tokenize(read_text(args.text, "valid", name), tokenizer, sys.maxsize)
     answer(model, tokenizer, saes, ids, args.question, args.budget)
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)

@@ -25,6 +25,9 @@ from beyond import (additive, atoms, benchmark, cache, calibrate, capture_querie
                     report, rivals, s3, variants)
 from test_sta import (SHORT, across, assert_one_line, dual, evaluated, mask_forms, rows_of, script,
                       small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
+from support.files import ROOT, load_saes, write_atomic
+from support.models import load_model
+from support.text import read_text, token_windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
@@ -229,7 +232,7 @@ def test_writing_on(trained, tmp_path, capsys):
     assert script(cache, *argv, "--recent", 2, "--layer", 1) == 0
     one_layer = re.findall(r"cache ([0-9,]+) bytes", capsys.readouterr().out)
     assert script(cache, *argv, "--recent", 2) == 0
-    model, tokenizer, _ = sta.load_model("tiny")
+    model, tokenizer, _ = load_model("tiny")
     inputs = tokenizer("The President of", return_tensors="pt")
     text = tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0],
                             skip_special_tokens=True)
@@ -302,7 +305,7 @@ def test_drawn_tokens_follow_the_distribution():
 
 def test_calibration_is_of_the_text(calibrated, capsys):
     """Mean and covariance against numpy; the metric is a fixed mix that has an inverse."""
-    model, _, _ = sta.load_model("tiny")
+    model, _, _ = load_model("tiny")
     folder = calibrated / "tiny" / "calibration"
     windows = calibrate.safetensors.torch.load_file(folder / "windows.safetensors")["ids"]
     rows = sta.harvest(model, windows, [4])
@@ -328,11 +331,11 @@ def test_covariance_of_a_small_spread_about_a_large_mean(monkeypatch):
     torch.testing.assert_close(shifted, plain, atol=1e-3 * plain.max().item(), rtol=0.05)
 
 def test_the_models_own_text_stands_between_the_other(calibrated):
-    model, tokenizer, _ = sta.load_model("tiny")
+    model, tokenizer, _ = load_model("tiny")
     windows = calibrate.safetensors.torch.load_file(
         calibrated / "tiny" / "calibration" / "windows.safetensors")["ids"]
-    pieces = sta.read_text(None, "train", "tiny")
-    text = sta.token_windows(pieces, tokenizer, model, None, 256, 8704)
+    pieces = read_text(None, "train", "tiny")
+    text = token_windows(pieces, tokenizer, model, None, 256, 8704)
     of_text = [any(torch.equal(window, other) for other in text) for window in windows]
     assert len(windows) == 34 and sum(of_text) == 26 and not all(of_text[:6])
     torch.manual_seed(0)
@@ -460,7 +463,7 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer0.safetensors: missing .*beyond.calibrate")
     other = shutil.copytree(calibrated / "tiny", tmp_path / "tiny") / "calibration"
     path = other / "layer3.safetensors"
-    sta.write_atomic(path, calibrate.safetensors.torch.save(
+    write_atomic(path, calibrate.safetensors.torch.save(
         calibrate.safetensors.torch.load(path.read_bytes()), {"marks": "{}"}))
     assert script(evaluate, *run) == 2
     assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
@@ -689,7 +692,7 @@ def test_verdicts_refuse_what_they_cannot_judge(trained, tmp_path, capsys):
 
 def test_attention_change_is_that_of_hugging_face_attention():
     """Against softmax weights and logits recomputed from q and k by hand, layer 2."""
-    model, windows = sta.load_model("tiny")[0], tokens_of(2, 24)
+    model, windows = load_model("tiny")[0], tokens_of(2, 24)
 
     class Turn:
         def encode(self, keys, values):
@@ -835,9 +838,9 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
         assert html.count("</script>") == 2 and "://" not in html.split('id="data">')[0]
         return json.loads(html.split('id="data">')[1].split("</script>")[0])
 
-    page, (model, tokenizer, _) = read(), sta.load_model("tiny")
-    saes, _ = sta.load_saes(trained / "tiny", model)
-    ids = torch.tensor(tokenizer("".join(sta.read_text(None, "valid", "tiny"))).input_ids[:2048])
+    page, (model, tokenizer, _) = read(), load_model("tiny")
+    saes, _ = load_saes(trained / "tiny", model)
+    ids = torch.tensor(tokenizer("".join(read_text(None, "valid", "tiny"))).input_ids[:2048])
     with sta.capture(model, [2]) as rows, torch.no_grad():
         model(ids.view(8, 256))
     z, idx = (x.flatten(0, 1) for x in saes[2, "key"].encode(rows[2, "key"], 8))  # (2048, H, 8)
@@ -911,9 +914,9 @@ def test_errors_are_those_of_words_not_of_pairs():
     assert means.std().item() == pytest.approx(of_each.std().item() / 30 ** 0.5, rel=0.2)
 
 def test_codes_for_p8(trained):
-    model, tokenizer, _ = sta.load_model("tiny")
-    saes, _ = sta.load_saes(trained / "tiny", model)
-    windows = sta.token_windows(sta.read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
+    model, tokenizer, _ = load_model("tiny")
+    saes, _ = load_saes(trained / "tiny", model)
+    windows = token_windows(read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
     codes = depth.read_codes(model, saes, windows, {"key": 3, "value": 60})
     with sta.capture(model, [1]) as rows:
         model(windows[9:])
@@ -1043,8 +1046,8 @@ def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
 
 def test_other_codes_through_the_cache():
     """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1 %."""
-    model, tokenizer, _ = sta.load_model("tiny")
-    windows = sta.token_windows(sta.read_text(None, "train", "tiny"), tokenizer, model, 256, 0,
+    model, tokenizer, _ = load_model("tiny")
+    windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 0,
                                 10_240)
     rows, shape = sta.harvest(model, windows, [1, 2]), sta.kv_shape(model.config)
     eye, fitted = torch.eye(2 * shape[0] * shape[1]), {}
@@ -1109,7 +1112,7 @@ def test_index_and_scores_against_loops(monkeypatch):
     assert by_hand == pytest.approx(s3.search(model, {1: saes[1]}, index, asked, 40)["s3", 1])
     found = s3.bm25([["a", "b"] * 8, ["b"] * 8, ["a", "b", "c", "b"] * 4], ["b", "e"])
     assert found == pytest.approx([math.log(1 + 0.5 / 3.5) * 8 * 2.2 / 9.2] * 3)
-    tokenizer = sta.load_model("tiny")[1]
+    tokenizer = load_model("tiny")[1]
     text = "The Constitution, which we all revere, is the Constitution of the people. " * 4
     ids = torch.tensor(tokenizer(text).input_ids)
     assert s3.span_words(tokenizer, ids)[0].count("constitution") >= 2  # words, not pieces
@@ -1124,12 +1127,12 @@ def test_no_chunk_is_longer_than_the_context(monkeypatch):
     assert lengths == [48, 64, 50]
 
 def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
-    text = "".join(sta.read_text(None, "valid", "tiny"))
+    text = "".join(read_text(None, "valid", "tiny"))
     lines = [line for line in text.split("\n") if len(line) > 300]
     (tmp_path / "long.txt").write_text("\n".join(lines[:40]))
     run = ["--saes", trained, "--text", tmp_path / "long.txt", "--question", lines[20][:200]]
     assert script(s3, *run, "--budget", 256) == 0
-    out, tokenizer = capsys.readouterr().out, sta.load_model("tiny")[1]
+    out, tokenizer = capsys.readouterr().out, load_model("tiny")[1]
     place = len(tokenizer("\n".join(lines[:20])).input_ids)
     starts = [int(x.replace(",", "")) for x in re.findall(r"^  ([\d,]+): s3", out, re.M)]
     assert len(starts) == 8 and any(-32 < start - place < 48 for start in starts), (place, starts)
@@ -1253,7 +1256,7 @@ def test_the_readmes_show_what_the_file_says():
 
 def test_every_picture_is_shown():
     shown = "".join(path.read_text() for path in report.READMES)
-    for path in (sta.HERE / "figures").glob("*"):
+    for path in (ROOT / "figures").glob("*"):
         assert path.suffix in (".jsonl", ".png", ".py")
         assert path.suffix != ".png" or path.name in shown
 
@@ -1265,19 +1268,19 @@ IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):
-    monkeypatch.setattr(sta, "load_model", None)
     module = __import__(f"beyond.{name}", fromlist=["main"])
+    monkeypatch.setattr(module, "load_model", None, raising=False)
     assert script(module, "-h") == 0
     assert "python" in capsys.readouterr().out
 
 def test_imports_run_one_way():
     """The ground floor imports nothing of beyond/; within it, as README.md has it."""
-    for name in ("sta", "train_sae", "evaluate", "plots", "test_sta"):
-        text = (sta.HERE / f"{name}.py").read_text()
-        assert not re.search(r"^\s*(from|import) beyond", text, re.M), name
-    assert {path.stem for path in (sta.HERE / "beyond").glob("*.py")} == {
+    for path in (*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")):
+        text = path.read_text()
+        assert not re.search(r"^\s*(from|import) beyond", text, re.M), path
+    assert {path.stem for path in (ROOT / "beyond").glob("*.py")} == {
         *IMPORTS, "__init__", "test_beyond"}
     for name, allowed in IMPORTS.items():
-        text = (sta.HERE / "beyond" / f"{name}.py").read_text()
+        text = (ROOT / "beyond" / f"{name}.py").read_text()
         assert set(re.findall(r"^from beyond\.(\w+) import", text, re.M)) == allowed, name
         assert not re.search(r"^import beyond", text, re.M), name

@@ -31,6 +31,8 @@ import evaluate
 import sta
 import train_sae
 from beyond.calibrate import apart, side_by_side
+from support.files import load_saes, run_main
+from support.results import find_fitted
 
 ROUNDS = 2  # of pursuit: each gains less than the one before
 
@@ -149,7 +151,7 @@ def split_rows(model, folder, layers, args):
     new_rows = []
     for name, budget in other_splits(args.k_key, args.k_val).items():
         names = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
-        loaded, metadata = sta.load_saes(folder, model, layers, list(names))
+        loaded, metadata = load_saes(folder, model, layers, list(names))
         saes = {(layer, names[name]): sae for (layer, name), sae in loaded.items()}
         new_rows.append(evaluate.Row(
             f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
@@ -211,7 +213,7 @@ def beside(folder, what):
 def layer_rows(model, folder, layers):
     """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
     shape = sta.kv_shape(model.get_decoder().config)
-    saes, metadata = sta.load_saes(folder, model, layers, ["layer"])
+    saes, metadata = load_saes(folder, model, layers, ["layer"])
     new_rows, once, most = [], evaluate.dictionary_bytes(saes, "layer"), saes[layers[0], "layer"].k
     for k in (most, most // 2):
         codecs = {layer: LayerBudget(sae, k, shape) for (layer, _), sae in saes.items()}
@@ -225,7 +227,7 @@ def settings_of(before):
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    folder, new_rows = evaluate.find_fitted(args.saes, args.model)[0], []
+    folder, new_rows = find_fitted(args.saes, args.model)[0], []
     layers = evaluate.coded_layers(model, saes, args)
     if saes:
         codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
@@ -238,7 +240,7 @@ def rows(model, tokenizer, saes, args, before):
     if (beside(folder, "splits") / f"layer{layers[0]}.key{uniform_key}").exists():
         new_rows += split_rows(model, beside(folder, "splits"), layers, args)
     if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
-        l1, metadata = sta.load_saes(beside(folder, "l1"), model, layers)
+        l1, metadata = load_saes(beside(folder, "l1"), model, layers)
         codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
         new_rows.append(evaluate.Row("l1", codecs, settings=metadata["settings"],
                                      once_bytes=evaluate.dictionary_bytes(l1, *sta.KINDS)))
@@ -256,4 +258,4 @@ def main(argv=None):
     train_sae.main([*rest, "--out", str(own.out / own.what)], VARIANTS[own.what](), __doc__)
 
 if __name__ == "__main__":
-    sta.run(main)
+    run_main(main)
