@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-from support.files import ROOT, check_out, explain, load_saes, run_main, sha256
-from support.models import load_model, parse_layers, pick_device
-from support.results import (check_pattern, find_fitted, finished_rows, provenance, result_path,
-                             save_result)
+from support.files import ROOT, explain, run_main, sha256
+from support.models import parse_layers
+from support.results import check_pattern, finished_rows, load_run, save_result
 from support.tasks import TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
 from support.text import read_text, text_name, token_windows
 
@@ -114,21 +113,22 @@ def splits(k_key, k_val):
             "reverse": (k_val, k_key)}
 
 def paper_rows(saes, shape, k_key, k_val, settings=None):
-    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; keys,
-    values (only these coded); dual; uniform and reverse (k_key > k_val) of the same total. Tasks
-    take longer than the text, and are scored of dense and dual only."""
-    rows, most = [Row("dense", {})], min((sae.n_latents for sae in saes.values()), default=0)
+    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; means
+    (no atom: each vector becomes its head's mean); keys, values (only these coded); dual; uniform
+    and reverse (k_key > k_val) of the same total. Tasks take longer than the text, and are scored
+    of dense and dual only."""
     if not saes:
-        return rows
+        return [Row("dense", {})]
+    most = min(sae.n_latents for sae in saes.values())
     for option, k in (("--k-key", k_key), ("--k-val", k_val)):
         if not 1 <= k <= most:
             raise sta.UsageError(f"{option} {k}: want 1 to n_latents = {most}")
-    dual = dual_codecs(saes, k_key, k_val)
-    token = torch.zeros(1, *shape, device=next(iter(saes.values())).W_dec.device)
-    parts = [x.nbytes for x in next(iter(dual.values())).encode(token, token)]  # 2 of K, 2 of V
-    for kind, budget, coded in (("key", (k_key, None), parts[:2]),
-                                ("value", (None, k_val), parts[2:])):
-        size = sum(coded) + 2 * token.numel()  # the other kind in bf16
+    means = sum(sae.b_dec.nbytes for sae in saes.values())
+    rows = [Row("dense", {}), Row("means", dual_codecs(saes, 0, 0), (0, 0), means,
+                                  settings=settings, with_tasks=False)]
+    dual, (H, D) = dual_codecs(saes, k_key, k_val), shape
+    for kind, k, budget in (("key", k_key, (k_key, None)), ("value", k_val, (None, k_val))):
+        size = H * (4 * k + 2 * D)  # bytes of the code, and of the other kind in bf16
         codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
         rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind),
                         settings=settings, with_tasks=False))
@@ -174,7 +174,7 @@ def window_losses(forward, windows, model, name):
         logits = forward(batch.to(model.device))  # (B, T, V)
         for row, ids in zip(logits, batch.to(logits.device)):
             losses.append(F.cross_entropy(row[:-1].float(), ids[1:]).double())
-    return torch.stack(losses).cpu()
+    return torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
 
 def exp(x):
     """e to the x; infinity where math.exp raises OverflowError."""
@@ -186,7 +186,7 @@ def compare(losses, dense):
     low, ratio, high = (exp(mean + factor * (stderr or 0)) for factor in (-1.96, 0, 1.96))
     return {"perplexity": exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
             "delta_ce_stderr": stderr, "ratio": ratio, "ratio_ci95": [low, high],
-            "window_ce": [round(x, 6) for x in losses.tolist()]}
+            "window_ce": losses.tolist()}
 
 # ------------------------------------------------------------------ zero-shot, as lm-eval has it
 
@@ -266,90 +266,81 @@ def print_tasks(rows, width):
                      for name in ("acc", "acc_norm", "delta_acc")]
             print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score(model, rows, windows, tasks, vectors, sink, finished):
-    """Yields the JSON's rows one by one. vectors: the dense model's keys and values; finished:
-    {name: row of the JSON} of an interrupted run."""
-    dense, dense_tasks = None, {}
-    for row in rows:
-        columns = finished.get(row.name)
-        if columns and columns["settings"] == row.settings:
-            if dense is None:
-                dense, dense_tasks = torch.tensor(columns["window_ce"]).double(), columns["tasks"]
-            yield columns
-            continue
-        enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
-        with enter(model) as forward:
-            losses = window_losses(forward, windows, model, row.name)
-            totals = {name: loglikelihoods(forward, questions, model, row.name)
-                      for name, questions in tasks.items() if row.with_tasks}
-        dense = losses if dense is None else dense  # the first row
-        if not dense.isfinite().all():
-            raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or "
-                                 "bfloat16")
-        scores = {name: score_task(tasks[name], totals[name], dense_tasks.get(name))
-                  for name in totals}
-        dense_tasks = dense_tasks or scores
-        yield {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-               "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense),
-               "tasks": scores,
-               **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
+def score_row(row, dense, model, windows, tasks, vectors, sink):
+    """A row's columns in the JSON. dense: those of the dense model, or None for its own row;
+    vectors: its keys and values."""
+    enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
+    with enter(model) as forward:
+        losses = window_losses(forward, windows, model, row.name)
+        totals = {name: loglikelihoods(forward, questions, model, row.name)
+                  for name, questions in tasks.items() if row.with_tasks}
+    dense_losses = torch.tensor(dense["window_ce"]).double() if dense else losses
+    if not dense_losses.isfinite().all():
+        raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
+    scores = {name: score_task(tasks[name], totals[name], dense and dense["tasks"][name])
+              for name in totals}
+    return {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
+            "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense_losses),
+            "tasks": scores, **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
+
+def choose_rows(run, args):
+    """[Row]: the paper's, those of --rows, and of these what --only keeps."""
+    shape = sta.kv_shape(run.model.get_decoder().config)
+    rows = paper_rows(run.saes, shape, args.k_key, args.k_val, run.settings)
+    dense, *rows = more_rows(rows, run.model, run.tokenizer, run.saes, args)
+    return [dense] + [row for row in rows if re.search(args.only, row.name)]
+
+def read_input(run, args):
+    """-> the windows (n, T) of --text, and --tasks {name: [Question]}."""
+    windows = token_windows(read_text(args.text, "valid", run.name), run.tokenizer, run.model,
+                            args.seq_len, 2048, args.max_tokens)
+    if args.sink >= windows.shape[1]:
+        raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
+    specs = args.tasks or (str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else "")
+    config = run.model.get_decoder().config
+    max_length = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit
+    return windows, load_tasks(specs, args.task_dir, args.limit, run.tokenizer, max_length)
 
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
     args = parse_args(argv)
-    folder, has_saes, name = find_fitted(args.saes, args.model)
-    if not has_saes and not (args.rows and name):
-        raise sta.UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
-                             f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
-    check_out(args.out)
-    device, dtype = pick_device(args.device, args.dtype)
-    model, tokenizer, layers = load_model(name, device, dtype, args.layer or "all")
-    config, saes, trained, about = model.get_decoder().config, {}, {}, provenance(model)
-    path = result_path(args.out, name, about)
-    if has_saes:
-        saes, trained = load_saes(folder, model, layers if args.layer else None)
-        layers = sorted({layer for layer, _ in saes})
-    pieces = read_text(args.text, "valid", name)
-    windows = token_windows(pieces, tokenizer, model, args.seq_len, 2048, args.max_tokens)
-    if args.sink >= windows.shape[1]:
-        raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
-    specs = args.tasks or (str(ROOT / "tiny" / "cloze.jsonl") if name == "tiny" else "")
-    max_length = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit
-    tasks = load_tasks(specs, args.task_dir, args.limit, tokenizer, max_length)
-    rows = more_rows(paper_rows(saes, sta.kv_shape(config), args.k_key, args.k_val,
-                                trained.get("settings")), model, tokenizer, saes, args)
-    rows = rows[:1] + [row for row in rows[1:] if re.search(args.only, row.name)]
-    print(f"{name}{f' with the SAEs of {folder}' if saes else ''}: {len(layers)} of "
-          f"{config.num_hidden_layers} layers reconstructed, {windows.numel():,} tokens in windows "
-          f"of {windows.shape[1]}")
-    few = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
-    vectors = {key: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
-               for key, x in sta.harvest(model, few, layers, args.sink).items()}
-    runs = sorted(folder.glob("run-*.json")) if saes else []
+    run = load_run(args, needs_saes=not args.rows)
+    windows, tasks = read_input(run, args)
+    rows, n_layers = choose_rows(run, args), run.model.get_decoder().config.num_hidden_layers
+    print(f"{run.name}{f' with the SAEs of {run.folder}' if run.saes else ''}: {len(run.layers)} "
+          f"of {n_layers} layers reconstructed, {windows.numel():,} tokens in windows of "
+          f"{windows.shape[1]}")
+    logs = sorted(run.folder.glob("run-*.json")) if run.saes else []
     result = {
-        "model": name, "saes": folder if saes else None, "layers": layers,
-        "n_layers": config.num_hidden_layers, "tokens": windows.numel(), "windows": len(windows),
-        "seq_len": windows.shape[1], "text": text_name(args.text, "valid", name),
-        "text_sha256": sha256(windows),
-        "dtype": str(dtype), "config": vars(args),
-        "training": [json.loads(run.read_text()) for run in runs], **about, "rows": [],
-        "curves": {}}
-    finished = finished_rows(path, result) if args.resume else {}
-    if path.exists():  # an interrupted run must not cost the last complete one
-        path.replace(path.with_name(f"{path.name}.previous"))
+        "model": run.name, "saes": run.folder, "layers": run.layers, "n_layers": n_layers,
+        "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
+        "text": text_name(args.text, "valid", run.name), "text_sha256": sha256(windows),
+        "config": vars(args), "training": [json.loads(log.read_text()) for log in logs],
+        **run.about, "rows": [], "curves": {}}
+    finished = finished_rows(run.path, result) if args.resume else {}
+    if run.path.exists():  # an interrupted run must not cost the last complete one
+        run.path.replace(run.path.with_name(f"{run.path.name}.previous"))
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
-    for row in score(model, rows, windows, tasks, vectors, args.sink, finished):
-        result["rows"].append(row)
-        save_result(path, result)  # at once, lest an interrupted run loses it
-        print(format_row(row, width), flush=True)
-    result["curves"] = find_curves(saes, vectors)
-    save_result(path, result)
+    few = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
+    vectors = {site: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
+               for site, x in sta.harvest(run.model, few, run.layers, args.sink).items()}
+    dense = None  # the first row's columns
+    for row in rows:
+        columns = finished.get(row.name)
+        if not columns or columns["settings"] != row.settings:
+            columns = score_row(row, dense, run.model, windows, tasks, vectors, args.sink)
+        dense = dense or columns
+        result["rows"].append(columns)
+        save_result(run.path, result)  # at once, lest an interrupted run loses it
+        print(format_row(columns, width), flush=True)
+    result["curves"] = find_curves(run.saes, vectors)
+    save_result(run.path, result)
     print_dictionaries(result["rows"])
     print_tasks(result["rows"], width)
     print_elbows(result["curves"])
-    print(f"wrote {path}")
-    return path
+    print(f"wrote {run.path}")
+    return run.path
 
 if __name__ == "__main__":
     run_main(main)

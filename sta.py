@@ -8,16 +8,17 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
              the code of x                                                            (k,)
     x_hat  = s sum_j z_j W_dec[idx_j] + b_dec[h]                                      (D,)
     b_dec[h] = the mean of head h;  s^2 = the mean square of x - b_dec[h], over all numbers
-    loss   = |x - x_hat|^2 / (s^2 D) at budget k, and 1/8 of the same at 2k, a mean over x
+    loss   = |x - x_hat|^2 / (s^2 D) at budget k, plus 1/8 of the same at 2k; the mean over x
     dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16, stored as
              fp16 coefficients z and int16 places idx
 
-Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), k budget
+Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), N vectors, k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
-Sections: 1 the Top-K SAE, 2 where keys and values live, 3 the budget curve and its elbow,
-          4 the dual budget, 5 the fast path, 6 models, text, files. Read 1-4; 5 and 6 serve them.
+Sections: 1 the Top-K SAE, 2 fidelity and the elbow, 3 the dual budget, 4 in the model, with the
+          hooks below, 5 the fast path. Who stops after `reconstruct` has read the whole method.
 What the paper's text leaves open is marked `not in paper`; [Gao] is Gao et al. 2024, "Scaling and
-evaluating sparse autoencoders", arXiv 2406.04093. Non-goal: training the model itself.
+evaluating sparse autoencoders", arXiv 2406.04093. Non-goals: training the model itself; loading
+models, text and files (support/).
 """
 import contextlib
 import functools
@@ -41,7 +42,7 @@ class TopKSAE(nn.Module):
     All tensors are float32:
         W_enc (D, M), b_enc (M,), W_dec (M, D)   are trained; the unit rows of W_dec are the atoms
         b_dec (H, D), scale ()                   are measured by `centre`: heads' means, the s above
-        idle (M,)                                counts the vectors since a latent last fired
+        since_fired (M,)                         counts the vectors since a latent last fired
     not in paper: a mean per head, and not trained. The difference between heads can be most of a
     key; with one mean for all, atoms would be spent on it, and many latents would never fire."""
 
@@ -55,7 +56,7 @@ class TopKSAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.register_buffer("b_dec", torch.zeros(n_heads, head_dim))
         self.register_buffer("scale", torch.ones(()))
-        self.register_buffer("idle", torch.zeros(n_latents))
+        self.register_buffer("since_fired", torch.zeros(n_latents))
 
     @torch.no_grad()
     def centre(self, x):
@@ -63,38 +64,39 @@ class TopKSAE(nn.Module):
         self.b_dec.copy_(x.mean(0))
         self.scale.copy_((x - self.b_dec).square().mean().sqrt().clamp_min(1e-8))
 
-    def check_budget(self, k):
-        """Raises UsageError unless 1 <= k <= M."""
-        if not 1 <= k <= self.n_latents:
-            raise UsageError(f"k = {k}: want 1 to n_latents = {self.n_latents}")
-
     def encode(self, x, k):
         """x (..., H, D) -> its code: z (..., H, k) >= 0, strongest first, and idx (..., H, k).
-        The first j columns are the code at budget j. Raises UsageError unless 1 <= k <= M."""
-        self.check_budget(k)
-        pre = (x - self.b_dec) / self.scale @ self.W_enc + self.b_enc  # (..., H, M)
-        z, idx = pre.topk(k)
+        The first j columns are the code at budget j. Raises UsageError unless 0 <= k <= M."""
+        if not 0 <= k <= self.n_latents:
+            raise UsageError(f"k = {k}: want 0 to n_latents = {self.n_latents}")
+        inside = (x - self.b_dec) / self.scale  # (..., H, D)
+        z, idx = top_k_of_matmul(inside, self.W_enc, self.b_enc, k)
         return F.relu(z), idx
 
     def decode(self, z, idx):
-        """z, idx (..., H, k) -> x_hat (..., H, D), a sum of k atoms."""
-        atoms = self.W_dec[idx]  # (..., H, k, D)
-        return self.scale * (z[..., None] * atoms).sum(-2) + self.b_dec
+        """z, idx (..., H, k) -> x_hat (..., H, D): k atoms, or at k = 0 none, and the mean."""
+        *shape, k = idx.shape
+        starts = torch.arange(idx.shape[:-1].numel(), device=idx.device, dtype=idx.dtype) * k
+        # the sum over j of z_j W_dec[idx_j], without a copy of each atom
+        sums = F.embedding_bag(idx.flatten(), self.W_dec, starts, mode="sum",
+                               per_sample_weights=z.flatten())  # (N, D)
+        return self.scale * sums.view(*shape, -1) + self.b_dec
 
     def loss(self, x):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
         one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Side effect:
-        counts in `idle` which latents fired: z > 0, among a vector's k strongest."""
-        z, idx = self.encode(x, min(2 * self.k, self.n_latents))
+        counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest:
+        counted among k, it leaves the same error at k, and 1 to 24 % more at 2k (measured)."""
+        z, idx = self.encode(x, min(2 * self.k, self.n_latents))  # (tokens, H, 2k)
         error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
         error_2k = (x - self.decode(z, idx)) / self.scale
-        self.note_fired(idx[..., :self.k][z[..., :self.k] > 0], x[..., 0].numel())
+        self.count_fired(idx[z > 0], x[..., 0].numel())
         return error.square().mean() + error_2k.square().mean() / 8
 
-    def note_fired(self, latents, n_vectors):
-        """In a step of n_vectors, those latents fired, and all others were idle."""
-        self.idle += n_vectors
-        self.idle[latents] = 0
+    def count_fired(self, latents, n_vectors):
+        """Of n_vectors, some fired these latents, and none any other."""
+        self.since_fired += n_vectors
+        self.since_fired[latents] = 0
 
     @torch.no_grad()
     def renormalise(self):
@@ -102,13 +104,13 @@ class TopKSAE(nn.Module):
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
-    def lift_idle(self, amount):
-        """To be called after each step: raises the bias of latents that were idle for more than
+    def lift_silent(self, amount):
+        """To be called after each step: raises the bias of latents that no vector has fired for
         16 * n_latents vectors, in which an average one fires 16 * k times, until they fire, and so
         learn, again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
-        self.b_enc[self.idle > 16 * self.n_latents] += amount
+        self.b_enc[self.since_fired > 16 * self.n_latents] += amount
 
-# ------------------------------------------------------------------ 2. fidelity, the budget curve, the elbow
+# ------------------------------------------------------------------ 2. fidelity and the elbow
 @torch.no_grad()
 def fidelity(x, x_hat):
     """Vectors x, x_hat (..., H, D) -> {fvu, cos, rel_norm}, in float64.
@@ -128,7 +130,7 @@ def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
     all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
     none of these vectors fired."""
     ks = sorted(k for k in ks if k <= sae.n_latents)
-    z, idx = sae.encode(x, max(1, ks[-1]))  # (tokens, H, ks[-1])
+    z, idx = sae.encode(x, ks[-1])  # (tokens, H, ks[-1])
     curve = []
     for k in ks:
         n_fired = len(idx[..., :k][z[..., :k] > 0].unique())
@@ -163,17 +165,20 @@ class DualBudget:
     def encode(self, keys, values):
         """Keys before RoPE and values, (..., H, D) each -> the tensors (..., n) to be stored: fp16
         coefficients and int16 indices of the keys, then of the values; n = H times the budget."""
-        z_key, idx_key = self.key_sae.encode(keys, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = self.value_sae.encode(values, self.budget.k_val)  # (..., H, k_val)
-        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
-                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+        return (*pack(*self.key_sae.encode(keys, self.budget.k_key)),
+                *pack(*self.value_sae.encode(values, self.budget.k_val)))
 
     def decode(self, stored):
         """What encode returned -> keys, values (..., H, D), float32."""
-        z_key, idx_key = (x.unflatten(-1, (-1, self.budget.k_key)) for x in stored[:2])
-        z_val, idx_val = (x.unflatten(-1, (-1, self.budget.k_val)) for x in stored[2:])
+        H = len(self.key_sae.b_dec)
+        z_key, idx_key = (x.unflatten(-1, (H, self.budget.k_key)) for x in stored[:2])
+        z_val, idx_val = (x.unflatten(-1, (H, self.budget.k_val)) for x in stored[2:])
         return (self.key_sae.decode(z_key.float(), idx_key.int()),
                 self.value_sae.decode(z_val.float(), idx_val.int()))
+
+def pack(z, idx):
+    """A code (..., H, k) as it is stored: fp16 and int16, (..., H * k) each."""
+    return z.flatten(-2).half(), idx.flatten(-2).short()
 
 def roundtrip(codec, keys, values, live):
     """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), or what its own
@@ -191,29 +196,18 @@ def reconstruct(model, codecs, sink=1):
     The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
     2309.17453). Raises UsageError as `watch` and `live_tokens` do. The order of events:
 
-        the decoder is called          begin: which of the new tokens are live?
-        a layer's k_proj, k_norm       note: keys are there
-                  v_proj               note: values too; the second of the two triggers both: they
-                                       are coded, decoded, and written over the projections'
-                                       outputs, where tokens are live
-                  RoPE, cache, attention read what was written; then the next layer's k_proj"""
-    now, waiting = {}, {}
+        the decoder is called          which of the new tokens are live?
+        a layer's k_proj, v_proj       as soon as both are there, `replace` codes and decodes them,
+                                       and overwrites the projections' outputs where tokens are live
+        RoPE, cache, attention         read what was written; then comes the next layer's k_proj"""
 
-    def begin(call):
-        now["live"] = live_tokens(call, sink)
-        waiting.clear()
+    def replace(layer, keys, values, live):  # (B, T, H, D) twice, (B, T)
+        live = live.to(keys.device)
+        decoded = roundtrip(codecs[layer], keys.float(), values.float(), live)
+        for x, x_hat in zip((keys, values), decoded):
+            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))
 
-    def note(layer, kind, x):
-        waiting[kind] = x
-        if len(waiting) == 2:  # which of the two comes first depends on the type of model
-            replace(codecs[layer], waiting.pop("key"), waiting.pop("value"))
-
-    def replace(codec, keys, values):
-        live = now["live"].to(keys.device)
-        for x, x_hat in zip((keys, values), roundtrip(codec, keys.float(), values.float(), live)):
-            x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))  # (B, T, H, D)
-
-    with watch(model, codecs, note, begin):
+    with watch(model, codecs, replace, lambda arguments: live_tokens(arguments, sink)):
         yield
 
 @contextlib.contextmanager
@@ -222,8 +216,9 @@ def capture(model, layers):
     values of the call, (B, T, H, D)."""
     vectors = {}
 
-    def keep(layer, kind, x):
-        vectors[layer, kind] = x.detach().clone()  # some models change it in place
+    def keep(layer, keys, values, _):
+        for kind, x in zip(KINDS, (keys, values)):
+            vectors[layer, kind] = x.detach().clone()  # some models change it in place
 
     with watch(model, layers, keep):
         yield vectors
@@ -236,87 +231,108 @@ def harvest(model, windows, layers, sink=1):
     with capture(model, layers) as captured:
         for batch in torch.arange(len(windows)).split(max(1, 4096 // windows.shape[1])):
             model.get_decoder()(input_ids=windows[batch].to(model.device), use_cache=False)
-            for key, x in captured.items():  # (B, T, H, D)
-                if key not in vectors:
-                    vectors[key] = x.new_empty(len(windows), *x[0, sink:].shape)
-                vectors[key][batch] = x[:, sink:]
+            for site, x in captured.items():  # (B, T, H, D)
+                if site not in vectors:
+                    vectors[site] = x.new_empty(len(windows), *x[0, sink:].shape)
+                vectors[site][batch] = x[:, sink:]
     for (layer, kind), x in vectors.items():
         if not x.isfinite().all():
             raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
-    return {key: x.flatten(0, 1) for key, x in vectors.items()}
+    return {site: x.flatten(0, 1) for site, x in vectors.items()}
 
-# ------------------------------------------------------------------ the hooks
+# ------------------------------------------------------------------ the hooks: one may skip them
 @contextlib.contextmanager
-def watch(model, layers, see, begin=lambda call: None):
-    """Inside, at each call of the decoder: begin({argument: value}), then see(layer, kind, x) with
-    the keys and the values x (B, T, H, D) of each of the layers, as soon as they are there. Raises
-    UsageError: no such layer; a call in which one of them is not seen, or no call at all, which
-    both happen after torch.compile."""
-    decoder, sites, missing, n_calls = model.get_decoder(), kv_sites(model), set(), 0
+def watch(model, layers, on_vectors, on_call=lambda arguments: None):
+    """Inside, whenever the decoder is called: context = on_call({argument: value}), and then, as
+    soon as the keys and values (B, T, H, D) of one of the layers are both there,
+    on_vectors(layer, keys, values, context). Raises UsageError: no such layer; a call in which a
+    layer's are not seen, or no call at all, which both happen after torch.compile."""
+    decoder, sites = model.get_decoder(), kv_sites(model)
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     absent = wanted - sites.keys()
     if absent:
-        raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {len(sites) // 2 - 1}")
+        raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {max(sites)[0]}")
+    state = types.SimpleNamespace(n_calls=0, missing=set(), vectors={}, context=None)
 
-    def start(decoder, args, kwargs):
-        nonlocal n_calls
-        n_calls += 1
-        missing.update(wanted)
+    def before_call(decoder, args, kwargs):
         bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
-        begin({**bound.arguments, **bound.kwargs})
+        state.n_calls, state.missing, state.vectors = state.n_calls + 1, set(wanted), {}
+        state.context = on_call({**bound.arguments, **bound.kwargs})
 
-    def hook(site, view, module, args, y):
-        if site in missing:  # else outside a call of the decoder, or seen already in this one
-            missing.remove(site)
-            see(*site, view(args[0], y))
+    def after_module(layer, kind, name):
+        def hook(module, args, output):
+            if (layer, kind) not in state.missing:
+                return  # outside a call of the decoder, or seen already in this one
+            state.missing.remove((layer, kind))
+            state.vectors[kind] = per_head(decoder.config, name, kind, args[0], output)
+            if len(state.vectors) == 2:  # which of them comes first depends on the type of model
+                on_vectors(layer, *map(state.vectors.pop, KINDS), state.context)
+        return hook
 
-    def end(decoder, args, output):
-        if missing:
-            raise UsageError(f"layer {min(missing)[0]}: keys or values went by unseen; is the "
-                             "model compiled?")
+    def after_call(decoder, args, output):
+        if state.missing:
+            raise UsageError(f"layer {min(state.missing)[0]}: keys or values went by unseen; is "
+                             "the model compiled?")
 
     with contextlib.ExitStack() as hooks:
-        hooks.callback(decoder.register_forward_pre_hook(start, with_kwargs=True).remove)
-        for site in sorted(wanted):
-            modules, view = sites[site]
-            see_site = functools.partial(hook, site, view)
-            hooks.callback(modules[-1].register_forward_hook(see_site).remove)
-        hooks.callback(decoder.register_forward_hook(end).remove)
+        hooks.callback(decoder.register_forward_pre_hook(before_call, with_kwargs=True).remove)
+        for layer, kind in sorted(wanted):
+            name, module = list(sites[layer, kind].items())[-1]
+            hook = after_module(layer, kind, name)
+            hooks.callback(module.register_forward_hook(hook).remove)
+        hooks.callback(decoder.register_forward_hook(after_call).remove)
         yield
-    if wanted and n_calls == 0:
+    if wanted and state.n_calls == 0:
         raise UsageError("the model was not called, or compiled and called before; do not compile")
 
-def live_tokens(call, sink):
-    """The tokens of a call of the decoder that a codec may touch, (B, T) bool. Padding is left out,
-    as the mask tells, in any form that transformers takes: (B, T), or, as `generate` makes it for
-    a static cache, (B, 1, T, slots). So are sinks, the tokens whose position is below `sink`. The
-    position is that of position_ids, which begin again in packed texts; without them, it is the
-    number of earlier tokens that a token sees."""
-    tokens = call["inputs_embeds"] if call.get("input_ids") is None else call["input_ids"]
-    cache, mask = call.get("cache", call.get("past_key_values")), call.get("attention_mask")
+def live_tokens(arguments, sink):
+    """The tokens of a call of the decoder that a codec may touch, (B, T) bool: neither padding, as
+    attention_mask tells, nor sinks, whose position is below `sink`. position_ids may begin again,
+    in packed texts; without them, positions count the mask's ones. Raises UsageError at a mask
+    other than (B, tokens) or what `generate` makes for a static cache."""
+    tokens = arguments.get("input_ids")
+    tokens = arguments["inputs_embeds"] if tokens is None else tokens
+    cache = arguments.get("cache", arguments.get("past_key_values"))
     past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
-    B, T = tokens.shape[:2]
+    (B, T), position = tokens.shape[:2], arguments.get("position_ids")
+    mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # by type of layer
-        mask = mask.get("full_attention", next(iter(mask.values())))
+        mask = next(iter(mask.values()))
     if mask is None:
         mask = torch.ones(B, past + T)
-    if mask.dim() == 2 and mask.min() >= 0 and mask.shape[1] >= past + T:
+    if mask.dim() == 2 and mask.shape[1] >= past + T:
         real = mask.bool()[:, past:past + T]
-        position = mask.bool().cumsum(-1)[:, past:past + T] - 1
-    elif mask.dim() == 4 and (mask.dtype == torch.bool or mask.is_floating_point()):
-        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4  # (B, T, slots)
-        slot = min(past, sees.shape[2] - T)  # the column of the first of these tokens
-        real, position = sees.diagonal(slot, 1, 2), sees.tril(slot).sum(-1) - 1
+        if position is None:
+            position = mask.bool().cumsum(-1)[:, past:past + T] - 1
+    elif mask.dim() == 4 and position is not None:  # (B, 1, T, slots); padding sees nobody
+        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4
+        real = sees.diagonal(min(past, sees.shape[2] - T), 1, 2)  # each token and itself
     else:
-        raise UsageError(f"attention_mask: want 1 and 0 of (batch, tokens), not {mask.dtype} "
-                         f"{list(mask.shape)} for {past} + {T} tokens")
-    if call.get("position_ids") is not None:
-        position = call["position_ids"].to(real.device)
-    return (real & (position >= sink)).expand(B, T).to(tokens.device)
+        raise UsageError(f"attention_mask {list(mask.shape)} for {past} + {T} tokens: want (batch, "
+                         "tokens), or (batch, 1, tokens, slots) beside position_ids")
+    return (real & (position.to(real.device) >= sink)).expand(B, T).to(tokens.device)
 
 # The modules that make a key or a value: a projection, and a norm after it where there is one.
 PARTS = {"key": ("query_key_value", "qkv_proj", "k_proj", "k_norm", "k_layernorm", "key_layernorm"),
          "value": ("query_key_value", "qkv_proj", "v_proj", "v_norm")}
+
+def kv_sites(model):
+    """{(layer, kind): {name: module}} of a Hugging Face decoder of any type: the modules, found by
+    the names in PARTS, of which the last one's output is the layer's keys or values before RoPE.
+    not in paper, which says "projections": RoPE would turn one semantic key into one copy per
+    position. Raises UsageError where layers lack them."""
+    decoder, by_layer = model.get_decoder(), []
+    for module in decoder.modules():
+        children = dict(module.named_children())
+        parts = {kind: {name: children[name] for name in PARTS[kind] if name in children}
+                 for kind in KINDS}
+        if all(parts.values()):
+            by_layer.append(parts)
+    if len(by_layer) != decoder.config.num_hidden_layers:
+        raise UsageError(
+            f"model type {decoder.config.model_type!r} is not supported: {len(by_layer)} of its "
+            f"modules, for {decoder.config.num_hidden_layers} layers, make keys and values")
+    return {(layer, kind): parts[kind] for layer, parts in enumerate(by_layer) for kind in KINDS}
 
 def kv_shape(config):
     """(n_kv_heads, head_dim) of a Hugging Face text config."""
@@ -324,81 +340,53 @@ def kv_shape(config):
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // n_heads
     return getattr(config, "num_key_value_heads", None) or n_heads, head_dim
 
-def per_head(config, name, part, x, y):
-    """The keys (part 1; queries would be 0) or values (part 2) in the output y of the module called
-    name, of which x is the input: a view (B, T, H, D)."""
-    H, D = kv_shape(config)
+def per_head(config, name, kind, x, y):
+    """The keys or values in the output y of the module called name, of which x is the input: a view
+    (B, T, H, D), to be written on."""
+    (H, D), kind_number = kv_shape(config), ("query", "key", "value").index(kind)
     if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
-        return y.unflatten(-1, (H, 3, D))[..., part, :]
+        return y.unflatten(-1, (H, 3, D))[..., kind_number, :]
     if name == "qkv_proj":  # Phi-3: the queries of all heads, all keys, all values
-        first = (config.num_attention_heads + (part - 1) * H) * D
+        first = (config.num_attention_heads + (kind_number - 1) * H) * D
         return y[..., first:first + H * D].unflatten(-1, (H, D))
     if y.dim() == 3:  # (B, T, H*D)
         return y.unflatten(-1, (H, D))
-    # of a norm: (B, T, H, D) or (B, H, T, D); if H = T, only the input's strides tell which
-    heads_first = y.shape[1] == H and (y.shape[2] != H or x.stride(1) < x.stride(2))
+    # A norm's is (B, T, H, D) or (B, H, T, D). If there are as many tokens as heads, memory tells
+    # which: there the heads of a token lie side by side, so from head to head is the smaller step.
+    heads_first = y.shape[2] != H or (y.shape[1] == H and x.stride(1) < x.stride(2))
     return y.transpose(1, 2) if heads_first else y
 
-def kv_sites(model):
-    """{(layer, kind): (modules, view)} of a Hugging Face decoder of any type, found by the names in
-    PARTS: view(input, output) of the last module is the layer's keys or values (B, T, H, D), in the
-    output's own memory, before RoPE reads them. not in paper, which says "projections": RoPE would
-    turn one semantic key into one copy per position. Raises UsageError where layers lack them."""
-    decoder, sites = model.get_decoder(), {}
-    for module in decoder.modules():
-        children, layer = dict(module.named_children()), len(sites) // 2
-        names = {kind: [name for name in PARTS[kind] if name in children] for kind in KINDS}
-        for part, kind in enumerate(KINDS, 1):
-            if all(names.values()):
-                view = functools.partial(per_head, decoder.config, names[kind][-1], part)
-                sites[layer, kind] = [children[name] for name in names[kind]], view
-    if len(sites) != 2 * decoder.config.num_hidden_layers:
-        raise UsageError(
-            f"model type {decoder.config.model_type!r} is not supported: {len(sites) // 2} of its "
-            f"modules, for {decoder.config.num_hidden_layers} layers, make keys and values")
-    return sites
-
 # ------------------------------------------------------------------ 5. the fast path
-class FastSAE(TopKSAE):
-    """A TopKSAE with the same values and gradients (tested) in less time: decoding adds atoms up
-    without a copy of each, and the gradient of W_enc is a sum over codes, not a matmul."""
-
-    def encode(self, x, k):
-        self.check_budget(k)
-        inside = ((x - self.b_dec) / self.scale).flatten(0, -2)  # (N, D)
-        z, idx = TopKOfMatmul.apply(inside, self.W_enc, self.b_enc, k)  # (N, k)
-        return F.relu(z).view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
-
-    def decode(self, z, idx):
-        if idx.shape[-1] == 0:  # embedding_bag wants atoms to add up
-            return super().decode(z, idx)
-        sums = F.embedding_bag(idx.flatten(0, -2), self.W_dec, mode="sum",
-                               per_sample_weights=z.flatten(0, -2))  # (N, D)
-        return self.scale * sums.view(*idx.shape[:-1], -1) + self.b_dec
+def top_k_of_matmul(x, W, b, k):
+    """(x @ W + b).topk(k), the same in values and gradients (tested), for x (..., D), W (D, M).
+    Autograd's own gradient of W would be the matmul of x^T with a matrix (N, M) of which all but k
+    entries per row are zero. Here each latent adds up the rows of x that chose it."""
+    z, idx = TopKOfMatmul.apply(x.flatten(0, -2), W, b, k)  # (N, k)
+    return z.view(*x.shape[:-1], k), idx.view(*x.shape[:-1], k)
 
 class TopKOfMatmul(torch.autograd.Function):
-    """The k largest of x W + b and their places, for x (N, D) that needs no gradient. Autograd's
-    gradient of W is x^T (N, M), of which all but k entries per row are zero; here each latent adds
-    up the rows of x that chose it."""
-
     @staticmethod
     def forward(ctx, x, W, b, k):
-        z, idx = torch.addmm(b, x, W).topk(k)  # (N, k)
-        ctx.save_for_backward(x, idx)
+        z, idx = torch.addmm(b, x, W).topk(k)
+        ctx.save_for_backward(x, W, idx)
         ctx.mark_non_differentiable(idx)
-        ctx.n_latents = len(b)
         return z, idx
 
     @staticmethod
     def backward(ctx, dz, _):
-        x, idx = ctx.saved_tensors
-        order = idx.flatten().argsort(stable=True)  # the N*k choices, sorted by latent
-        counts = idx.flatten().bincount(minlength=ctx.n_latents)  # (M,)
-        dz = dz.flatten()[order]
-        first = counts.cumsum(0) - counts  # where a latent's choices begin
-        dW = F.embedding_bag(order // idx.shape[1], x, first, mode="sum", per_sample_weights=dz)
-        db = dz.new_zeros(ctx.n_latents).index_add_(0, idx.flatten()[order], dz)
-        return None, dW.T, db, None
+        x, W, idx = ctx.saved_tensors
+        k, M = idx.shape[1], W.shape[1]
+        dx = dW = db = None
+        if ctx.needs_input_grad[0]:
+            dx = F.embedding_bag(idx, W.T.contiguous(), mode="sum", per_sample_weights=dz)  # (N, D)
+        if ctx.needs_input_grad[1]:
+            order = idx.flatten().argsort(stable=True)  # the N*k choices, sorted by latent
+            counts = idx.flatten().bincount(minlength=M)
+            first = counts.cumsum(0) - counts  # (M,): where a latent's choices begin
+            weights = dz.flatten()[order]
+            dW = F.embedding_bag(order // k, x, first, mode="sum", per_sample_weights=weights).T
+            db = dz.new_zeros(M).index_add_(0, idx.flatten()[order], weights)
+        return dx, dW, db, None
 
 def fuse(codecs):
     """{layer: codec} -> the same with the dual budget's encode and decode in one compiled graph,

@@ -4,33 +4,31 @@
     python train_sae.py --model yi-6b --layer 12     # needs the hub, and a GPU to be quick
 
 Writes saes/<model>/layer<i>.<key|value>/ in the layout of SAELens, and run-<layers>.json with the
-training curves. An unfinished run lives in unfinished.safetensors; --resume takes it up again, to
-the same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 2406.04093.
+training curves. An unfinished run lives in unfinished.safetensors; --resume continues it, to the
+same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 2406.04093.
 Non-goals: tuning the model itself; several processes (several GPUs: --device auto).
 """
 import argparse
 import contextlib
-import itertools
 import json
 import math
 import pathlib
 import time
-from typing import Callable, NamedTuple
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 import sta
-from support.files import (check_folder, check_out, load_state, model_marks, run_main, save_sae,
-                           save_state, sha256, write_atomic)
+from support.files import (check_folder, check_out, device_of, load_state, model_hash, run_main,
+                           save_sae, save_state, sha256, write_atomic)
 from support.models import MODELS, load_model, pick_device, slug
 from support.text import read_text, token_windows
 
 # The recipe; --lr and --batch-tokens belong to it.
 BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread
 WARM_UP, DECAY = 0.05, 0.3  # shares of the steps: the first, at which the rate rises; the last
-LIFT = 10  # learning rates per step, for the biases of idle latents: about 60 steps to firing
+LIFT = 10  # learning rates per step, for the biases of silent latents: about 60 steps to firing
 BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
 
 CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
@@ -62,12 +60,11 @@ def parse_args(argv=None, description=__doc__):
     add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
-    add("--resume", action="store_true", help="take up the unfinished run in --out")
+    add("--resume", action="store_true", help="continue the unfinished run in --out")
     args = parser.parse_args(argv)
+    defaults = {"tokens": 10_000_000, "n_latents": 1024, "lr": 0.005}
     if args.model == "tiny":
         defaults = {"tokens": 131_072, "n_latents": 512, "lr": 0.01}
-    else:
-        defaults = {"tokens": 10_000_000, "n_latents": 1024, "lr": 0.005}
     for name, value in defaults.items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -81,6 +78,38 @@ def parse_args(argv=None, description=__doc__):
             raise sta.UsageError(f"--{name.replace('_', '-')} {getattr(args, name)}: want 1 to "
                                  f"{limit}")
     return args
+
+# ------------------------------------------------------------------ what is trained, on what
+class KeysAndValues:
+    """The SAEs of a layer, here one for its keys and one for its values, and the vectors that they
+    are trained on. beyond/variants.py has others."""
+
+    def make_saes(self, shape, args, generator):
+        """shape: (n_kv_heads, head_dim) -> {name: SAE}."""
+        return {"key": sta.TopKSAE(*shape, args.n_latents, args.k_key, generator),
+                "value": sta.TopKSAE(*shape, args.n_latents, args.k_val, generator)}
+
+    def vectors(self, keys, values):
+        """Keys and values (tokens, H, D) -> {name: vectors (tokens, n_heads, dim)}."""
+        return {"key": keys, "value": values}
+
+def make_saes(model, layers, args, variant):
+    """{(layer, name): SAE}, each on the device of its layer."""
+    generator, saes = torch.Generator().manual_seed(args.seed), {}
+    shape = sta.kv_shape(model.get_decoder().config)
+    for layer in layers:
+        for name, sae in variant.make_saes(shape, args, generator).items():
+            saes[layer, name] = sae.to(device_of(model, layer))
+    return saes
+
+def read_vectors(model, windows, layers, variant):
+    """Windows (n, T) -> {(layer, name): vectors (tokens, H, D)} for the SAEs."""
+    harvested, vectors = sta.harvest(model, windows, layers), {}
+    for layer in layers:
+        keys, values = harvested.pop((layer, "key")), harvested.pop((layer, "value"))
+        for name, x in variant.vectors(keys, values).items():
+            vectors[layer, name] = x
+    return vectors
 
 def plan_buffers(n_windows, seq_len, n_tokens, seed):
     """Window numbers -> (those held out, [those of each buffer]), in the order of training.
@@ -110,61 +139,25 @@ def train_step(saes, optimizer, batches):
     optimizer.zero_grad()
     for sae in saes.values():  # after the step: unit atoms; latents that would die are lifted
         sae.renormalise()
-        sae.lift_idle(LIFT * optimizer.param_groups[0]["lr"])
+        sae.lift_silent(LIFT * optimizer.param_groups[0]["lr"])
 
 @contextlib.contextmanager
 @torch.no_grad()
 def kept_still(saes):
     """Around the optimiser's step: latents that did not fire are put back to where they were. By
     their momentum Adam would move them on, without a gradient, until no vector fires them."""
-    still = []
+    before = []
     for sae in saes.values():
-        idle = sae.idle.nonzero().squeeze(1)
-        still += [(part, idle, part[idle]) for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
+        silent = sae.since_fired.nonzero().squeeze(1)
+        before += [(part, silent, part[silent]) for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
     yield
-    for part, idle, before in still:  # part: (M, ...)
-        part[idle] = before
+    for part, silent, values in before:  # part: (M, ...)
+        part[silent] = values
 
-class PerHead(NamedTuple):
-    """What the SAEs of a layer are of: here one of keys and one of values, shared by the heads.
-    beyond/variants.py has others."""
-    make_sae: Callable = sta.FastSAE  # (n_heads, dim, n_latents, k, generator) -> a TopKSAE
-    next_step: str = "python evaluate.py --saes {folder}"  # for the user
-
-    def budgets(self, args, shape):
-        """{name: (n_heads, dim, k)} of a layer's SAEs; shape: (n_kv_heads, head_dim)."""
-        return {"key": (*shape, args.k_key), "value": (*shape, args.k_val)}
-
-    def vectors(self, layer, keys, values):
-        """Keys and values (tokens, H, D) of a layer -> {name: vectors (tokens, n_heads, dim)}."""
-        return {"key": keys, "value": values}
-
-    def finish(self, layer, sae):
-        """The SAE as it is saved: of keys and values as the model has them."""
-        return sae
-
-def read_vectors(model, windows, layers, variant):
-    """Windows (n, T) -> {(layer, name): vectors (tokens, H, D)} for the SAEs."""
-    harvested, vectors = sta.harvest(model, windows, layers), {}
-    for layer in layers:
-        keys, values = harvested.pop((layer, "key")), harvested.pop((layer, "value"))
-        for name, x in variant.vectors(layer, keys, values).items():
-            vectors[layer, name] = x
-    return vectors
-
-def make_saes(model, layers, args, variant):
-    """{(layer, name): SAE}, each on the device of its layer."""
-    generator, sites, saes = torch.Generator().manual_seed(args.seed), sta.kv_sites(model), {}
-    shape = sta.kv_shape(model.get_decoder().config)
-    for layer in layers:
-        for name, (n_heads, dim, k) in variant.budgets(args, shape).items():
-            sae = variant.make_sae(n_heads, dim, args.n_latents, k, generator)
-            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
-    return saes
-
-def train(model, windows, layers, args, folder, settings, variant=PerHead()):
-    """-> ({(layer, name): SAE}, their held-out vectors, log of the training curves)."""
-    saes, seq_len = make_saes(model, layers, args, variant), windows.shape[1]
+def train(model, saes, windows, args, folder, settings, variant):
+    """Train saes {(layer, name): SAE} on windows (n, T) -> (the vectors {(layer, name): (tokens, H,
+    D)} of windows that were held out, log of the training curves)."""
+    seq_len, layers = windows.shape[1], settings["layers"]
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=BETAS, fused=True)
     # where an interrupted run stopped, and the order in which the text is read
@@ -183,26 +176,23 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
         # fill a buffer: the keys and values of some windows
         vectors = read_vectors(model, windows[buffers[b]], layers, variant)
         if b == 0:
-            for key, sae in saes.items():
-                sae.centre(vectors[key].float())
+            for site, sae in saes.items():
+                sae.centre(vectors[site].float())
         # shuffle its tokens, and make a step with each batch of them
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + b)
         order = torch.randperm(n_tokens[b], generator=generator)
         for batch in order.split(args.batch_tokens)[:n_steps[b]]:
             began = time.time()
-            lr = learning_rate(args.lr, step, all_steps)
-            optimizer.param_groups[0]["lr"] = lr
-            batches = {key: x[batch.to(x.device)].float() for key, x in vectors.items()}
+            lr = optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, all_steps)
+            batches = {site: x[batch.to(x.device)].float() for site, x in vectors.items()}
             train_step(saes, optimizer, batches)
             step += 1
             bar.update()
             if step % LOG_STEPS == 0 or step == all_steps:
                 seconds = time.time() - began
-                n_seen = step * args.batch_tokens
-                entry = {"step": step, **held_out_error(saes, held_vectors, n_seen)}
+                entry = held_out_error(saes, held_vectors, step, step * args.batch_tokens)
                 progress["log"].append(entry)
-                n_vectors = sum(x.shape[:2].numel() for x in batches.values())
-                bar.write(log_line(entry, all_steps, seconds, lr, n_vectors))
+                bar.write(log_line(entry, all_steps, lr, seconds, batches))
         # keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
@@ -211,70 +201,69 @@ def train(model, windows, layers, args, folder, settings, variant=PerHead()):
             save_state(state, saes, optimizer, {**progress, "buffers": b + 1, "step": step})
             saved = time.time()
     bar.close()
-    return saes, held_vectors, progress["log"]
+    return held_vectors, progress["log"]
 
 @torch.no_grad()
-def held_out_error(saes, held_vectors, n_tokens):
-    """{fvu: {name: mean over layers}, on up to 1,024 held-out tokens; dead: the share of latents
-    that fired for none of the last DEAD_VECTORS, or of all n_tokens so far, mean over the SAEs}."""
+def held_out_error(saes, held_vectors, step, n_tokens):
+    """{step; fvu: {name: mean over layers}, on up to 1,024 held-out tokens; dead: the share of
+    latents that fired for none of the last DEAD_VECTORS, or of all n_tokens so far, mean over
+    SAEs}."""
     fvus, dead = {}, []
     for (layer, name), sae in saes.items():
         x = held_vectors[layer, name][:1024].float()
         x_hat = sae.decode(*sae.encode(x, sae.k))
         fvus.setdefault(name, []).append(sta.fidelity(x, x_hat)["fvu"])
         n_vectors = min(DEAD_VECTORS, n_tokens * len(sae.b_dec))
-        dead.append((sae.idle >= n_vectors).float().mean().item())
-    return {"fvu": {name: sum(fvu) / len(fvu) for name, fvu in fvus.items()},
+        dead.append((sae.since_fired >= n_vectors).float().mean().item())
+    return {"step": step, "fvu": {name: sum(fvu) / len(fvu) for name, fvu in fvus.items()},
             "dead": sum(dead) / len(dead)}
 
-def log_line(entry, n_steps, seconds, lr, n_vectors):
+def log_line(entry, n_steps, lr, seconds, batches):
     fvus = " | ".join(f"fvu {name} {fvu:.3f}" for name, fvu in entry["fvu"].items())
+    n_vectors = sum(x.shape[:2].numel() for x in batches.values())
     return (f"step {entry['step']}/{n_steps} | {fvus} | dead {entry['dead']:.1%} | lr {lr:.1e} | "
             f"{1000 * seconds:.0f} ms | {n_vectors / seconds / 1e6:.2f}M vectors/s")
 
-# ------------------------------------------------------------------ state on disk
-
-def save_trained(folder, marks, saes, held_vectors, settings, args, variant):
+# ------------------------------------------------------------------ the run
+def save_trained(folder, model, saes, held_vectors, settings, name_of_model):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
-    print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: fired by none)")
+    print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: not fired at 2k)")
     for (layer, name), sae in saes.items():
-        point = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k])[0]
+        curve = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k, 2 * sae.k])
+        point = {**curve[0], "dead": curve[-1]["dead"]}
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
               f"{100 * point['dead']:5.1f}%")
-        save_sae(folder / f"layer{layer}.{name}", variant.finish(layer, sae), {
-            "model": args.model, "marks": {str(layer): marks[str(layer)]}, "layer": layer,
+        save_sae(folder / f"layer{layer}.{name}", sae, {
+            "model": name_of_model, "model_sha256": model_hash(model, [layer]), "layer": layer,
             "kind": name, "held_out": point, "settings": settings})
-    print(f"wrote {len(saes)} SAEs to {folder}; next: {variant.next_step.format(folder=folder)}"
-          + (" --text HELD_OUT" if args.text else ""))
 
-def main(argv=None, variant=PerHead(), description=__doc__):
+def main(argv=None, variant=KeysAndValues(), description=__doc__):
     args = parse_args(argv, description)
     check_out(args.out)
     device, dtype = pick_device(args.device, args.dtype)
     if device != "cpu":
         torch.set_float32_matmul_precision("high")  # TF32
-    model, tokenizer, layers = load_model(args.model, device, dtype, args.layer,
-                                              no_deeper=True)
-    pieces = read_text(args.text, "train", args.model)
-    windows = token_windows(pieces, tokenizer, model, args.seq_len, 512, args.tokens, least=2)
-    folder = args.out / slug(args.model)
-    marks = model_marks(model, layers)
-    settings = {"model_sha256": sha256(json.dumps(marks).encode())}
+    model, tokenizer, layers = load_model(args.model, device, dtype, args.layer, no_deeper=True)
+    windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
+                            args.seq_len, 512, args.tokens, least=2)
+    settings = {"model_sha256": model_hash(model, layers)}
     settings |= {name: getattr(args, name) for name in (
         "tokens", "batch_tokens", "n_latents", "k_key", "k_val", "lr", "seed")}
     settings |= {"seq_len": windows.shape[1], "layers": layers,
                  "dtype": str(dtype).removeprefix("torch."),
                  "text": args.text or "default", "text_sha256": sha256(windows)}
-    sites = itertools.product(layers, variant.budgets(args, (1, 1)))
-    if check_folder(folder, sites, settings, args.resume):
+    folder = args.out / slug(args.model)
+    saes = make_saes(model, layers, args, variant)
+    if check_folder(folder, saes, settings, args.resume):
         return print(f"{folder}: trained already with these settings; nothing to do")
     print(f"{args.model}: K and V of {len(layers)} layers, {windows.numel():,} tokens of text, "
           f"training on {args.tokens:,} in windows of {windows.shape[1]}")
-    saes, held_vectors, log = train(model, windows, layers, args, folder, settings, variant)
-    save_trained(folder, marks, saes, held_vectors, settings, args, variant)
+    held_vectors, log = train(model, saes, windows, args, folder, settings, variant)
+    save_trained(folder, model, saes, held_vectors, settings, args.model)
     write_atomic(folder / f"run-{args.layer}.json", json.dumps(
         {"model": args.model, "settings": settings, "log": log}))
     (folder / "unfinished.safetensors").unlink(missing_ok=True)
+    print(f"wrote {len(saes)} SAEs to {folder}")
 
 if __name__ == "__main__":
     run_main(main)

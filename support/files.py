@@ -1,6 +1,11 @@
-"""One-line errors; writing so that nothing is lost; SAEs and unfinished runs on disk."""
+"""One-line errors; writing so that nothing is lost; SAEs and unfinished runs on disk.
+
+An SAE is a folder in the layout of SAELens, with what tells its model apart in cfg.json. Nothing is
+pickled. Non-goal: files of SAELens itself, which have one mean for all heads.
+"""
 import contextlib
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -17,6 +22,7 @@ from sta import UsageError
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent  # the project's folder
 
+# ------------------------------------------------------------------ errors, and writing
 def run_main(main):
     """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130; a reader of
     its output that went away, as `| head` does, in 141."""
@@ -56,36 +62,30 @@ def check_out(out):
         out.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=out).close()
 
+# ------------------------------------------------------------------ hashes
 def sha256(data):
     """The first 12 digits of the hash of bytes, or of token ids."""
     data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
     return hashlib.sha256(data).hexdigest()[:12]
 
+def kv_tensors(model, layer):
+    """The parameters and buffers of the modules that make a layer's keys and values."""
+    sites = sta.kv_sites(model)
+    modules = [module for kind in sta.KINDS for module in sites[layer, kind].values()]
+    return [x for module in modules for x in itertools.chain(module.parameters(), module.buffers())]
+
+def device_of(model, layer):
+    return kv_tensors(model, layer)[0].device
+
 @torch.no_grad()
-def model_marks(model, layers):
-    """What tells models apart -> {str(layer): {dtype, sums}}: of each parameter that makes the
-    layer's keys or values, rounded to bfloat16, 16 parts; of each, the sum of w_i cos(i)."""
-    sites, marks = sta.kv_sites(model), {}
-    for layer in layers:
-        modules = dict.fromkeys(module for kind in sta.KINDS for module in sites[layer, kind][0])
-        parameters = [p.cpu().bfloat16().double().flatten()
-                      for module in modules for p in module.parameters()]
-        sums = [[float(f"{part.sum():.6g}") for part in (
-            p * torch.arange(len(p)).double().cos()).tensor_split(16)] for p in parameters]
-        marks[str(layer)] = {"dtype": str(next(iter(modules)).weight.dtype), "sums": sums}
-    return marks
+def model_hash(model, layers):
+    """What tells models apart: a hash of all `kv_tensors` of the layers, rounded to bfloat16. So a
+    model is the same in float32 and bfloat16; in float16, which rounds otherwise, it is another."""
+    parts = [x.bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
+             for layer in layers for x in kv_tensors(model, layer)]
+    return sha256(b"".join(parts))
 
-def same_marks(a, b):
-    """Whether two marks are of one model, in the layers that both hold: equal, or nearly so if one
-    of them was loaded in float16, from which rounding to bfloat16 now and then goes another way."""
-    for layer in a.keys() & b.keys():
-        x, y = (torch.tensor(mark[layer]["sums"], dtype=torch.float64) for mark in (a, b))
-        dtypes = {a[layer]["dtype"], b[layer]["dtype"]}
-        tolerance = 0.004 if len(dtypes) == 2 and "torch.float16" in dtypes else 1e-5
-        if x.shape != y.shape or not ((x - y).norm(dim=1) <= tolerance * x.norm(dim=1)).all():
-            return False
-    return not a.keys().isdisjoint(b)
-
+# ------------------------------------------------------------------ SAEs
 def save_sae(folder, sae, metadata):
     """cfg.json and sae_weights.safetensors in the layout of SAELens 6, for vectors less the mean of
     their head, which head_offsets.safetensors holds. The scale is folded into b_enc: ReLU is
@@ -107,27 +107,32 @@ def load_sae(folder):
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
         offsets = safetensors.torch.load((folder / "head_offsets.safetensors").read_bytes())
         weights["b_dec"] = offsets["head_offsets"]
-        sae = sta.FastSAE(*weights["b_dec"].shape, cfg["d_sae"], cfg["k"])
+        sae = sta.TopKSAE(*weights["b_dec"].shape, cfg["d_sae"], cfg["k"])
         sae.load_state_dict({**dict(sae.named_buffers()), **weights})
+        cfg["metadata"]["model_sha256"]  # older versions told models apart otherwise
         return sae.requires_grad_(False), cfg["metadata"]
 
 def load_saes(folder, model, layers=None, names=sta.KINDS):
     """({(layer, name): TopKSAE}, each on the device of its layer; the metadata of one of them).
     Raises UsageError if one is absent, corrupt, or of another model."""
-    folder, saes, sites = pathlib.Path(folder), {}, sta.kv_sites(model)
-    found = [re.fullmatch(rf"layer(\d+)\.{names[0]}", path.name) for path in folder.glob("layer*")]
-    there = sorted(int(match[1]) for match in found if match)
-    for layer in layers or there or [0]:
-        if layer not in there or (layer, "key") not in sites:
-            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {there}")
-        marks = model_marks(model, [layer])
+    folder, saes = pathlib.Path(folder), {}
+    matches = [re.fullmatch(rf"layer(\d+)\.{names[0]}", path.name) for path in folder.glob("*")]
+    trained = sorted(int(match[1]) for match in matches if match)
+    n_layers = model.get_decoder().config.num_hidden_layers
+    for layer in layers or trained or [0]:
+        if layer not in trained or layer >= n_layers:
+            raise UsageError(f"{folder}: no SAEs of layer {layer}, but of {trained}")
+        here = model_hash(model, [layer])
         for name in names:
             sae, metadata = load_sae(folder / f"layer{layer}.{name}")
-            if not same_marks(metadata.get("marks", {}), marks):
-                raise UsageError(f"{folder}: SAEs of {metadata.get('model')}, not of this model")
-            saes[layer, name] = sae.to(sites[layer, "key"][0][0].weight.device)
+            if metadata["model_sha256"] != here:
+                raise UsageError(
+                    f"{folder}: SAEs of {metadata['model']} in {metadata['settings']['dtype']}, "
+                    f"not of this model in {model.dtype}; float16 goes with float16 only (--dtype)")
+            saes[layer, name] = sae.to(device_of(model, layer))
     return saes, metadata
 
+# ------------------------------------------------------------------ unfinished runs
 def save_state(path, saes, optimizer, progress):
     """All that resuming needs, in one file, so that it is replaced as one."""
     tensors = {f"sae.{name}": x for name, x in nn.ModuleList(saes.values()).state_dict().items()}
@@ -159,15 +164,15 @@ def expect_same(path, then, now):
     for name, value in now.items():
         if then.get(name) != value:
             raise UsageError(f"{path} was trained with {name} = {then.get(name)}, not {value}; "
-                                 "choose that, or another folder, or delete it")
+                             "choose that, or another folder, or delete it")
 
 def check_folder(folder, sites, settings, resume):
     """True if this very run is finished there. Raises UsageError rather than overwrite, or mix SAEs
-    of different settings."""
+    of different settings. sites: the (layer, name) of each SAE."""
     unfinished = (folder / "unfinished.safetensors").exists()
     if unfinished and not resume:
-        raise UsageError(f"{folder} holds an unfinished run: add --resume, choose another "
-                             "--out, or delete unfinished.safetensors")
+        raise UsageError(f"{folder} holds an unfinished run: add --resume, choose another --out, "
+                         "or delete unfinished.safetensors")
     paths = [folder / f"layer{layer}.{name}" for layer, name in sites]
     done = [path for path in paths if (path / "cfg.json").exists()]
     general = {name: x for name, x in settings.items() if name not in ("layers", "model_sha256")}

@@ -1,4 +1,8 @@
-"""Short names, devices, loading, and the check that attention reads what the hooks see."""
+"""Short names, devices, loading, and the check that attention reads what the hooks see.
+
+Any causal language model that transformers loads without code of its own, if its layers make keys
+and values per head (`python -m support.test_support` tries all types). Non-goal: encoders.
+"""
 import logging
 import pathlib
 import re
@@ -13,6 +17,10 @@ MODELS = {"tiny": str(ROOT / "tiny"), "yi-6b": "01-ai/Yi-6B",
           "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
           "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B", "qwen2.5-32b": "Qwen/Qwen2.5-32B",
           "smollm2-135m": "HuggingFaceTB/SmolLM2-135M"}
+
+def slug(name):
+    """The name that SAEs and results of a model are filed under."""
+    return name if name in MODELS else pathlib.Path(name).resolve().name.lower()
 
 def pick_device(device=None, dtype=None):
     """--device and --dtype -> ("cpu", "cuda:0" or "auto", torch.dtype), printed with the reason."""
@@ -34,10 +42,6 @@ def parse_layers(spec, n_layers):
         if max(map(len, parts)) > 2 or not all(first <= last < n_layers for first, last in ends):
             raise ValueError("no such layers")
         return sorted({layer for first, last in ends for layer in range(first, last + 1)})
-
-def slug(name):
-    """The name that SAEs and results of a model are filed under."""
-    return name if name in MODELS else pathlib.Path(name).resolve().name.lower()
 
 def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=False):
     """--model, `pick_device`, --layer -> (model in eval mode, tokenizer, layer numbers).
@@ -69,23 +73,25 @@ def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=
 
 @torch.no_grad()
 def check_sites(model):
-    """Raises UsageError unless attention reads what `watch` sees, and that before RoPE. Random keys
-    and values are written there; vectors of the same lengths must then stand in the cache."""
+    """Raises UsageError unless attention reads what `sta.watch` sees, and that before RoPE. Random
+    keys and values are written there; vectors of the same lengths must then stand in the cache."""
     written, token = {}, torch.full((1, 5), 7, device=model.device)  # the same, five times
     generator = torch.Generator().manual_seed(0)
 
-    def overwrite(layer, kind, x):  # (1, 5, H, D)
-        moved = (x - x[:, :1]).abs().max() > 0.1 * x.abs().max()
-        if (layer, kind) == (0, "key") and moved and has_rope:
+    def overwrite(layer, keys, values, has_rope):  # (1, 5, H, D)
+        moved = (keys - keys[:, :1]).abs().max() > 0.1 * keys.abs().max()
+        if layer == 0 and moved and has_rope:
             raise ValueError("its keys are seen only after RoPE")
         growing = torch.arange(1, 6)[:, None, None]  # lengths that a norm would make alike
-        random = growing * torch.randn(x.shape, generator=generator)
-        written[layer, kind] = x.copy_(random).float().clone()
+        for kind, x in zip(sta.KINDS, (keys, values)):
+            random = growing * torch.randn(x.shape, generator=generator)
+            written[layer, kind] = x.copy_(random).float().clone()
 
     with explain(f"model type {model.config.model_type!r} is not supported"):
         decoder = model.get_decoder()
         has_rope = any("rotary" in name for name, _ in decoder.named_modules())
-        with sta.watch(model, range(decoder.config.num_hidden_layers), overwrite):
+        layers = range(decoder.config.num_hidden_layers)
+        with sta.watch(model, layers, overwrite, lambda arguments: has_rope):
             output = decoder(input_ids=token, use_cache=True)
         # transformers before 5.24 calls it past_key_values
         cache = output["cache" if "cache" in output else "past_key_values"]

@@ -1,52 +1,68 @@
-"""Which SAEs and which result file; where each row came from."""
+"""Which SAEs and which result file; where each row came from.
+
+evaluate.py and the commands of beyond/ begin with `load_run`, and write one JSON per model.
+"""
 import json
+import pathlib
 import platform
 import re
 import subprocess
 import sys
 import time
+import types
 
 import torch
 import transformers
 
 from sta import UsageError
-from support.files import (ROOT, check_out, explain, load_sae, model_marks, same_marks, sha256,
+from support.files import (ROOT, check_out, explain, load_sae, load_saes, model_hash, sha256,
                            write_atomic)
-from support.models import slug
+from support.models import load_model, pick_device, slug
 
 def check_pattern(only):
     with explain(f"--only {only}: no regular expression"):
         re.compile(only)
 
-def find_fitted(root, model_name):
-    """--saes, --model -> (the folder of what is fitted to a model: root, or one below it; whether
-    it has SAEs; the model's name). Without a name: that of the newest SAEs, or None."""
+# ------------------------------------------------------------------ which SAEs
+def find_saes(root, model_name):
+    """--saes, --model -> (the folder of the newest SAEs of that model, or of any: root, or one
+    below it, or None; the model's name, if none is given that of the SAEs)."""
     folders = [root, root / slug(model_name)] if model_name else [root, *root.glob("*")]
-    saes = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
-    if saes:
-        newest = max(saes, key=lambda path: path.stat().st_mtime).parent
-        with explain(f"{newest} names no model; give --model"):
-            return newest.parent, True, model_name or load_sae(newest)[1]["model"]
-    fitted = [path for folder in folders for path in folder.glob("*/layer*.safetensors")]
-    return fitted[0].parent.parent if fitted else folders[-1], False, model_name
+    paths = [path for folder in folders for path in folder.glob("layer*.key/cfg.json")]
+    if not paths:
+        return None, model_name
+    newest = max(paths, key=lambda path: path.stat().st_mtime).parent
+    return newest.parent, model_name or load_sae(newest)[1]["model"]
 
-def finished_rows(path, result):
-    """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
-    with other options, on another text, or with SAEs that have been trained anew since."""
-    if not path.exists():
-        return {}
-    config = json.loads(json.dumps(result["config"], default=str))
-    with explain(f"{path}: --resume cannot take it up; choose another --out"):
-        there = json.loads(path.read_text())
-        for name in config.keys() - {"rows", "only", "resume", "out"}:
-            if there["config"][name] != config[name]:
-                raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
-        if there["text_sha256"] != result["text_sha256"]:
-            raise ValueError("it is of another text")
-        if there["training"] != result["training"]:
-            raise ValueError("the SAEs have been trained anew since")
-        return {row["name"]: row for row in there["rows"]}
+def fitted_folder(root, model_name):
+    """The folder of all that is fitted to a model: that of its SAEs, or, where it has none, root if
+    it holds something else that was fitted, or saes/<model>."""
+    folder, _ = find_saes(root, model_name)
+    return folder or (root if any(root.glob("*/layer*.safetensors")) else root / slug(model_name))
 
+def load_run(args, ending="", needs_saes=True):
+    """--model, --saes, --layer, --out, ... -> a namespace: model, tokenizer, name; folder, saes
+    {(layer, kind): SAE} and their settings; layers, those that have SAEs, or else those of --layer;
+    about, where the result comes from; path, where it goes. Raises UsageError without SAEs, unless
+    they are not needed and the model is named."""
+    folder, name = find_saes(args.saes, args.model)
+    if folder is None and (needs_saes or name is None):
+        raise UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
+                         f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
+    check_out(args.out)
+    device, dtype = pick_device(args.device, args.dtype)
+    model, tokenizer, layers = load_model(name, device, dtype, args.layer or "all")
+    about = provenance(model)
+    path = result_path(args.out, name, about, ending)
+    saes, metadata = {}, {}
+    if folder:
+        saes, metadata = load_saes(folder, model, layers if args.layer else None)
+        layers = sorted({layer for layer, _ in saes})
+    return types.SimpleNamespace(model=model, tokenizer=tokenizer, name=name, folder=folder,
+                                 saes=saes, settings=metadata.get("settings"), layers=layers,
+                                 about=about, path=path)
+
+# ------------------------------------------------------------------ which result
 def provenance(model):
     """What a reader needs to run it again."""
     try:
@@ -57,8 +73,9 @@ def provenance(model):
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
     words = [word if len(word) <= 200 else f"sha256:{sha256(word.encode())}"  # a prompt
              for word in sys.orig_argv[1:]]
+    layers = range(model.get_decoder().config.num_hidden_layers)
     return {"command": "python " + " ".join(words), "commit": commit or None,
-            "marks": model_marks(model, range(model.get_decoder().config.num_hidden_layers)),
+            "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": transformers.__version__,
             "date": time.ctime()}
@@ -70,10 +87,28 @@ def result_path(out, name, about, ending=""):
     path = out / f"{slug(name)}{ending}.json"
     if path.exists():
         with explain(f"{path}: no result of this version; delete it or choose another --out"):
-            marks = json.loads(path.read_text())["marks"]
-        if not same_marks(marks, about["marks"]):
-            raise UsageError(f"{path}: of another model of that name; choose another --out")
+            there = json.loads(path.read_text())["model_sha256"]
+        if there != about["model_sha256"]:
+            raise UsageError(f"{path}: of another model of that name, or one of the two is in "
+                             "float16; choose another --out")
     return path
 
+def finished_rows(path, result):
+    """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
+    with other options, on another text, or with SAEs that have been trained anew since."""
+    if not path.exists():
+        return {}
+    config = json.loads(json.dumps(result["config"], default=str))
+    with explain(f"{path}: --resume cannot continue it; choose another --out"):
+        there = json.loads(path.read_text())
+        for name in config.keys() - {"rows", "only", "resume", "out"}:
+            if there["config"][name] != config[name]:
+                raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
+        if there["text_sha256"] != result["text_sha256"]:
+            raise ValueError("it is of another text")
+        if there["training"] != result["training"]:
+            raise ValueError("the SAEs have been trained anew since")
+        return {row["name"]: row for row in there["rows"]}
+
 def save_result(path, result):
-    write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
+    write_atomic(pathlib.Path(path), json.dumps(result, indent=1, default=str) + "\n")

@@ -1,4 +1,8 @@
-"""Zero-shot questions: formats, requests, scores, as in lm-eval."""
+"""Zero-shot questions: formats, requests and scores, as in lm-evaluation-harness 0.4.13.
+
+A task is a data set of the hub, or a .jsonl file with context, choices and label. Non-goals:
+few-shot prompts; other tasks (lm-eval itself runs in sta.reconstruct).
+"""
 import itertools
 import json
 import math
@@ -79,6 +83,21 @@ def encode_pair(tokenizer, context, continuation):
     ids = encode_text(tokenizer, bare)
     return ids, encode_text(tokenizer, bare + continuation)[len(ids):]
 
+def make_question(spec, row, tokenizer, max_length):
+    """A task's row -> Question, its contexts whole. Raises an error unless the label is the number
+    of one of several choices, each of which has tokens of its own, at most max_length."""
+    contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
+        row["context"], row["choices"], row["label"])
+    contexts = [contexts] * len(choices) if isinstance(contexts, str) else contexts
+    requests = [encode_pair(tokenizer, context, " " + choice)
+                for context, choice in zip(contexts, choices)]
+    lengths = [len(rest) if choice.strip() else 0 for choice, (_, rest) in zip(choices, requests)]
+    if len(choices) < 2 or min(lengths) < 1 or max(lengths) > max_length or not (
+            0 <= int(label) < len(choices)):
+        raise ValueError(f"label {label}, choices of {lengths} tokens: want the number, from 0, of "
+                         f"one of two or more, each of 1 to {max_length} tokens of its own")
+    return Question(requests, [len(choice) for choice in choices], int(label))
+
 def load_task(spec, task_dir, limit, tokenizer, max_length):
     """--tasks entry -> [Question]. A context loses its left end where the whole is longer than
     max_length. Raises UsageError naming the file and line of a bad row."""
@@ -87,26 +106,11 @@ def load_task(spec, task_dir, limit, tokenizer, max_length):
     questions, n_cut = [], 0
     for where, row in task_rows(spec, task_dir, limit):
         with explain(f"{where}: not a row of {spec}"):
-            contexts, choices, label = TASKS[spec][3](row) if spec in TASKS else (
-                row["context"], row["choices"], row["label"])
-            question = Question([], [len(choice) for choice in choices], int(label))
-            if not 0 <= question.label < len(choices):
-                raise ValueError(f"label {label}, but {len(choices)} choices, numbered from 0")
-            for i, choice in enumerate(choices):
-                context = contexts if isinstance(contexts, str) else contexts[i]
-                ids, rest = encode_pair(tokenizer, context, " " + choice)
-                if not choice.strip():
-                    raise ValueError(f"choice {i} is blank")
-                if not rest:
-                    raise ValueError(f"choice {i} has no token of its own: one spans the join of "
-                                     "context and choice")
-                if len(rest) > max_length:
-                    raise ValueError(f"choice {i} is {len(rest)} long, over {max_length} tokens")
-                room = max_length + 1 - len(rest)  # the last token is not read, only predicted
-                n_cut += len(ids) > room
-                question.requests.append((ids[-room:], rest))
-            if len(choices) < 2:
-                raise ValueError("one choice; want two or more")
+            question = make_question(spec, row, tokenizer, max_length)
+        for i, (ids, rest) in enumerate(question.requests):
+            room = max_length + 1 - len(rest)  # the last token is not read, only predicted
+            n_cut += len(ids) > room
+            question.requests[i] = ids[-room:], rest
         questions.append(question)
     if not questions:
         raise UsageError(f"--tasks {spec}: no rows")
@@ -118,9 +122,8 @@ def load_tasks(specs, *rest):
     """--tasks -> {name: [Question]}; a .jsonl file's name is its stem."""
     specs = [spec for spec in specs.split(",") if spec]
     names = [pathlib.Path(spec).stem for spec in specs]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError(f"--tasks: {names.count(name)} of them are named {name}; rename")
+    if len(set(names)) < len(names):
+        raise UsageError(f"--tasks: two of {', '.join(names)} have one name; rename a file")
     return {name: load_task(spec, *rest) for name, spec in zip(names, specs)}
 
 @torch.no_grad()

@@ -1,5 +1,8 @@
-"""A file or a hub data set -> windows of token ids."""
-import functools
+"""A file or a hub data set -> windows of token ids.
+
+Perplexity is the GPTQ convention: one tokenizer call, disjoint windows, the tail dropped. Non-goals:
+formats other than UTF-8 text; shuffling.
+"""
 import itertools
 import os
 import re
@@ -9,10 +12,9 @@ import torch
 from sta import UsageError
 from support.files import ROOT, explain
 
-PIECE, STRIP = 1 << 16, 256  # characters read at a time; on each side of a cut, to try it
-
 WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
             "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
+PIECE = 1 << 20  # characters: a longer text is read and tokenised in parts
 
 def default_text(split, model_name):
     """Tiny's own text, else WikiText; split is "train" or "valid"."""
@@ -28,15 +30,14 @@ def read_text(spec, split, model_name):
     spec = default_text(split, model_name) if spec is None else spec
     like_a_file = re.search(r"\.[a-z]\w*$", spec) or not re.match(r"[\w-]+/[\w.-]+(:|$)", spec)
     if not (os.path.isfile(spec) or like_a_file):
-        for text in hub_documents(spec):
-            yield from (text[i:i + PIECE] for i in range(0, len(text), PIECE))
+        yield from hub_documents(spec)
         return
     with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8") as file:
         while piece := file.read(PIECE):
             yield piece
 
 def hub_documents(spec):
-    """Yields a data set's documents, streamed. `datasets` itself takes a broken stream up again."""
+    """Yields a data set's documents, streamed; `datasets` itself resumes a broken stream."""
     name, config, split, column = (spec.split(":") + [""] * 3)[:4]
     column = column or "text"
     with explain(f"--text {spec}: no file, and as a data set it cannot be read"):
@@ -57,33 +58,24 @@ def encode_text(tokenizer, text, special=True):
     return ids[:-1] if appended and not text.endswith(eos) else ids
 
 def tokenize(pieces, tokenizer, n):
-    """A text in pieces -> the first n token ids (n,), or all of fewer: those of one call on the
-    whole text, of which no more is read than they need. A long text is cut at a place on each side
-    of which a strip of text has the same tokens apart as together; places before white space are
-    tried first, as tokenizers of words have seams there."""
-    def after(text):  # the ids of a text that goes on: its beginning is not the text's
-        return encode_text(tokenizer, "\n" + text, False)[len(encode_text(tokenizer, "\n", False)):]
-
-    def find_cut(text):
-        places = range(len(text) - STRIP, max(0, len(text) - 8 * STRIP), -1)
-        for place in sorted(places, key=lambda place: not text[place].isspace()):
-            left, right = text[max(0, place - STRIP):place], text[place:place + STRIP]
-            repeated = len(set(left)) == 1 or len(set(right)) == 1  # a run hides its beginning
-            if not repeated and after(left) + after(right) == after(left + right):
-                return place
-        return 0
-
-    text, ids = "", [torch.empty(0, dtype=torch.long)]
-    ids_of = functools.partial(encode_text, tokenizer)
+    """A text in pieces -> the first n token ids (n,), or all of fewer. A text shorter than PIECE is
+    one call of the tokenizer. A longer one is cut after a line break, else before a space, else
+    anywhere, once per PIECE, as one call takes 100 bytes of memory per character. At such a seam
+    tokens may differ from those of one call."""
+    text, parts, n_ids = "", [], 0
     for piece in itertools.chain(pieces, [None]):  # None: the end
         text += piece or ""
-        cut = len(text) if piece is None else find_cut(text) if len(text) >= PIECE else 0
-        if cut:
-            ids.append(torch.tensor(ids_of(text[:cut]), dtype=torch.long))
-            text, ids_of = text[cut:], after
-        if sum(map(len, ids)) >= n:
+        if piece is None:
+            cut = len(text)
+        elif len(text) >= PIECE:
+            cut = text.rfind("\n") + 1 or max(0, text.rfind(" ")) or len(text)
+        else:
+            continue
+        parts.append(torch.tensor(encode_text(tokenizer, text[:cut], special=not parts)).long())
+        text, n_ids = text[cut:], n_ids + len(parts[-1])
+        if n_ids >= n:
             break
-    return torch.cat(ids)[:n]
+    return torch.cat(parts)[:n]
 
 def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=1):
     """Text in pieces -> token ids (n, seq_len): disjoint windows, the tail dropped, of about
