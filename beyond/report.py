@@ -16,7 +16,6 @@ import argparse
 import functools
 import itertools
 import json
-import math
 import pathlib
 import re
 import statistics
@@ -35,6 +34,7 @@ PROVENANCE = ("model", "text", "text_sha256", "tokens", "seq_len", "dtype", "com
               "device", "torch", "transformers", "date")
 METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
+MODELS = {"tiny": "tiny", "qwen": QWEN, "smollm2": SMOLLM2}
 OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
 
 # ------------------------------------------------------------------ taking results in
@@ -89,9 +89,8 @@ def check_together(old, new):
         raise sta.UsageError(f"{new['model']} on {new['text']}: the dense loss is "
                              f"{old['dense_ce']:.5f} there, {new['dense_ce']:.5f} here")
 
-def add(paths, folder, file=None, experiment=None, only=""):
+def add(paths, folder, file=FILE, experiment=None, only=""):
     """Take the rows of result files into results.jsonl, each in the place of an older one."""
-    file = file or FILE
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
         with explain(f"{path}: no result of a model by this version; leave it out"):
@@ -105,9 +104,9 @@ def add(paths, folder, file=None, experiment=None, only=""):
     write_atomic(file, text)
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
-def read(file=None):
-    with explain(f"{file or FILE}: corrupt"):
-        return [json.loads(line) for line in (file or FILE).read_text().splitlines()]
+def read(file=FILE):
+    with explain(f"{file}: corrupt"):
+        return [json.loads(line) for line in file.read_text().splitlines()]
 
 # ------------------------------------------------------------------ which lines, and how they look
 def pick(lines, **wanted):
@@ -127,10 +126,11 @@ def on_text(rows, text="valid"):
     return [row for row in rows if pathlib.Path(row["text"]).stem == text]
 
 def compared(lines, model):
-    """Rows of the methods that are compared by bytes, on the longest part of each text; not those
-    of the dual budget's SAEs at budgets that they were not trained for."""
-    return [row for row in longest(pick(lines, kind="row", model=model))
+    """Rows of the methods that are compared by bytes, by rising bytes, on the longest part of each
+    text; not those of the dual budget's SAEs at budgets that they were not trained for."""
+    rows = [row for row in longest(pick(lines, kind="row", model=model))
             if row["method"] in METHODS and not row["name"].startswith("dual ")]
+    return sorted(rows, key=lambda row: row["bytes_share"])
 
 def seed_of(line):
     settings = line["settings"] or {}
@@ -143,8 +143,9 @@ def spread(values, digits=3):
     mean = f"{statistics.mean(values):.{digits}f}"
     return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
 
-def ratios(rows, digits=3):
-    """The ratio to the dense model's perplexity, over the seeds of some rows."""
+def ratio(lines, digits=3, text="valid", **wanted):
+    """The ratio to the dense model's perplexity of the rows wanted, over seeds."""
+    rows = longest(on_text(pick(lines, **wanted), text))
     return spread([row["ratio"] for row in rows], digits)
 
 def percent(share):
@@ -154,13 +155,11 @@ def markdown(heading, rows):
     return ["| " + " | ".join(heading) + " |", "|---" * len(heading) + "|",
             *("| " + " | ".join(row) + " |" for row in rows)]
 
-def table(corner, cells, columns=None):
-    """{(row, column): text} -> the lines of a table. Its rows stand in the order of the cells; so
-    do its columns, unless `columns` lists them."""
-    columns = columns or dict.fromkeys(column for _, column in cells)
-    rows = dict.fromkeys(row for row, _ in cells)
-    return markdown([corner, *columns], [
-        [row, *(cells.get((row, column), "") for column in columns)] for row in rows])
+def table(corner, cells):
+    """{(row, column): text} -> a table whose rows and columns stand in the order of its cells."""
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells)) if cells else ([], [])
+    return markdown([corner, *columns],
+                    [[row, *(cells.get((row, column), "") for column in columns)] for row in rows])
 
 # ------------------------------------------------------------------ the tables of README.md
 QUICK_START = ["dense", "keys", "values", "dual", "uniform", "reverse", "searched"]
@@ -200,28 +199,24 @@ def engineer(lines):
                        if row["bytes_share"] <= 1.02 * part * dual_share]
             share = max([row["bytes_share"] for row in allowed], default=0)
             nearest = [row for row in allowed if row["bytes_share"] > 0.98 * share]
-            cells[method, label] = f"{ratios(nearest)} at {percent(share)}" if nearest else ""
+            cells[method, label] = f"{ratio(nearest)} at {percent(share)}" if nearest else ""
     return table("code", cells)
 
-# What a reader may change, how, and the rows that show what happens.
-EXPERIMENTS = [
-    ("code the first token, too", "`python evaluate.py --sink 0`",
-     {"kind": "experiment", "name": "sink 0"}),
-    ("swap the budgets: 16 atoms per key, 8 per value", "the row `reverse`",
-     {"kind": "row", "name": "reverse"}),
-    ("code one layer", "`python evaluate.py --layer 3`", {"kind": "row", "name": "layer 3 alone"}),
-    ("one atom per vector", "`python evaluate.py --k-key 1 --k-val 1`",
-     {"kind": "experiment", "name": "k 1"}),
+EXPERIMENTS = [  # what a reader may change, how, and the row that shows what happens
+    ("code the first token, too", "`python evaluate.py --sink 0`", "sink 0"),
+    ("swap the budgets: 16 atoms per key, 8 per value", "the row `reverse`", "reverse"),
+    ("code one layer", "`python evaluate.py --layer 3`", "layer 3 alone"),
+    ("one atom per vector", "`python evaluate.py --k-key 1 --k-val 1`", "k 1"),
     ("a dictionary of 64 atoms", "`python train_sae.py --n-latents 64 --out small && python "
-     "evaluate.py --saes small`", {"kind": "experiment", "name": "64 latents"}),
+     "evaluate.py --saes small`", "64 latents"),
     ("search for the atoms", "`python evaluate.py --rows variants`, the row `searched`",
-     {"kind": "row", "name": "searched"})]
+     "searched")]
 
 def experiments(lines):
     """Experiments on tiny, all on the same text."""
     return markdown(["change", "how", "perplexity, ratio to dense"], [
-        [change, command, ratios(longest(pick(lines, model="tiny", **wanted)))]
-        for change, command, wanted in EXPERIMENTS])
+        [change, command, ratio(lines, model="tiny", name=name)]
+        for change, command, name in EXPERIMENTS])
 
 def verdict_of(claims):
     """One claim on one model, a line per seed -> "no, no, holds: 0.001 ± 0.000"."""
@@ -237,10 +232,8 @@ def verdicts(lines):
     for claim, (statement, figure, _) in CLAIMS.items():
         cells = []
         for model in models:
-            one_pass, searched = (pick(lines, claim=claim + ending, model=model)
-                                  for ending in ("", SEARCHED))
-            cell = verdict_of(one_pass) if one_pass else ""
-            cells.append(cell + (f"; searched {verdict_of(searched)}" if searched else ""))
+            both = [pick(lines, claim=claim + ending, model=model) for ending in ("", SEARCHED)]
+            cells.append("; searched ".join(verdict_of(claims) for claims in both if claims))
         rows.append([claim, f"{statement} (*{figure}*)", *cells])
     return markdown(["", "claim (*and its figure*)",
                      *(pathlib.Path(model).name for model in models)], rows)
@@ -248,57 +241,56 @@ def verdicts(lines):
 # ------------------------------------------------------------------ those of beyond/README.md
 def by_share(lines, model):
     """Ratio to dense perplexity by method and share of bf16, "/" between texts."""
-    rows, columns, cells = compared(lines, model), {}, {}
-    texts = sorted({row["text"] for row in rows}, reverse=True)
-    for row in sorted(rows, key=lambda row: row["bytes_share"]):
-        if not columns or row["bytes_share"] > 1.02 * min(columns[label]):
-            label = percent(row["bytes_share"])
-            columns[label] = []
-        columns[label].append(row["bytes_share"])  # those within 2 % share a column
-    for method, (label, shares) in itertools.product(METHODS, columns.items()):
-        of_cell = [row for row in pick(rows, method=method) if row["bytes_share"] in shares]
-        by_text = [ratios(pick(of_cell, text=text)) or "-" for text in texts]
-        if of_cell:
-            cells[method, label] = " / ".join(by_text)
-    return table(" / ".join(pathlib.Path(text).stem for text in texts), cells, columns)
+    rows, first, groups = compared(lines, model), 0, {}
+    texts = sorted({pathlib.Path(row["text"]).stem for row in rows}, reverse=True)
+    for row in rows:
+        if row["bytes_share"] > 1.02 * first:  # those within 2 % share a column
+            first = row["bytes_share"]
+        groups.setdefault(percent(first), []).append(row)
+    cells = {}
+    for method, column in itertools.product(METHODS, groups):
+        by_text = [ratio(groups[column], text=text, method=method) for text in texts]
+        if pick(rows, method=method):
+            cells[method, column] = " / ".join(x or "-" for x in by_text) if any(by_text) else ""
+    return table(" / ".join(texts), cells)
 
 def paired(lines):
     """Nats per token by which transform is worse than additive codes, by share, with the standard
     error over windows: on each model and text, of one seed."""
-    cells, shares = {}, set()
+    def run_of(row):
+        return row["text_sha256"], row["seq_len"], row["dtype"], seed_of(row)
+
+    cells = {}
     for model, label in OTHERS.items():
         rows = compared(lines, model)
         for a, b in itertools.product(pick(rows, method="additive"),
                                       pick(rows, method="transform")):
-            together = all(a[name] == b[name] for name in ("text_sha256", "seq_len", "dtype"))
-            if together and seed_of(a) == seed_of(b) and (
-                    abs(a["bytes_share"] - b["bytes_share"]) < 0.002):
-                gaps = [y - x for x, y in zip(a["window_ce"], b["window_ce"])]
-                place = f"{label}, {pathlib.Path(a['text']).stem}", percent(a["bytes_share"])
-                cells[place] = "{:+.4f} ± {:.4f}".format(*mean_stderr(gaps))
-                shares.add(a["bytes_share"])
-    return table("transform worse than additive, nats", cells,
-                 dict.fromkeys(map(percent, sorted(shares))))
+            if run_of(a) == run_of(b) and abs(a["bytes_share"] - b["bytes_share"]) < 0.002:
+                gap = mean_stderr([y - x for x, y in zip(a["window_ce"], b["window_ce"])])
+                row = f"{label}, {pathlib.Path(a['text']).stem}"
+                cells[row, percent(a["bytes_share"])] = "{:+.4f} ± {:.4f}".format(*gap)
+    return table("transform worse than additive, nats", cells)
 
 def windows(lines):
     """Ratio to the dense model's perplexity in windows of the same length, at (8, 16) atoms."""
     cells = {}
     for model, name, length in itertools.product(OTHERS, ("dual", "searched"), (512, 2048)):
-        rows = pick(lines, kind="row", model=model, name=name, k_key=8, k_val=16, seq_len=length)
-        cells[f"{OTHERS[model]}, {name}", f"{length:,}"] = ratios(on_text(longest(rows)))
+        cells[f"{OTHERS[model]}, {name}", f"{length:,}"] = ratio(
+            lines, model=model, name=name, k_key=8, k_val=16, seq_len=length)
     return table("windows of", cells)
 
 def tasks(lines):
     """Change in accuracy from dense, in points, with its paired standard error; of a row that was
     scored more than once, the last time."""
+    rows = [row for model in OTHERS for row in pick(lines, kind="row", model=model)
+            if row["tasks"] and row["name"] != "dense"]
     cells = {}
-    for model, label in OTHERS.items():
-        for row in pick(lines, kind="row", model=model):
-            if row["tasks"] and row["name"] != "dense":
-                cells[f"{label}, {row['name']}", "share"] = percent(row["bytes_share"])
-            for name, task in row["tasks"].items() if row["name"] != "dense" else ():
-                cells[f"{label}, {row['name']}", name] = (
-                    f"{100 * task['delta_acc']:+.1f} ± {100 * task['delta_acc_stderr']:.1f}")
+    for row in rows:
+        label = f"{OTHERS[row['model']]}, {row['name']}"
+        cells[label, "share"] = percent(row["bytes_share"])
+        for name, task in row["tasks"].items():
+            cells[label, name] = (
+                f"{100 * task['delta_acc']:+.1f} ± {100 * task['delta_acc_stderr']:.1f}")
     return table("change of accuracy, points", cells)
 
 def token_times(lines):
@@ -310,27 +302,28 @@ def token_times(lines):
 
 def one_layer(lines, model):
     """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
-    rows, cells = pick(lines, kind="row", model=model), {}
-    for layer in sorted(int(name.split()[1]) for name in {
-            row["name"] for row in pick(rows, method="one layer")}):
+    rows, streams = (pick(lines, kind=kind, model=model) for kind in ("row", "stream"))
+    names = {row["name"] for row in pick(rows, method="one layer")}
+    cells = {}
+    for layer in sorted(int(name.split()[1]) for name in names):
         for label, ending in (("one pass", ""), ("searched", SEARCHED)):
-            cells[label, str(layer)] = ratios(pick(rows, name=f"layer {layer} alone{ending}"), 4)
-        cells["change of the residual stream, one pass", str(layer)] = spread([
-            line["stream"][str(layer)] for line in pick(lines, kind="stream", model=model)])
+            cells[label, str(layer)] = ratio(rows, 4, name=f"layer {layer} alone{ending}")
+        cells["change of the residual stream, one pass", str(layer)] = spread(
+            [line["stream"][str(layer)] for line in streams])
     return table("layer", cells)
 
 def describable(lines):
     """Which share of directions the blind rule of beyond/atoms.py describes."""
     cells = {}
     for line in pick(lines, kind="check"):
-        for layer in dict.fromkeys(site.split(".")[0] for site in line["check"]):
-            key, value = (line["check"][f"{layer}.{kind}"] for kind in sta.KINDS)
+        for site in line["check"]:
+            layer = site.split(".")[0]
             row = f"{pathlib.Path(line['model']).name}, {layer}"
-            for (column, label), name in itertools.product(
-                    (("strongest", "ten strongest"), ("range", "ten at random")),
-                    ("atoms", "token means", "random")):
-                cells[row, f"{name}, {label}"] = (
-                    f"{key[name][column]:.2f} / {value[name][column]:.2f}")
+            for column, heading in (("strongest", "ten strongest"), ("range", "ten at random")):
+                for name in ("atoms", "token means", "random"):
+                    cells[row, f"{name}, {heading}"] = " / ".join(
+                        f"{line['check'][f'{layer}.{kind}'][name][column]:.2f}"
+                        for kind in sta.KINDS)
     return table("model, layer; key / value", cells)
 
 def peers(lines):
@@ -352,41 +345,31 @@ TABLES = {"quick start": quick_start, "experiments": experiments, "engineer": en
           "describable": describable, "one key": one_key, "paired": paired, "tasks": tasks,
           "windows": windows,
           **{f"{short} {name}": functools.partial(table_of, model=model)
-             for short, model in (("tiny", "tiny"), ("qwen", QWEN), ("smollm2", SMOLLM2))
+             for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))}}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-def ratio(model, name, text="valid", digits=3):
-    """Of a sentence's figure: a row's ratio to dense perplexity on a text."""
-    return lambda lines: ratios(on_text(longest(
-        pick(lines, kind="row", model=model, name=name)), text), digits) or "nan"
-
-def tiny_one_layer(lines):
-    claims = pick(lines, kind="claim", claim="P6 one layer", model="tiny")
-    return f"{statistics.mean(line['figure'] for line in claims):.3f}"
-
-def tiny_break_even(lines):
-    return f"{pick(lines, kind='row', model='tiny', name='dual')[0]['break_even_tokens']:,}"
-
-FIGURES = {"tiny dual": ratio("tiny", "dual"), "tiny searched": ratio("tiny", "searched"),
-           "tiny one layer": tiny_one_layer, "tiny break even": tiny_break_even,
-           "qwen dual": ratio(QWEN, "dual"), "qwen searched": ratio(QWEN, "searched"),
-           **{f"qwen {text} {name}": ratio(QWEN, name, text, digits)
-              for text in ("prose", "code") for name, digits in (
-                  ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))}}
+FIGURES = {
+    "tiny one layer": lambda lines: "{:.3f}".format(statistics.mean(
+        line["figure"] for line in pick(lines, claim="P6 one layer", model="tiny"))),
+    "tiny break even": lambda lines: "{:,}".format(
+        pick(lines, model="tiny", name="dual")[0]["break_even_tokens"]),
+    **{f"{short} {name}": functools.partial(ratio, model=MODELS[short], name=name)
+       for short in ("tiny", "qwen") for name in ("dual", "searched")},
+    **{f"qwen {text} {name}": functools.partial(ratio, model=QWEN, name=name, text=text,
+                                                digits=digits)
+       for text in ("prose", "code") for name, digits in (
+           ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))}}
 
 def curves_by_bytes(lines, model):
     """For plots.draw_bytes: {method: [(share of bf16, rise of perplexity)]}, both in %, means over
     seeds, on the kind of text that the codes were fitted to."""
-    rows, curves = on_text(compared(lines, model)), {}
-    for method in METHODS:
-        rises = {}
-        for row in pick(rows, method=method):
-            rises.setdefault(round(100 * row["bytes_share"], 1), []).append(row["ratio"] - 1)
-        if rises:
-            curves[method] = [(share, 100 * statistics.mean(x)) for share, x in sorted(
-                rises.items())]
-    return curves
+    rises = {}
+    for row in on_text(compared(lines, model)):
+        by_share = rises.setdefault(row["method"], {})
+        by_share.setdefault(round(100 * row["bytes_share"], 1), []).append(100 * row["ratio"] - 100)
+    return {method: [(share, statistics.mean(x)) for share, x in rises[method].items()]
+            for method in METHODS if method in rises}
 
 # ------------------------------------------------------------------ the READMEs
 def filled(text, lines):
@@ -402,7 +385,7 @@ def filled(text, lines):
 
     def figure_before(match):
         marker = f"<!--={match[1]}-->"
-        return made(FIGURES, match[1], marker) + marker
+        return (made(FIGURES, match[1], marker) or "nan") + marker
 
     text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table_between, text, flags=re.S)
     return re.sub(r"(?:[\d.,]+|nan)(?: ± [\d.]+)?<!--=(.*?)-->", figure_before, text)
