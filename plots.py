@@ -5,7 +5,7 @@
 
 For each model <model>-overview.png: what k atoms leave; keys against values, by layer; perplexity.
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes tell them
-apart in grey. beyond/report.py draws rivals, in the same colours.
+apart in grey. beyond/report.py calls draw_bytes for the rivals, in the same colours.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
@@ -35,12 +35,6 @@ STYLE = {
     "rotated": ("rotated", "dimgrey", "<", "--"), "transform": ("transform", "#56B4E9", ">", ":"),
     "additive": ("additive", "black", "*", ":")}
 
-def log_axis(axis, unit=""):
-    """Ticks at 1, 2 and 5 times a power of ten, as plain numbers."""
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.set_major_formatter("{x:g}" + unit)
-    axis.set_minor_formatter(NullFormatter())
-
 # ------------------------------------------------------------------ one panel each
 def draw_budget(panel, result):
     """FVU against k, means over layers; dashed beyond the budgets that the SAEs were trained for;
@@ -64,28 +58,20 @@ def draw_budget(panel, result):
     panel.set_ylim(0, 1.05)
     panel.legend()
 
-def draw_by_layer(panel, lines, label):
-    """{(name, colour, marker, dash): {layer: value}} against the layer."""
-    for (name, colour, marker, dash), values in lines.items():
-        panel.plot([int(layer) for layer in values], list(values.values()), color=colour,
-                   marker=marker, ms=4, ls=dash, label=name)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    panel.set_xlabel("layer")
-    panel.set_ylabel(label)
-    panel.set_ylim(bottom=0)
-    panel.legend()
-
 def draw_asymmetry(panel, result):
     """FVU of keys and values by layer, each at the budget that its SAEs were trained for."""
-    lines = {}
     for kind in sta.KINDS:
-        label, *style = STYLE[f"{kind}s"]
-        points = {}
-        for layer, curves in result["curves"].items():
-            points[layer] = [p for p in curves[kind] if p["k"] <= curves[f"k_{kind}"]][-1]
-        label = f"{label}, k = {points[layer]['k']}"
-        lines[label, *style] = {layer: point["fvu"] for layer, point in points.items()}
-    draw_by_layer(panel, lines, "variance left within heads (FVU)")
+        label, colour, marker, dash = STYLE[f"{kind}s"]
+        points = [[p for p in curves[kind] if p["k"] <= curves[f"k_{kind}"]][-1]
+                  for curves in result["curves"].values()]
+        panel.plot([int(layer) for layer in result["curves"]], [p["fvu"] for p in points],
+                   color=colour, marker=marker, ms=4, ls=dash,
+                   label=f"{label}, k = {points[-1]['k']}")
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.set_xlabel("layer")
+    panel.set_ylabel("variance left within heads (FVU)")
+    panel.set_ylim(bottom=0)
+    panel.legend()
 
 def draw_perplexity(panel, result):
     """The rise of perplexity by keys, values, dual, uniform and reverse, with 95 % intervals."""
@@ -103,7 +89,7 @@ def draw_perplexity(panel, result):
     panel.set_xlabel("what is coded, and its atoms per vector")
     panel.set_ylabel("perplexity above dense, %")
 
-# ------------------------------------------------------------------ the picture
+# ------------------------------------------------------------------ the pictures
 def draw_overview(result):
     """The figure of one result."""
     plt.rcParams.update({"font.size": 9, "legend.fontsize": 8, "axes.grid": True,
@@ -112,6 +98,30 @@ def draw_overview(result):
     for panel, draw in zip(panels, (draw_budget, draw_asymmetry, draw_perplexity)):
         draw(panel, result)
     figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10)
+    return figure
+
+def draw_bytes(curves, title):
+    """The rise of perplexity against the bytes: {method: [(share of bf16, rise), ...]}, both in %.
+    A point at or below dense is drawn at the lower edge, with an arrow."""
+    figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
+    edge = min(rises, default=100) / 2
+    for method, points in curves.items():
+        label, colour, marker, dash = STYLE[method]
+        panel.plot([share for share, _ in points], [max(edge, rise) for _, rise in points],
+                   color=colour, marker=marker, ls=dash, label=label)
+        for share, _ in (point for point in points if point[1] <= edge):
+            panel.annotate("", (share, edge), xytext=(0, 16), textcoords="offset points",
+                           arrowprops={"arrowstyle": "->", "color": colour})
+    panel.set_yscale("log")
+    panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten
+    panel.yaxis.set_minor_formatter(NullFormatter())
+    panel.set_xlim(left=0)
+    panel.set_xlabel("bytes of the KV cache, % of bf16")
+    panel.set_ylabel("perplexity above dense")
+    panel.set_title(title)
+    panel.legend()
     return figure
 
 def save(figure, path):

@@ -29,12 +29,19 @@ from tqdm import tqdm
 
 import sta
 from beyond import LOOK, begin_look, capture_queries, parse_args
-from beyond.depth import words_of
 from support.files import ROOT, run_main, write_atomic
 from support.text import encode_text
 
 N_RIVALS = 200  # directions of each kind to compare atoms with
 N_KEPT, N_SHOWN = 200, 6  # tokens per atom: kept of each kind, shown on the page
+
+def words_of(tokenizer, windows):
+    """The text of each token, with the space before it, which some tokenizers drop when the token
+    stands first."""
+    first = encode_text(tokenizer, ":", special=False)[-1:]
+    n = len(tokenizer.decode(first))
+    text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
+    return [text[i] for i in windows.flatten().tolist()]
 
 # ------------------------------------------------------------------ what is seen of a latent
 class Kept:

@@ -1,73 +1,66 @@
 """Verdicts on the paper's claims P1 to P8 (as README.md numbers them), each printed with its rule.
 
     python -m beyond.claims                       # tiny: ten minutes, with the SAEs of the controls
-    python -m beyond.claims --judge               # only judges again what results/ holds
 
-Runs evaluate.py with --rows variants,claims: single layers, for P6; the dual budget at a half and
-twice its atoms, for P5; the heads' means without atoms, for P2. Controls come from
-beyond/variants.py: splits, SAEs trained for (12, 12) and (16, 8), for P3 and P4; l1, autoencoders
-with an L1 penalty, for P1. For tiny they are trained if they are not there; for other models the
-claims that need them are left out. Then it measures what coding does to attention and to the
-residual stream, and which atoms occurrences share (beyond/depth.py), prints the verdicts, and
-writes <model>-claims.json and -shrinkage.png beside evaluate.py's <model>.json. *Clear* means two
-standard errors; those over layers say how layers vary, not how runs would.
+Runs evaluate.py with --rows variants,claims. The rows added here are single layers, for P6, and the
+dual budget with half and twice its atoms, for P5. Controls come from beyond/variants.py: SAEs that
+are trained for (12, 12) and (16, 8) atoms, for P3 and P4, and autoencoders with an L1 penalty, for
+P1. For tiny they are trained if they are missing; for other models, a claim without its control
+gets no verdict. Writes evaluate.py's <model>.json and, beside it, <model>-claims.json. *Clear*
+means more than two standard errors. An error over layers says how layers vary, not how runs would.
+
+P8 says that shallow layers are lexical and that deep layers tell senses apart. It is judged by the
+share of atoms that two occurrences have in common. *Lexical* is this share for the same token
+after different ones, minus that of different tokens. *Ngram* is how much it grows if the token
+before is the same, too. *Sense* is how much it shrinks if a word is a verb once and a noun once,
+by the word before it. From the shallow to the deep third of the layers, lexical and ngram should
+fall, and sense should grow: on the same pairs in all thirds, with errors by a bootstrap over words.
 """
+import collections
 import json
+import math
 import statistics
 import sys
 
 import torch
+from tqdm import tqdm
 
 import evaluate
-import plots
 import sta
 import train_sae
 from beyond import begin_look, parse_args
-from beyond.depth import hierarchy, print_hierarchy, read_codes, words_of
-from beyond.variants import VARIANTS, ReluCode, beside, search, settings_of
-from evaluate import mean_stderr
-from support.files import explain, load_sae, load_saes, run_main, write_atomic
-from support.models import slug
+from beyond.atoms import words_of
+from beyond.variants import VARIANTS, beside, search, settings_of
+from support.files import load_sae, run_main, write_atomic
+from support.tasks import mean_stderr
+
+SEARCHED = ", searched"  # ends the names of rows and claims whose atoms are found by search
 
 # ------------------------------------------------------------------ the rows
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
 FACTORS = {"splits": {}, "l1": {"tokens": 3, "lr": 4}}
 
-def train_controls(what, folder, model_name, layers):
-    """Train the variant `what` beside the SAEs of a folder, with their settings times FACTORS,
-    unless it is there."""
+def train_controls(variant, folder, model_name, layers):
+    """Train a variant's SAEs beside those of a folder, with their settings times FACTORS, unless
+    they are there."""
+    there = beside(folder, variant)
+    if all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
+        return
     settings = load_sae(folder / f"layer{layers[0]}.key")[1]["settings"]
-    there = beside(folder, what)
-    if not all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
-        argv = ["--model", model_name, "--out", str(there.parent), "--layer",
-                ",".join(map(str, layers))]
-        computed = "layers", "text_sha256", "model_sha256"  # no options
-        for option, value in settings.items():
-            if option not in computed and value != "default":
-                value = value * FACTORS[what][option] if option in FACTORS[what] else value
-                argv += ["--" + option.replace("_", "-"), str(value)]
-        train_sae.main(argv, VARIANTS[what]())
-
-class HeadMeans:
-    """A codec of one layer that keeps nothing: each vector becomes the mean of its head."""
-
-    def __init__(self, key_sae, value_sae):
-        self.means = key_sae.b_dec, value_sae.b_dec  # (H, D) each
-
-    def encode(self, keys, values):
-        return (keys.new_empty(*keys.shape[:-2], 0),)
-
-    def decode(self, stored):
-        return tuple(mean.expand(*stored[0].shape[:-1], *mean.shape) for mean in self.means)
+    settings |= {name: factor * settings[name] for name, factor in FACTORS[variant].items()}
+    computed = "layers", "text_sha256", "model_sha256"  # no options
+    options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()
+               if name not in computed and value != "default"]
+    train_sae.main(["--model", model_name, "--out", str(there.parent), "--layer",
+                    ",".join(map(str, layers)), *options], VARIANTS[variant]())
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     dual = evaluate.dual_codecs(saes, args.k_key, args.k_val)
     most = min((sae.n_latents for sae in saes.values()), default=0)
     once_bytes = evaluate.dictionary_bytes(saes, *sta.KINDS)
-    means = {layer: HeadMeans(codec.key_sae, codec.value_sae) for layer, codec in dual.items()}
     common = {"settings": settings_of(before), "with_tasks": False}
-    new_rows = [evaluate.Row("head means", means, (0, 0), **common)]
+    new_rows = []
     for method, scale in (("dual", 1 / 2), ("dual", 2), ("searched", 2)):
         budget = int(scale * args.k_key), int(scale * args.k_val)
         if min(budget) >= 1 and max(budget) <= most:
@@ -77,87 +70,154 @@ def rows(model, tokenizer, saes, args, before):
                                          once_bytes, method=method, **common))
     for layer in list(dual)[::1 if len(dual) <= 12 else 3]:
         one_pass = {layer: dual[layer]}
-        for ending, codecs in (("", one_pass), (", searched", search(one_pass))):
+        for ending, codecs in (("", one_pass), (SEARCHED, search(one_pass))):
             new_rows.append(evaluate.Row(
                 f"layer {layer} alone{ending}", codecs, dual[layer].budget,
                 once_bytes // len(dual), method=f"one layer{ending}", **common))
     return new_rows
 
-# ------------------------------------------------------------------ attention
-@torch.no_grad()
-def attention_change(model, codecs, windows, sink):
-    """What coded keys do to attention, one layer at a time -> {layer: {qk_error, attention_kl}}.
-    qk_error: standard deviation over keys of the error of q.k, in units of q.k's own; attention_kl:
-    nats from the dense weights. Variances are summed over queries; the divergence is their mean."""
-    attention_before = model.config._attn_implementation
-    model.set_attn_implementation("eager")  # the only one that returns its weights
-    ids, columns = windows.to(model.device), {}
-    seen = torch.ones(ids.shape[1], ids.shape[1], device=ids.device).tril()  # (T, T)
-
-    def log_weights(layer):  # (B, query heads, T, T): q.k, up to a number that a query's keys share
-        maps = model(input_ids=ids, output_attentions=True, use_cache=False).attentions
-        return maps[layer].float().clamp_min(torch.finfo(torch.float32).tiny).log()
-
-    def variance(x):  # (B, query heads, T, T), of each query over the keys that it sees, summed
-        mean = (x * seen).sum(-1, keepdim=True) / seen.sum(-1, keepdim=True)
-        return ((x - mean).square() * seen / seen.sum(-1, keepdim=True)).sum()
-
-    for layer, codec in codecs.items():
-        dense = log_weights(layer)
-        with sta.reconstruct(model, {layer: evaluate.OneKind("key", codec)}, sink):
-            coded = log_weights(layer)
-        kl = (dense.exp() * (dense - coded)).sum(-1).mean()
-        columns[layer] = {"attention_kl": kl.item(), "qk_error": (
-            variance(coded - dense) / variance(dense)).sqrt().item()}
-    model.set_attn_implementation(attention_before)
-    return columns
-
 @torch.no_grad()
 def stream_change(model, codecs, windows, sink):
     """How coding one layer changes the residual stream after it -> {layer: change / spread}, both
     as norms over tokens, those kept exact left out."""
-    def streams():  # what each layer leaves; the last one's, after the final norm
-        return model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
-                                   output_hidden_states=True).hidden_states[1:]
+    def streams():  # of each layer (tokens, width): its output; of the last, after the final norm
+        states = model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
+                                     output_hidden_states=True).hidden_states[1:]
+        return [x[:, sink:].flatten(0, 1).float() for x in states]
 
     dense, changes = streams(), {}
     for layer, codec in codecs.items():
         with sta.reconstruct(model, {layer: codec}, sink):
-            coded = streams()[layer]
-        before, after = (x[:, sink:].flatten(0, 1).float() for x in (dense[layer], coded))
-        change, spread = (after - before).norm(), (before - before.mean(0)).norm()
-        changes[str(layer)] = (change / spread).item()
+            change = streams()[layer] - dense[layer]
+        spread = dense[layer] - dense[layer].mean(0)
+        changes[str(layer)] = (change.norm() / spread.norm()).item()
     return changes
 
+# ------------------------------------------------------------------ P8: atoms that occurrences share
+N_PAIRS, N_BOOTSTRAP = 20_000, 200
+MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
+NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
+GAPS = {"lexical": ("lexical", "other", 1),  # {gap: (pairs, pairs that share less,
+        "ngram": ("ngram", "lexical", 1),    # 1 if the gap should fall with depth, -1 if grow)}
+        "sense": ("sense", "two", -1)}
+
+def read_codes(model, saes, windows, ks):
+    """Windows (n, T), budgets {kind: k} -> {(layer, kind): idx (tokens, H, k)}, -1 where z = 0."""
+    codes, layers = {site: [] for site in saes}, {layer for layer, _ in saes}
+    for batch in tqdm(windows.split(8), desc="codes", disable=None):
+        for (layer, kind), x in sta.harvest(model, batch, layers, sink=0).items():
+            z, idx = saes[layer, kind].encode(x.float(), ks[kind])  # (tokens, H, k)
+            codes[layer, kind].append(idx.masked_fill(z <= 0, -1).short().cpu())
+    return {site: torch.cat(parts) for site, parts in codes.items()}
+
+def find_senses(words):
+    """-> (words with two senses, (tokens,): where a token is one of them, its number, negative if
+    it is a noun; else 0). A verb stands after will, to, ..., a noun after the, our, ...; a word
+    counts if it is five of each or more, one after a modal verb, whole, and not one of the 50 most
+    common."""
+    bare = [word.strip().lower() for word in words]
+    before = ["", *bare[:-1]]
+    role = [1 if a in MODALS or a == "to" else -1 if a in NOUNS_AFTER else 0 for a in before]
+    whole = [w.isalpha() and len(w) > 2 and raw[:1].isspace() and not after[:1].isalpha()
+             for w, raw, after in zip(bare, words, [*words[1:], ""])]  # no part of a longer word
+    counts = collections.Counter((w, r) for w, r, ok in zip(bare, role, whole) if ok)
+    common = {w for w, _ in collections.Counter(bare).most_common(50)}  # function words
+    verbs = {w for a, w in zip(before, bare) if a in MODALS}
+    senses = sorted(w for w in verbs - common if min(counts[w, 1], counts[w, -1]) >= 5)
+    numbers = {w: i for i, w in enumerate(senses, 1)}
+    return senses, torch.tensor([numbers.get(w, 0) * r * ok
+                                 for w, r, ok in zip(bare, role, whole)])
+
+def equal_pairs(labels, places, generator):
+    """N_PAIRS pairs of the places whose labels are equal, drawn at random: (2, N_PAIRS)."""
+    if not len(places):
+        return places.new_zeros(2, 0)
+    ordered, order = labels[places].sort()
+    i = torch.randint(len(places), (N_PAIRS,), generator=generator)
+    low = torch.searchsorted(ordered, ordered[i])
+    high = torch.searchsorted(ordered, ordered[i], right=True)
+    j = low + (torch.rand(N_PAIRS, generator=generator) * (high - low)).long()
+    return places[torch.stack([order[i], order[j]])]
+
+def draw_pairs(windows, words, generator):
+    """-> ({name: (2, n) places} of pairs of occurrences, the words with two senses). other:
+    different tokens; lexical: the same token after different ones; ngram: the same after the same;
+    sense: the same word in one sense; two: once as a verb and once as a noun. Never of one window,
+    and never a window's first token, before which the model sees none."""
+    ids, places = windows.flatten(), torch.arange(windows.numel())
+    before, window, inside = ids.roll(1), places // windows.shape[1], places % windows.shape[1] > 0
+    senses, sense = find_senses(words)
+    sense = sense * inside
+
+    def differ(labels, pairs):
+        return labels[pairs[0]] != labels[pairs[1]]
+
+    def select(pairs, chosen=True):
+        return pairs[:, differ(window, pairs) & inside[pairs].all(0) & chosen]
+
+    any_two = torch.randint(len(ids), (2, N_PAIRS), generator=generator)
+    same = equal_pairs(ids, places, generator)
+    same_two = equal_pairs(ids * (ids.max() + 1) + before, places, generator)
+    same_word = equal_pairs(sense.abs(), sense.nonzero().squeeze(1), generator)
+    pairs = {
+        "other": select(any_two, differ(ids, any_two) & differ(before, any_two)),
+        "lexical": select(same, differ(before, same)),
+        "ngram": select(same_two),
+        "sense": select(same_word, differ(before, same_word) & ~differ(sense, same_word)),
+        "two": select(same_word, differ(before, same_word) & differ(sense, same_word))}
+    return {name: p for name, p in pairs.items() if p.shape[1] > 1}, senses
+
+def shared_atoms(codes, kind, layers, pairs):
+    """{name: (2, n) places} -> {name: (n,)}: the share of one place's atoms that the other place's
+    code has as well, mean over heads and layers."""
+    shares = {}
+    for name, (i, j) in pairs.items():
+        by_layer = []
+        for layer in layers:
+            a, b = codes[layer, kind][i], codes[layer, kind][j]  # (n, H, k)
+            in_both = (a[..., None] == b[..., None, :]).any(-1) & (a >= 0)
+            by_layer.append(in_both.float().mean((1, 2)))
+        shares[name] = torch.stack(by_layer).mean(0)
+    return shares
+
+def bootstrap(values, words, generator):
+    """{name: numbers (n,)}, {name: the word (n,) that each belongs to} -> {name: (N_BOOTSTRAP,)}:
+    means of samples of the words, drawn with replacement, the same for all names."""
+    n_words, means = 1 + max(int(w.max()) for w in words.values()), {}
+    drawn = torch.randint(n_words, (N_BOOTSTRAP, n_words), generator=generator)
+    weights = torch.zeros(N_BOOTSTRAP, n_words).scatter_add_(1, drawn, torch.ones(drawn.shape))
+    for name, x in values.items():
+        total = torch.zeros(n_words).index_add_(0, words[name], x.float())
+        n = torch.zeros(n_words).index_add_(0, words[name], torch.ones(len(x)))
+        means[name] = (weights @ total) / (weights @ n).clamp_min(1)
+    return means
+
+def hierarchy(codes, windows, words, seed=0):
+    """P8, of three layers or more -> {layers, words, pairs, kinds: {kind: {gap: {shallow, middle,
+    deep: means; change, above 0 if as claimed; stderr; holds}}}}."""
+    layers = sorted({layer for layer, _ in codes})
+    n = len(layers) // 3
+    thirds = {"shallow": layers[:n], "middle": layers[n:-n], "deep": layers[-n:]}
+    generator = torch.Generator().manual_seed(seed)
+    pairs, senses = draw_pairs(windows, words, generator)
+    labels = torch.unique(windows.flatten(), return_inverse=True)[1]
+    of_word, kinds = {name: labels[p[0]] for name, p in pairs.items()}, {}
+    for kind in sta.KINDS:
+        shares = {third: shared_atoms(codes, kind, some, pairs) for third, some in thirds.items()}
+        fall = {name: x - shares["deep"][name] for name, x in shares["shallow"].items()}
+        samples, kinds[kind] = bootstrap(fall, of_word, generator), {}
+        for gap, (a, b, sign) in GAPS.items():
+            if a in pairs and b in pairs:
+                change = sign * (fall[a].mean() - fall[b].mean()).item()
+                stderr = (samples[a] - samples[b]).std().item()
+                means = {third: (x[a].mean() - x[b].mean()).item() for third, x in shares.items()}
+                kinds[kind][gap] = {"change": change, "stderr": stderr,
+                                    "holds": clear(change, stderr), **means}
+    return {"layers": layers, "words": senses, "kinds": kinds,
+            "pairs": {name: p.shape[1] for name, p in pairs.items()}}
+
 # ------------------------------------------------------------------ verdicts
-def clear(mean, stderr):
-    """More than two standard errors above zero; without a standard error nothing is clear."""
-    return stderr is not None and mean > 2 * stderr
-
-def spell(mean, stderr):
-    return f"{mean:+.4f} ±{float('nan') if stderr is None else stderr:.4f}"
-
-def worse(a, b, windows=slice(None)):
-    """(nats per token by which row a is worse than row b, its standard error), paired over some
-    of the windows."""
-    pairs = zip(a["window_ce"][windows], b["window_ce"][windows])
-    return mean_stderr([x - y for x, y in pairs])
-
-CHOOSE, TEST = slice(0, None, 2), slice(1, None, 2)  # every other window
-
-def chosen(candidates):
-    """Of rows, the one with the lowest loss on the windows that choose."""
-    return min(candidates, key=lambda row: statistics.mean(row["window_ce"][CHOOSE]))
-
 # What is claimed; what the figure in the tables is; when the claim holds, and when in part.
-ONE_LAYER = ("one layer coded: perplexity is comparable to the dense model's",
-             "ratio to dense perplexity, of the median layer",
-             "each measured layer alone raises perplexity by at most 1 %; in part: the median one "
-             "does")
-ALL_LAYERS = ("all layers coded: perplexity and accuracy are comparable to dense",
-              "ratio to dense perplexity",
-              "at most 2 % more perplexity (upper bound), tasks measured, none clearly lower; in "
-              "part: at most 10 %, none clearly lower")
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
            "length of a key by Top-K minus that by L1, as a share of its own",
@@ -182,8 +242,14 @@ CLAIMS = {
     "P5 one layer": ("the same in one layer", "nats by which the best beats dense",
                      "the layer that gains most on half of the windows is clearly better than "
                      "dense on the other half"),
-    "P6 one layer": ONE_LAYER, "P6 one layer, searched": ONE_LAYER,
-    "P6 all layers": ALL_LAYERS, "P6 all layers, searched": ALL_LAYERS,
+    "P6 one layer": ("one layer coded: perplexity is comparable to the dense model's",
+                     "ratio to dense perplexity, of the median layer",
+                     "each measured layer alone raises perplexity by at most 1 %; in part: the "
+                     "median one does"),
+    "P6 all layers": ("all layers coded: perplexity and accuracy are comparable to dense",
+                      "ratio to dense perplexity",
+                      "at most 2 % more perplexity (upper bound), tasks measured, none clearly "
+                      "lower; in part: at most 10 %, none clearly lower"),
     "P7": ("significantly less memory", "share of bf16's bytes per token",
            "less than half of bf16's bytes per token, and with the dictionaries fewer bytes within "
            "one context of the model; in part: the first"),
@@ -192,204 +258,170 @@ CLAIMS = {
            "words; shallow minus deep",
            "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
            "some of them do")}
+CHOOSE, TEST = slice(0, None, 2), slice(1, None, 2)  # every other window
 
-def verdict(claim, estimate, word, measured):
-    """estimate: (figure, its standard error); measured: the figures in words."""
-    statement, _, rule = CLAIMS[claim]
-    print(f"{claim} {word}: {statement}: {measured}\n   rule: {rule}")
-    return {"claim": claim, "figure": estimate[0], "stderr": estimate[1], "verdict": word,
-            "measured": measured}
+def clear(mean, stderr):
+    """More than two standard errors above zero; without a standard error nothing is clear."""
+    return stderr is not None and mean > 2 * stderr
 
 def grade(holds, partly=False):
     return "holds" if holds else "holds in part" if partly else "does not hold here"
 
-def judge_shrinkage(dual, l1, attention):
-    """P1 from two rows and {row: {layer: columns of attention_change}}."""
-    norm_gap = mean_stderr([a["rel_norm_key"] - b["rel_norm_key"] for a, b in zip(
-        dual["by_layer"].values(), l1["by_layer"].values())])
-    excess = worse(l1, dual)
-    qk = {name: mean_stderr([x["qk_error"] for x in attention[name].values()])[0]
-          for name in ("dual", "l1")}
-    word = grade(clear(*norm_gap) and clear(*excess), clear(*norm_gap) or clear(*excess))
-    return verdict(
-        "P1", norm_gap, word,
-        f"|x_hat|/|x| of keys {dual['rel_norm_key']:.3f} by Top-K, {l1['rel_norm_key']:.3f} by L1 "
-        f"at as many atoms on average; error of q.k {qk['dual']:.3f} and {qk['l1']:.3f} of its "
-        f"spread; L1 is {spell(*excess)} nats worse")
+def spell(figure):
+    """A number, (a mean, its standard error) or a text -> text."""
+    if isinstance(figure, tuple):
+        mean, stderr = figure
+        return f"{mean:+.4f} ±{math.nan if stderr is None else stderr:.4f}"
+    return figure if isinstance(figure, str) else f"{figure:.4g}"
+
+def verdict(claim, estimate, word, measured):
+    """Prints and returns it. estimate: (figure, its standard error); measured: {name: figure}, what
+    it is judged by."""
+    statement, _, rule = CLAIMS[claim.removesuffix(SEARCHED)]
+    measured = "; ".join(f"{name} {spell(figure)}" for name, figure in measured.items())
+    print(f"{claim} {word}: {statement}: {measured}\n   rule: {rule}")
+    return {"claim": claim, "figure": estimate[0], "stderr": estimate[1], "verdict": word,
+            "measured": measured}
+
+def worse(a, b, windows=slice(None)):
+    """(nats per token by which row a is worse than row b, its standard error), paired over some
+    of the windows."""
+    pairs = zip(a["window_ce"][windows], b["window_ce"][windows])
+    return mean_stderr([x - y for x, y in pairs])
+
+def over_layers(a, column_a, b, column_b):
+    """(mean over layers of a column of row a less one of row b, its standard error)."""
+    pairs = zip(a["by_layer"].values(), b["by_layer"].values())
+    return mean_stderr([x[column_a] - y[column_b] for x, y in pairs])
+
+def judge_shrinkage(dual, l1):
+    longer, excess = over_layers(dual, "rel_norm_key", l1, "rel_norm_key"), worse(l1, dual)
+    word = grade(clear(*longer) and clear(*excess), clear(*longer) or clear(*excess))
+    return verdict("P1", longer, word, {
+        "|x_hat|/|x| of keys by Top-K": dual["rel_norm_key"], "by L1": l1["rel_norm_key"],
+        "nats by which L1 is worse": excess})
 
 def judge_direction(curves):
     """P2 from {layer: curves}."""
     at = {k: [point for layer in curves.values() for point in layer["key"] if point["k"] == k]
           for k in (0, 8)}
-    cos, alone = ([point["cos"] for point in at[k]] for k in (8, 0))
+    cos, cos_of_mean = ([point["cos"] for point in at[k]] for k in (8, 0))
     word = grade(min(cos) >= 0.8, statistics.mean(cos) >= 0.8)
-    explained = 1 - statistics.mean(point["fvu"] for point in at[8])
-    if word == "holds" and statistics.mean(alone) >= 0.8:
+    if word == "holds" and statistics.mean(cos_of_mean) >= 0.8:
         word = "holds, nearly free"
-    return verdict(
-        "P2", mean_stderr(cos), word,
-        f"cosine {statistics.mean(cos):.3f}, lowest layer {min(cos):.3f}; without an atom, by the "
-        f"head's mean alone, {statistics.mean(alone):.3f}; 8 atoms explain {100 * explained:.0f} % "
-        "of the variance within heads")
+    return verdict("P2", mean_stderr(cos), word, {
+        "cosine": statistics.mean(cos), "of the lowest layer": min(cos),
+        "by the head's mean alone": statistics.mean(cos_of_mean),
+        "FVU of 8 atoms": statistics.mean(point["fvu"] for point in at[8])})
 
 def judge_asymmetry(splits):
     """P3 from [(k, row whose keys, row whose values are of SAEs trained for k atoms)]."""
-    gaps = {}
-    for k, of_keys, of_values in splits:
-        keys = [columns["fvu_key"] for columns in of_keys["by_layer"].values()]
-        values = [columns["fvu_val"] for columns in of_values["by_layer"].values()]
-        gaps[k] = mean_stderr([value - key for key, value in zip(keys, values)])
+    gaps = {k: over_layers(of_values, "fvu_val", of_keys, "fvu_key")
+            for k, of_keys, of_values in splits}
     higher = [clear(*gap) for gap in gaps.values()]
-    return verdict(
-        "P3", gaps[splits[1][0]], grade(all(higher), any(higher)),
-        "FVU of values less that of keys, SAEs trained for these atoms: " + ", ".join(
-            f"{spell(*gap)} at {k}" for k, gap in gaps.items()))
+    return verdict("P3", gaps[splits[1][0]], grade(all(higher), any(higher)), {
+        f"FVU of values less that of keys at {k} atoms": gap for k, gap in gaps.items()})
 
 def judge_split(dual, uniform, reverse):
     """P4 from rows, each of SAEs trained for its split."""
-    over = {"uniform": worse(uniform, dual), "reverse": worse(reverse, dual)}
-    better = clear(-over["uniform"][0], over["uniform"][1])
-    word = grade(clear(*over["uniform"]) and clear(*over["reverse"]),
-                 clear(*over["reverse"]) and not better)
-    return verdict(
-        "P4", over["uniform"], word,
-        f"against dual, uniform is {spell(*over['uniform'])} nats worse and reverse "
-        f"{spell(*over['reverse'])}, each by SAEs trained for it")
+    equal, swapped = worse(uniform, dual), worse(reverse, dual)
+    equal_is_better = clear(-equal[0], equal[1])
+    word = grade(clear(*equal) and clear(*swapped), clear(*swapped) and not equal_is_better)
+    return verdict("P4", equal, word, {"nats by which uniform is worse than dual": equal,
+                                       "by which reverse is": swapped})
 
-def judge_noise(dense, by_budget, alone):
-    """P5 from dense, rows by rising budget and rows of one layer alone: two verdicts."""
-    best, most = chosen(by_budget), by_budget[-1]
-    gain = worse(dense, best, TEST)
-    helps = best is not most and clear(*worse(most, best, TEST))
-    verdicts = [verdict(
-        "P5", gain, grade(clear(*gain), helps),
-        f"best of {', '.join(row['name'] for row in by_budget)}: {best['name']}, which gains "
-        f"{spell(*gain)} nats on dense")]
-    if alone:
-        best = chosen(alone)
-        gain = worse(dense, best, TEST)
-        verdicts.append(verdict(
-            "P5 one layer", gain, grade(clear(*gain)),
-            f"best of {len(alone)} layers: {best['name']}, which gains {spell(*gain)} nats on "
-            "dense"))
-    return verdicts
+def judge_noise(claim, dense, candidates):
+    """P5 from dense and rows: by rising budget, or each of one layer alone."""
+    best = min(candidates, key=lambda row: statistics.mean(row["window_ce"][CHOOSE]))
+    most, gain = candidates[-1], worse(dense, best, TEST)
+    partly = claim == "P5" and best is not most and clear(*worse(most, best, TEST))
+    return verdict(claim, gain, grade(clear(*gain), partly), {
+        "best": best["name"], "of": ", ".join(row["name"] for row in candidates),
+        "nats by which dense is worse": gain})
 
-def judge_parity_alone(alone, ending, stream):
-    """P6 from rows of one layer alone, and what `stream_change` returned, or {}."""
+def judge_parity_alone(claim, alone):
+    """P6 from rows of one layer alone."""
     ratios = {row["name"]: row["ratio"] for row in alone}
     worst, median = max(ratios, key=ratios.get), statistics.median(ratios.values())
-    within = [ratio <= 1.01 for ratio in ratios.values()]
-    why = ""
-    if stream and not ending:
-        why = (f"; the error is {stream[worst.split()[1]]:.3f} of the residual stream's spread "
-               f"there, {statistics.median(stream.values()):.3f} in the median layer")
-    return verdict(
-        f"P6 one layer{ending}", (median, None), grade(all(within), median <= 1.01),
-        f"perplexity x {median:.4f} in the median layer, {ratios[worst]:.4f} in the worst "
-        f"({worst}); {sum(within)} of {len(within)} layers within 1 %{why}")
+    return verdict(claim, (median, None), grade(ratios[worst] <= 1.01, median <= 1.01), {
+        "ratio to dense perplexity in the median layer": median,
+        f"in the worst of {len(ratios)}, {worst},": ratios[worst]})
 
-def judge_parity(row, ending):
+def judge_parity(claim, row):
     """P6 from a row of all layers."""
     (low, high), tasks = row["ratio_ci95"], row["tasks"]
     lower = any(clear(-x["delta_acc"], x["delta_acc_stderr"]) for x in tasks.values())
-    change = [f"{name} {100 * x['delta_acc']:+.1f} ±{100 * (x['delta_acc_stderr'] or 0):.1f}"
-              for name, x in tasks.items()] or ["not measured (--tasks)"]
     word = grade(high <= 1.02 and tasks and not lower, high <= 1.1 and not lower)
-    return verdict(
-        f"P6 all layers{ending}", (row["ratio"], (high - low) / 3.92), word,
-        f"perplexity x {row['ratio']:.3f} (95 %: {low:.3f} to {high:.3f}); accuracy, points: "
-        f"{', '.join(change)}")
+    return verdict(claim, (row["ratio"], (high - low) / 3.92), word, {
+        "ratio to dense perplexity": f"{row['ratio']:.3f} (95 %: {low:.3f} to {high:.3f})",
+        "change of accuracy:": "" if tasks else "not measured (--tasks)",
+        **{name: (x["delta_acc"], x["delta_acc_stderr"]) for name, x in tasks.items()}})
 
 def judge_memory(dual, context):
     """P7 from a row and the model's context in tokens."""
     share, pays = dual["bytes_share"], dual["break_even_tokens"]
-    return verdict(
-        "P7", (share, None), grade(share < 0.5 and pays and pays <= context, share < 0.5),
-        f"{100 * share:.4g} % of bf16's bytes per token, and {dual['once_bytes']:,} bytes of "
-        f"dictionaries, once: smaller from {pays or 'no number of'} tokens on, of all sequences "
-        f"together; the model's context is {context:,}")
+    return verdict("P7", (share, None), grade(share < 0.5 and pays and pays <= context,
+                                              share < 0.5), {
+        "share of bf16's bytes per token": share, "bytes of dictionaries": dual["once_bytes"],
+        "smaller with them from": f"{pays or 'no number of'} tokens on",
+        "the model's context is": context})
 
-def judge_depth(result):
-    """P8 from what beyond.depth.hierarchy returned, of three layers or more."""
-    print_hierarchy(result)
-    gaps = [gap for kind in result["kinds"].values() for gap in kind.values()]
+def judge_depth(depth):
+    """P8 from what `hierarchy` returned."""
+    gaps = {f"{name} of {kind}s": gap for kind, by_name in depth["kinds"].items()
+            for name, gap in by_name.items()}
+    holds = [gap["holds"] for gap in gaps.values()]
     complete = len(gaps) == 6  # else the text has no word with two senses
-    holds = [gap["holds"] for gap in gaps]
-    lexical = result["kinds"]["key"]["lexical"]
-    return verdict(
-        "P8", (lexical["change"], lexical["stderr"]), grade(complete and all(holds), any(holds)),
-        f"lexical atoms of keys fall by {spell(lexical['change'], lexical['stderr'])} "
-        f"({lexical['shallow']:.3f} in shallow layers, {lexical.get('middle', float('nan')):.3f} "
-        f"in middle, {lexical['deep']:.3f} in deep ones); {sum(holds)} of {len(gaps)} changes are "
-        "as claimed")
+    lexical = depth["kinds"]["key"]["lexical"]
+    return verdict("P8", (lexical["change"], lexical["stderr"]),
+                   grade(complete and all(holds), any(holds)), {
+        "words with two senses:": " ".join(depth["words"]) or "none (--max-tokens)",
+        "change from shallow to deep, above 0 if as claimed:": "",
+        **{name: (gap["change"], gap["stderr"]) for name, gap in gaps.items()}})
 
 def judge(result, measured):
-    """Verdicts from what evaluate.py wrote, and {attention, context, depth} of `measure`. A claim
-    whose rows are not there is left out."""
-    row = {row["name"]: row for row in result["rows"]}
-    splits, verdicts = ("uniform, trained for it", "reverse, trained for it"), []
-    if "l1" in row:
-        verdicts.append(judge_shrinkage(row["dual"], row["l1"], measured["attention"]))
+    """[Verdict] from what evaluate.py wrote and what `measure` returned. A claim whose rows are not
+    there is left out."""
+    rows, verdicts = {row["name"]: row for row in result["rows"]}, []
+    dense, dual = rows["dense"], rows["dual"]
+    if "l1" in rows:
+        verdicts.append(judge_shrinkage(dual, rows["l1"]))
     verdicts.append(judge_direction(result["curves"]))
-    if splits[0] in row:
-        dual, uniform, reverse = (row[name] for name in ("dual", *splits))
+    if "uniform, trained for it" in rows:
+        uniform, reverse = (rows[f"{name}, trained for it"] for name in ("uniform", "reverse"))
         verdicts += [
             judge_asymmetry([(dual["k_key"], dual, reverse), (uniform["k_key"], uniform, uniform),
                              (reverse["k_key"], reverse, dual)]),
             judge_split(dual, uniform, reverse)]
-    by_budget = sorted((x for x in row.values() if x["method"] == "dual"),
-                       key=lambda x: x["k_key"])
-    alone = {ending: [x for x in row.values() if x["method"] == f"one layer{ending}"]
-             for ending in ("", ", searched")}
-    verdicts += judge_noise(row["dense"], by_budget, alone[""])
-    verdicts += [judge_parity_alone(rows, ending, measured.get("stream"))
-                 for ending, rows in alone.items() if rows]
-    verdicts += [judge_parity(row["dual"], ""), judge_parity(row["searched"], ", searched"),
-                 judge_memory(row["dual"], measured["context"])]
-    if measured["depth"]:
-        verdicts.append(judge_depth(measured["depth"]))
-    return verdicts
 
-# ------------------------------------------------------------------ pictures, and the run
-def draw_shrinkage(result, attention):
-    figure, panels = plots.plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    by_layer, norms, errors = {row["name"]: row["by_layer"] for row in result["rows"]}, {}, {}
-    for row in ("dual", "l1"):
-        style = plots.STYLE[row]
-        norms[style] = {layer: x["rel_norm_key"] for layer, x in by_layer[row].items()}
-        errors[style] = {layer: x["qk_error"] for layer, x in attention[row].items()}
-    plots.draw_by_layer(panels[0], norms, "|x_hat| / |x| of keys")
-    plots.draw_by_layer(panels[1], errors, "error of q·k, in standard deviations of q·k")
-    figure.suptitle(f"{result['model']}: keys under a Top-K budget and an L1 penalty")
-    return figure
+    def of_method(method):
+        return [row for row in rows.values() if row["method"] == method]
 
-def measure(run, args, l1):
-    """What the verdicts need beside the rows: the residual stream by dual; attention by dual and,
-    if it is there, by the L1 SAEs of folder l1; the model's context; which atoms occurrences
-    share, by depth."""
+    by_budget = sorted(of_method("dual"), key=lambda row: row["k_key"])
+    verdicts.append(judge_noise("P5", dense, by_budget))
+    if of_method("one layer"):
+        verdicts.append(judge_noise("P5 one layer", dense, of_method("one layer")))
+    for ending, row in (("", dual), (SEARCHED, rows["searched"])):
+        if of_method(f"one layer{ending}"):
+            verdicts.append(judge_parity_alone(f"P6 one layer{ending}",
+                                               of_method(f"one layer{ending}")))
+        verdicts.append(judge_parity(f"P6 all layers{ending}", row))
+    verdicts.append(judge_memory(dual, measured["context"]))
+    return verdicts + ([judge_depth(measured["depth"])] if measured["depth"] else [])
+
+# ------------------------------------------------------------------ the run
+def measure(run, args):
+    """What the verdicts and tables need beside the rows: the residual stream by dual; which atoms
+    occurrences share, by depth; the model's context."""
+    ks = {"key": args.k_key, "value": args.k_val}
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
-    codecs, attention = {"dual": evaluate.dual_codecs(run.saes, args.k_key, args.k_val)}, {}
-    if l1.exists():
-        saes, _ = load_saes(l1, run.model, run.layers)
-        codecs["l1"] = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"])
-                        for layer in run.layers}
-        attention = {name: attention_change(run.model, some, windows, args.sink)
-                     for name, some in codecs.items()}
-    depth, config = None, run.model.get_decoder().config
+    codecs, depth = evaluate.dual_codecs(run.saes, args.k_key, args.k_val), None
     if len(run.layers) >= 3:
-        ks = {"key": args.k_key, "value": args.k_val}
         codes = read_codes(run.model, run.saes, run.windows, ks)
         depth = hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows))
-    return {"stream": stream_change(run.model, codecs["dual"], windows, args.sink),
-            "attention": attention, "depth": depth,
+    config = run.model.get_decoder().config
+    return {"stream": stream_change(run.model, codecs, windows, args.sink), "depth": depth,
             "context": getattr(config, "max_position_embeddings", 2048)}
-
-def judge_again(out, name):
-    """Print the verdicts on a model's result files, as they are now."""
-    with explain(f"{out}/{name}.json, {name}-claims.json: not both there; run without --judge"):
-        result, measured = (json.loads((out / f"{name}{ending}.json").read_text())
-                            for ending in ("", "-claims"))
-        judge(result, measured)
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -398,27 +430,22 @@ def main(argv=None):
         max_tokens=dict(type=int, default=32_768, help="tokens to score (default 32,768)"),
         tasks=dict(help="as for evaluate.py"), task_dir=dict(help="as for evaluate.py"),
         limit=dict(type=int, help="rows of each task (default all)"),
-        resume=dict(action="store_true", help="as for evaluate.py"),
-        judge=dict(action="store_true", help="only judge again what --out holds"))
+        resume=dict(action="store_true", help="as for evaluate.py"))
     n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
-    if args.judge:
-        return judge_again(args.out, slug(args.model or "tiny"))
     run = begin_look(args, "-claims")
     if run.name == "tiny":
-        for what in FACTORS:
-            train_controls(what, run.folder, run.name, run.layers)
+        for variant in FACTORS:
+            train_controls(variant, run.folder, run.name, run.layers)
     path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", "variants,claims"])
-    result, measured = json.loads(path.read_text()), measure(run, args, beside(run.folder, "l1"))
+    result, measured = json.loads(path.read_text()), measure(run, args)
     about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}
-    depth_about = {name: run.about[name] for name in ("tokens", "text_sha256")}
-    claims = [{**claim, **(depth_about if claim["claim"] == "P8" else {})}
-              for claim in judge(result, measured)]
-    write_atomic(run.path, json.dumps({**run.about, **about, "claims": claims,
-                                           **measured}) + "\n")
+    verdicts = judge(result, measured)
+    for claim in verdicts:
+        if claim["claim"] == "P8":
+            claim.update({name: run.about[name] for name in ("tokens", "text_sha256")})
+    write_atomic(run.path,
+                 json.dumps({**run.about, **about, "claims": verdicts, **measured}) + "\n")
     print(f"wrote {run.path}")
-    if measured["attention"]:
-        figure = draw_shrinkage(result, measured["attention"])
-        plots.save(figure, path.with_name(f"{path.stem}-shrinkage.png"))
 
 if __name__ == "__main__":
     run_main(main)
