@@ -226,25 +226,6 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
     assert rows["cache"]["bytes_per_token"] == a_token + sinks
     assert rows["cache"]["break_even_tokens"] is None  # float32 layers are larger than bf16
 
-def test_writing_on(trained, tmp_path, capsys):
-    argv = ["--saes", trained, "--generate", "The President of", "--new-tokens", 12, "--out",
-            tmp_path]
-    assert script(cache, *argv, "--recent", 2, "--layer", 1) == 0
-    one_layer = re.findall(r"cache ([0-9,]+) bytes", capsys.readouterr().out)
-    assert script(cache, *argv, "--recent", 2) == 0
-    model, tokenizer, _ = load_model("tiny")
-    inputs = tokenizer("The President of", return_tensors="pt")
-    text = tokenizer.decode(model.generate(**inputs, max_new_tokens=12, do_sample=False)[0],
-                            skip_special_tokens=True)
-    printed = capsys.readouterr().out
-    dense, codes = re.findall(r": . tokens in .* ms per token; cache ([0-9,]+) bytes", printed)
-    assert text in printed
-    sizes = [int(size.replace(",", "")) for size in (dense, one_layer[1], codes)]
-    assert one_layer[0] == dense and sizes[0] > sizes[1] > sizes[2]  # in float32
-    cost = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"][1]
-    assert cost["name"] == "dual" and cost["bytes"] == int(codes.replace(",", ""))
-    assert cost["prefill_s"] > 0 and cost["token_ms"] > 0
-
 def test_times_by_context(trained, tmp_path, capsys):
     assert script(cache, "--saes", trained, "--contexts", "40,150", "--out", tmp_path) == 0
     costs = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"]
@@ -257,9 +238,7 @@ def test_times_by_context(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv,message", [
     (["--recent", "-1"], "--recent -1: want 0 or more"),
-    (["--new-tokens", "0"], "--new-tokens 0: want 1 or more"),
     (["--saes", "nowhere"], "nowhere: no SAEs; first run"),
-    (["--saes", "{trained}", "--generate", ""], "--generate: no tokens in it"),
     (["--saes", "{trained}", "--only", "("], "--only .: no regular expression"),
     (["--saes", "{trained}", "--layer", "5"], "no SAEs of layer 5, but of .1, 2")])
 def test_bad_input_of_the_cache(argv, message, trained, tmp_path, capsys):
