@@ -1,24 +1,21 @@
-"""A cache for transformers that really stores codes: any codec of sta.py's interface.
+"""A cache for transformers that stores codes: of any codec with sta.py's interface.
 
-    python -m beyond.cache --generate "The President"     # also with --rows, --only
-    python -m beyond.cache --contexts 64,128              # ms and bytes of a token after so many
-    python evaluate.py --rows additive,cache    # through it: dual, and what other --rows add
+    python -m beyond.cache --contexts 64,128  # what a token costs: results/<model>-cache.json
+    python evaluate.py --rows additive,cache  # rows through it: dual, and those of other --rows
 
     with compress(model, codecs, sink=1, recent=128, keep=0) as cache:
         model.generate(ids, past_key_values=cache)  # since transformers 5.24 cache=cache
 
-The first `sink` real tokens of a text and its newest `recent` stay exact; older ones are codes. A
-quarter of `recent` is coded at once, when so many are there beyond it. Keys are coded as they are
-before RoPE, and turned again when they are read. Tokens that a chunk pushes out of the newest
-`recent` are coded before attention reads them, even for its own queries.
-Decoding all tokens for each new one takes as long as the model itself, or longer. So the first
-`keep` of them also stay decoded, which takes a dense cache's bytes; cache.forget_decoded() gives
-those back.
+The first `sink` real tokens of a text and its newest `recent` stay exact [sinks: arXiv 2309.17453;
+recent tokens: KIVI, arXiv 2402.02750]; older ones are codes. Once a quarter of `recent` is there
+beyond it, that quarter is coded at once. Keys are coded as they are before RoPE; when codes are
+read, RoPE is applied again. Tokens that a chunk pushes out of the newest `recent` are coded before
+attention reads them, even for the queries of the same chunk.
+To decode all tokens for each new one takes as long as the model itself, or longer. So the first
+`keep` of them also stay decoded, which takes as many bytes as a dense cache; cache.forget_decoded()
+frees those.
 Greedy, sampled and beam search, padding on either side, crops and chunks work, for the types of
-model in ROTARY with plain RoPE.
-The row of evaluate.py reads chunk by chunk, and counts the bytes that are there. The first two
-commands write results/<model>-cache.json. Sources: arXiv 2309.17453 (sinks), KIVI (recent).
-Non-goal: attention to codes that are not decoded.
+model in ROTARY with plain RoPE. Non-goal: attention to codes that are not decoded.
 """
 import contextlib
 import dataclasses
@@ -27,7 +24,6 @@ import inspect
 import json
 import re
 import time
-import types
 
 import torch
 import transformers
@@ -36,10 +32,9 @@ from transformers.cache_utils import Cache, DynamicLayer
 import evaluate
 import sta
 from beyond import parse_args
-from support.files import load_saes, run_main, sha256, write_atomic
+from support.files import load_saes, run_main, write_atomic
 from support.models import load_model, pick_device
 from support.results import check_pattern, find_fitted, provenance, result_path
-from support.text import encode_text
 
 N_TIMED = 32  # tokens: at recent = 128, a quarter of it is coded once among them
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
@@ -47,17 +42,19 @@ ARGUMENT = ("cache" if "cache" in inspect.signature(transformers.LlamaModel.forw
             else "past_key_values")  # its name before transformers 5.24
 
 def rotate(x, cos, sin):
-    """RoPE as these families have it: x (B, T, H, D); cos, sin (B, T, D) -> (B, T, H, D)."""
+    """RoPE as these types of model have it: x (B, T, H, D); cos, sin (B, T, D) -> (B, T, H, D)."""
     a, b = x.chunk(2, -1)
     return x * cos[:, :, None] + torch.cat([-b, a], -1) * sin[:, :, None]
 
 class CodedLayer(DynamicLayer):
-    """One layer of CodedCache. Every tensor that it keeps has batch and tokens (B, T, ...) first:
-    codes, what the codec stored of the oldest tokens; exact, keys after RoPE and values of the
-    newest; sinks, the same of the sequence's first tokens; decoded, of the oldest `keep` that have
-    codes what attention reads: decoded keys after RoPE and values, sinks in their places. slots,
-    kept by the first layer for all: the positions (B, T) of all tokens so far, and whether each is
-    a sink."""
+    """One layer of CodedCache. It keeps lists of tensors (B, T, ...):
+        codes    what the codec stored of the oldest tokens
+        exact    keys after RoPE and values of the newest tokens
+        sinks    the same of the first tokens of each text
+        decoded  of the oldest `keep` tokens that have codes, what attention reads: keys after
+                 RoPE and values, with the sinks in their places
+        slots    kept by the first layer for all: the positions (B, T) of all tokens so far, and
+                 whether each is a sink"""
 
     def __init__(self, cache, codec):
         super().__init__()
@@ -74,18 +71,18 @@ class CodedLayer(DynamicLayer):
     def get_seq_length(self):
         return self.n_codes() + (self.exact[0].shape[1] if self.exact else 0)
 
-    def change(self, how):
-        """Each tensor becomes how(tensor)."""
+    def replace_all(self, function):
+        """Each tensor becomes function(tensor)."""
         for name in ("codes", "exact", "sinks", "decoded", "slots"):
-            setattr(self, name, [how(x) for x in getattr(self, name)])
+            setattr(self, name, [function(x) for x in getattr(self, name)])
 
     def reorder_cache(self, beam_idx):
-        self.change(lambda x: x.index_select(0, beam_idx.to(x.device)))
+        self.replace_all(lambda x: x.index_select(0, beam_idx.to(x.device)))
 
     batch_select_indices = reorder_cache
 
     def batch_repeat_interleave(self, repeats):
-        self.change(lambda x: x.repeat_interleave(repeats, 0))
+        self.replace_all(lambda x: x.repeat_interleave(repeats, 0))
 
     def crop(self, tokens_to_remove):
         """Forget the newest -tokens_to_remove tokens: exact ones first, then codes."""
@@ -101,9 +98,9 @@ class CodedLayer(DynamicLayer):
 
     def update(self, keys, values, *args, **kwargs):
         """New keys (after RoPE) and values (B, H, T, D) -> all of them, as attention sees them."""
-        if self.cache.now is None:
+        if self.cache.slot_data is None:
             raise sta.UsageError("this cache works only inside `with compress`")
-        angles_and_sinks = [x.to(keys.device) for x in self.cache.now]
+        slot_data = [x.to(keys.device) for x in self.cache.slot_data]
         new = [x.transpose(1, 2) for x in (keys, values)]  # (B, T, H, D)
         if not self.is_initialized:
             self.exact = [x[:, :0] for x in new]
@@ -113,22 +110,22 @@ class CodedLayer(DynamicLayer):
         block = max(1, self.cache.recent // 4)
         n_leaving = max(0, self.exact[0].shape[1] - self.cache.recent) // block * block
         if n_leaving:
-            self.code(n_leaving, *angles_and_sinks)
-        older = self.read_codes(*angles_and_sinks)
+            self.code(n_leaving, *slot_data)
+        older = self.read_codes(*slot_data)
         return [torch.cat(parts, 1).transpose(1, 2) for parts in zip(older, self.exact)]
 
     def code(self, n, cos, sin, is_sink):
-        """The oldest n exact tokens become codes. cos, sin (B, slots, D), is_sink (B, slots): of
-        all tokens so far."""
+        """The oldest n exact tokens become codes. cos, sin (B, slots, D) and is_sink (B, slots) are
+        of all tokens so far."""
         start = self.n_codes()
         keys, values = leaving = [x[:, :n] for x in self.exact]
         row, slot, place = sinks_among(is_sink, start, start + n)
         for kept, x in zip(self.sinks, leaving):
             kept[row, place] = x[row, slot]
         c, s = (x[:, start:start + n].float() for x in (cos, sin))
-        # turned back; c and s are rounded, and stretched by some kinds of RoPE
-        back = rotate(keys.float(), c, -s) / (c.square() + s.square())[:, :, None]
-        codes = self.codec.encode(back, values.float())
+        # RoPE undone; c and s are rounded, and some kinds of RoPE stretch them
+        keys = rotate(keys.float(), c, -s) / (c.square() + s.square())[:, :, None]
+        codes = self.codec.encode(keys, values.float())
         old = self.codes or [x[:, :0] for x in codes]
         self.codes = [torch.cat(parts, 1) for parts in zip(old, codes)]
         self.exact = [x[:, n:].clone() for x in self.exact]
@@ -154,8 +151,8 @@ class CodedLayer(DynamicLayer):
         return self.codes + self.exact + self.sinks + self.decoded + self.slots
 
 def sinks_among(is_sink, start, end):
-    """is_sink (B, slots) -> of the sinks in slots start to end: their rows, slots counted from
-    start, and which of its row's sinks each is."""
+    """is_sink (B, slots) -> of each sink in slots start to end: its row, its slot counted from
+    start, and its place among the row's sinks."""
     row, slot = is_sink[:, start:end].nonzero(as_tuple=True)
     return row, slot, is_sink.cumsum(1)[row, start + slot] - 1
 
@@ -169,10 +166,11 @@ class CodedCache(Cache):
     """A cache of transformers that stores codes, made by `compress`."""
     def __init__(self, sink, recent, keep):
         super().__init__(layers=[])
-        self.sink, self.recent, self.keep, self.now = sink, recent, keep, None
+        self.sink, self.recent, self.keep = sink, recent, keep
+        self.slot_data = None  # in a call: cos, sin (B, slots, D), is_sink (B, slots)
 
     def forget_decoded(self):
-        """Codes remain, and are decoded again when the next token comes."""
+        """Only codes remain; they are decoded again when the next token comes."""
         for layer in self.layers:
             layer.decoded = []
 
@@ -182,7 +180,7 @@ class CodedCache(Cache):
                           for layer in self.layers]  # transformers 5.17 fills those with zeros
 
 def check_rope(model):
-    """Raises UsageError for types of model whose RoPE `rotate` cannot undo."""
+    """Raises UsageError at a type of model whose RoPE `rotate` cannot undo."""
     config = model.get_decoder().config
     rope = (getattr(config, "rope_parameters", None) or {}).get("rope_type", "default")
     if config.model_type not in ROTARY or rope not in ("default", "linear", "llama3"):
@@ -194,43 +192,43 @@ def compress(model, codecs, sink=1, recent=128, keep=0):
     """`with compress(model, {layer: codec}) as cache: model(..., past_key_values=cache)`.
     Raises UsageError as `check_rope` does, for absent layers, and for use without the cache."""
     check_rope(model)
-    decoder, config, begun = model.get_decoder(), model.get_decoder().config, {}
+    decoder, n_layers = model.get_decoder(), model.get_decoder().config.num_hidden_layers
+    for layer in codecs.keys() - set(range(n_layers)):
+        raise sta.UsageError(f"layer {layer}: the model has layers 0 to {n_layers - 1}")
     cache = CodedCache(sink, recent, keep)
-    for layer in codecs.keys() - set(range(config.num_hidden_layers)):
-        raise sta.UsageError(f"layer {layer}: the model has layers 0 to "
-                             f"{config.num_hidden_layers - 1}")
     cache.layers += [CodedLayer(cache, codecs[layer]) if layer in codecs else DynamicLayer()
-                     for layer in range(config.num_hidden_layers)]
-    holder = cache.layers[min(codecs)]  # of the positions
+                     for layer in range(n_layers)]
+    holder = cache.layers[min(codecs)]  # of the slots
 
-    def begin(call):
+    def find_sinks(call):
         if call.get("cache", call.get("past_key_values")) is not cache:
             raise sta.UsageError(f"inside compress, give the model {ARGUMENT}=the cache")
-        begun["sinks"] = sta.live_tokens(call, 0) & ~sta.live_tokens(call, sink)  # (B, T)
+        cache.new_sinks = sta.live_tokens(call, 0) & ~sta.live_tokens(call, sink)  # (B, T)
 
-    def note_angles(module, args, kwargs, output):  # of RoPE, for all slots: (B, slots, D)
-        new = kwargs.get("position_ids", args[-1]).int().expand(len(args[0]), -1)  # (B, T)
-        old = holder.slots or [new[:, :0], begun["sinks"][:, :0]]
-        holder.slots = [torch.cat([x.to(y.device), y], 1)
-                        for x, y in zip(old, (new, begun["sinks"]))]
+    def extend_slots(module, args, kwargs, output):  # RoPE's angles of all slots: (B, slots, D)
+        positions = kwargs.get("position_ids", args[-1]).int().expand(len(args[0]), -1)  # (B, T)
+        new = positions, cache.new_sinks.to(positions.device)
+        old = holder.slots or [x[:, :0] for x in new]
+        holder.slots = [torch.cat([x.to(y.device), y], 1) for x, y in zip(old, new)]
         if holder.slots[1].sum(1).max() > sink:
             raise sta.UsageError("the cache of codes takes one text per row; these are packed")
-        cache.now = *module.forward(args[0], holder.slots[0]), holder.slots[1]
+        cache.slot_data = *module.forward(args[0], holder.slots[0]), holder.slots[1]
 
-    def end(decoder, args, output):
-        cache.now = None
+    def forget_slot_data(decoder, args, output):
+        cache.slot_data = None
 
     with contextlib.ExitStack() as hooks:
-        for hook in (decoder.rotary_emb.register_forward_hook(note_angles, with_kwargs=True),
-                     decoder.register_forward_hook(end)):
+        for hook in (decoder.rotary_emb.register_forward_hook(extend_slots, with_kwargs=True),
+                     decoder.register_forward_hook(forget_slot_data)):
             hooks.callback(hook.remove)
-        with sta.watch(model, [], None, begin):
+        with sta.watch(model, [], None, find_sinks):
             yield cache
 
-# ------------------------------------------------------------------ the row, and --generate
+# ------------------------------------------------------------------ the rows of evaluate.py
 @contextlib.contextmanager
 def through_cache(model, row, sink, recent=128, chunk=128):
-    """A function ids (B, T) -> logits, chunk by chunk, in place of evaluate.through_hooks."""
+    """A function ids (B, T) -> logits that reads chunk by chunk, in place of
+    evaluate.through_hooks. The row's bytes are those that the cache holds then."""
     with compress(model, row.codecs, sink, recent) as cache:
         def forward(ids):
             cache.reset()
@@ -241,91 +239,65 @@ def through_cache(model, row, sink, recent=128, chunk=128):
             return logits
         yield forward
 
-def stored(row):  # those that look across tokens, or have no place per token, are no cache
+def can_be_stored(row):
+    """Codecs that look across tokens, or whose codes have no fixed size per token, cannot."""
     return row.codecs and row.name != "l1" and not any(
         hasattr(codec, "roundtrip") for codec in row.codecs.values())
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: the dual budget, and what the --rows before this one added."""
     check_rope(model)
-    new_rows = [dataclasses.replace(row, name=f"cache {row.name}".replace(" dual", ""), method=None)
-            for row in before if stored(row) and row.name not in ("uniform", "reverse")]
-    for row in new_rows:
-        row.enter = functools.partial(through_cache, row=row, sink=args.sink)
+    new_rows = []
+    for row in before:
+        if can_be_stored(row) and row.name not in ("uniform", "reverse"):
+            name = "cache" if row.name == "dual" else f"cache {row.name}"
+            row = dataclasses.replace(row, name=name, method=None)
+            row.enter = functools.partial(through_cache, row=row, sink=args.sink)
+            new_rows.append(row)
     if not new_rows:
         raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")
     return new_rows
 
-def numbers(text):
+# ------------------------------------------------------------------ what a token costs
+@torch.no_grad()
+def time_tokens(model, row, ids, args):
+    """Token ids (1, T) -> [{name, context, keep, token_ms, bytes}] of further tokens after T - 1,
+    with nothing kept decoded, and with all. ms are a mean, as coding falls on few tokens."""
+    context, costs = ids.shape[1] - 1, []
+    dense = contextlib.nullcontext(transformers.DynamicCache(config=model.config))
+    coded = compress(model, row.codecs, args.sink, args.recent) if row.codecs else dense
+    with coded as cache:
+        for part in ids[:, :-1].split(512, 1):
+            model(part, **{ARGUMENT: cache}, logits_to_keep=1)
+        for kept in (False, True) if row.codecs else (False,):
+            cache.keep = context + 1 + N_TIMED if kept else 0
+            model(ids[:, -1:], **{ARGUMENT: cache})  # which decodes what is kept
+            began = time.time()
+            for _ in range(N_TIMED):
+                model(ids[:, -1:], **{ARGUMENT: cache}).logits.argmax().item()
+            costs.append({"name": row.name, "context": context, "keep": kept,
+                          "token_ms": 1000 * (time.time() - began) / N_TIMED,
+                          "bytes": cache_bytes(cache)})
+            print("after {context:6,} tokens, {name:16} {token_ms:8.1f} ms per token, "
+                  "{bytes:13,} bytes".format(**costs[-1])
+                  + ", all kept decoded" * kept, flush=True)
+    return costs
+
+def token_counts(text):
     """--contexts: "64,128" -> [64, 128]."""
-    found = [int(word) for word in text.split(",")]
-    if min(found) < 1:
+    counts = [int(word) for word in text.split(",")]
+    if min(counts) < 1:
         raise ValueError("want 1 or more")
-    return found
-
-def opened(model, row, args):
-    """A row's empty cache, in a context; dense's is the one that transformers has."""
-    if row.codecs:
-        return compress(model, row.codecs, args.sink, args.recent)
-    return contextlib.nullcontext(transformers.DynamicCache(config=model.config))
-
-@torch.no_grad()
-def write_on(model, tokenizer, rows, args):
-    """The prompt continued greedily, with the cache of each row; prints and returns its cost."""
-    ids, costs = torch.tensor([encode_text(tokenizer, args.generate)]).long().to(model.device), []
-    if ids.numel() == 0:
-        raise sta.UsageError("--generate: no tokens in it; give a beginning to go on from")
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for row in rows:
-        n, at = inputs["input_ids"].shape[1], []  # times: at the start, then at each new token
-        clock = types.SimpleNamespace(put=lambda ids: at.append(time.time()), end=lambda: None)
-        with opened(model, row, args) as cache:
-            ids = model.generate(**inputs, **{ARGUMENT: cache}, max_new_tokens=args.new_tokens,
-                                 do_sample=False, streamer=clock)[0, n:]
-        ms = 1000 * (at[-1] - at[1]) / max(1, len(ids) - 1)
-        print(f"{row.name}: {n:,} tokens in {at[1] - at[0]:.1f} s, then {ms:.1f} ms per token; "
-              f"cache {cache_bytes(cache):,} bytes\n  {args.generate[-200:]}"
-              f"{tokenizer.decode(ids, skip_special_tokens=True)}")
-        costs.append({"name": row.name, "context": n, "keep": False, "token_ms": ms,
-                      "prefill_s": at[1] - at[0], "bytes": cache_bytes(cache)})
-    return costs
-
-@torch.no_grad()
-def time_contexts(model, rows, args):
-    """For each context and row: {name, context, keep, token_ms, bytes}, with nothing kept decoded
-    and with all. ms are a mean over N_TIMED further tokens, as some are coded only now and then."""
-    costs, generator = [], torch.Generator().manual_seed(0)
-    for context in args.contexts:
-        ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=generator)
-        *parts, last = ids.to(model.device).split([*[512] * (context // 512), context % 512, 1], 1)
-        for row in rows:
-            with opened(model, row, args) as cache:
-                for part in parts:
-                    if part.numel():
-                        model(part, **{ARGUMENT: cache}, logits_to_keep=1)
-                for kept in (False, True) if row.codecs else (False,):
-                    cache.keep = ids.shape[1] + N_TIMED if kept else 0
-                    model(last, **{ARGUMENT: cache})  # which decodes what is kept
-                    began = time.time()
-                    for _ in range(N_TIMED):
-                        model(last, **{ARGUMENT: cache}).logits.argmax().item()
-                    costs.append({"name": row.name, "context": context, "keep": kept,
-                                  "token_ms": 1000 * (time.time() - began) / N_TIMED,
-                                  "bytes": cache_bytes(cache)})
-                    print("after {context:6,} tokens, {name:16} {token_ms:8.1f} ms per token, "
-                          "{bytes:13,} bytes".format(**costs[-1])
-                          + ", all kept decoded" * kept, flush=True)
-    return costs
+    return counts
 
 def main(argv=None):
     args = parse_args(
         __doc__, argv, "model saes layer k-key k-val sink device dtype out",
         rows=dict(default="", help="files of beyond/ that add rows, such as additive"),
         only=dict(default="", help="of the rows, those whose names match this pattern"),
-        generate=dict(default="The President of the United States", help="the prompt"),
-        new_tokens=dict(type=int, default=100, help="(default 100)"),
-        contexts=dict(type=numbers, help="instead of --generate: numbers of tokens, 1024,4096"),
-        recent=dict(type=int, default=16, help="newest tokens kept exact (default 16)"))
+        contexts=dict(type=token_counts, default=[64, 128],
+                      help="after how many tokens to time one more (default 64,128)"),
+        recent=dict(type=int, default=16, least=0, help="newest tokens kept exact (default 16)"))
     check_pattern(args.only)
     folder, has_saes, name = find_fitted(args.saes, args.model)
     if not has_saes and not (args.rows and name):
@@ -333,18 +305,21 @@ def main(argv=None):
     model, tokenizer, layers = load_model(
         name, *pick_device(args.device, args.dtype), args.layer or "all")
     check_rope(model)
-    about = {"model": name, "prompt_sha256": sha256(args.generate.encode()),
-             **provenance(model)}
+    about = {"model": name, **provenance(model)}
     path = result_path(args.out, name, about, "-cache")
     saes = load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
     dense, *paper = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), args.k_key,
                                         args.k_val)
     paper = [row for row in paper if row.name == "dual"]
     rows = [dense] + [row for row in evaluate.more_rows(paper, model, tokenizer, saes, args)
-                      if stored(row) and re.search(args.only, row.name)]
-    costs = (time_contexts(model, rows, args) if args.contexts else
-             write_on(model, tokenizer, rows, args))
+                      if can_be_stored(row) and re.search(args.only, row.name)]
+    generator, costs = torch.Generator().manual_seed(0), []
+    for context in args.contexts:
+        ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=generator)
+        for row in rows:
+            costs += time_tokens(model, row, ids.to(model.device), args)
     write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
+    print(f"wrote {path}")
 
 if __name__ == "__main__":
     run_main(main)

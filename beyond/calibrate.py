@@ -6,22 +6,23 @@
     python evaluate.py --rows rivals                      # and quantisers that do
 
 The keys (before RoPE) and the values of all heads of a token, side by side, are one vector x of
-P = 2 H D numbers. For each layer, from one text:
+P = 2 H D numbers. For each layer, from one text, this measures:
 
     mean (P,) and covariance (P, P) of x
     metric A (P, P):  A = 0.45 G + 0.05 B,  G = E[g g^T]: an error e costs about e^T A e nats
 
-g is the gradient of the loss to x, at targets drawn from the model's own predictions. So G is
-Fisher's information: e^T G e / 2 is the KL divergence that an error e causes, to second order. B is
-plain squared error, of keys and of values, each weighed by the mean of G's diagonal; it is there
-because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of the
-text. The idea is that of Fisher pruning [arXiv 1801.05787].
+g is the gradient of the loss with respect to x, at targets drawn from the model's predictions. So G
+is Fisher's information: e^T G e / 2 is the KL divergence that an error e causes, to second order. B
+is plain squared error, of keys and of values, each weighted by the mean of G's diagonal; it is
+there because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of
+the text. The idea is that of Fisher pruning [arXiv 1801.05787].
 
-Codes that are fitted on one kind of text do not carry over to another. So --own mixes samples of
-the model itself into the text: they are of all the kinds that it was trained on [LLM-QAT, arXiv
-2305.17888]. Non-goal: G across tokens or layers.
+Codes that are fitted on one kind of text do not carry over to another. So --own mixes text that the
+model writes into the given one: it is of all the kinds that the model was trained on [LLM-QAT,
+arXiv 2305.17888]. Non-goal: G across tokens or layers.
 """
 import json
+import pathlib
 
 import safetensors.torch
 import torch
@@ -29,11 +30,14 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-from beyond import FIT, begin_fit, parse_args
-from support.files import expect_same, explain, model_marks, run_main, same_marks, write_atomic
+from beyond import parse_args
+from support.files import (check_out, expect_same, explain, model_marks, run_main, same_marks,
+                           sha256, write_atomic)
+from support.models import load_model, pick_device, slug
+from support.text import read_text, text_name, token_windows
 
 FISHER = 0.9  # the share of G in the metric
-SAMPLES = 64  # drawn at once
+SAMPLES = 64  # windows that the model writes at once
 
 # ------------------------------------------------------------------ what a layer is like
 def side_by_side(keys, values):
@@ -51,7 +55,7 @@ def draw(logits, generator):
     return (p < u * p[:, -1:]).sum(-1)
 
 class Probe:
-    """A codec that adds a tensor of zeros, `error`, so that autograd gives the gradient to it."""
+    """A codec that adds a tensor of zeros, `error`: its gradient is that of x."""
 
     def roundtrip(self, keys, values, live):
         self.x = side_by_side(keys[live], values[live])  # (live tokens, P)
@@ -99,33 +103,37 @@ def principal_axes(covariance, metric):
     axes = axes.flip(1)
     return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
 
-# ------------------------------------------------------------------ the model's own text
+# ------------------------------------------------------------------ text that the model writes
 @torch.no_grad()
 def own_windows(model, tokenizer, n, length):
     """Windows (n, length) that the model writes, by torch's global generator: BOS if it has one, a
     token drawn from the whole vocabulary, and what the model makes of that at temperature 1."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    start = torch.tensor(start, dtype=torch.long)
     ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
-    windows = []
-    for first in tqdm(ordinary[torch.randint(len(ordinary), (n,))].split(SAMPLES), desc="samples",
-                      disable=None):
-        ids = torch.cat([torch.tensor(start, dtype=torch.long).expand(len(first), -1),
-                         first[:, None]], 1).to(model.device)  # (B, 1 or 2)
-        n_new = length - ids.shape[1]
+    drawn, windows = ordinary[torch.randint(len(ordinary), (n,))], []
+    for first in tqdm(drawn.split(SAMPLES), desc="samples", disable=None):
+        ids = torch.cat([start.expand(len(first), -1), first[:, None]], 1)  # (B, 1 or 2)
+        ids, n_new = ids.to(model.device), length - ids.shape[1]
         windows.append(model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
             top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=n_new,
             min_new_tokens=n_new, pad_token_id=0).cpu())
     return torch.cat(windows)
 
-def mix(windows, own):
-    """Both kinds of windows, each spread evenly over the whole."""
-    places = [torch.arange(len(part)).add(0.5) / len(part) for part in (windows, own)]
-    return torch.cat([windows, own])[torch.cat(places).argsort(stable=True)]
+def mix_in_own(windows, model, tokenizer, share):
+    """Windows (n, T) -> as many, of which the model wrote a share; each kind is spread evenly over
+    the whole."""
+    n_own = round(share * len(windows))
+    if n_own == 0:
+        return windows
+    both = windows[:len(windows) - n_own], own_windows(model, tokenizer, n_own, windows.shape[1])
+    places = [torch.arange(len(part)).add(0.5) / len(part) for part in both]
+    return torch.cat(both)[torch.cat(places).argsort(stable=True)]
 
 # ------------------------------------------------------------------ fitted files
 def keep_settings(folder, settings):
-    """Note what the folder's files are fitted with. Raises UsageError at other settings there."""
+    """Store the settings of a folder's files beside them. Raises UsageError at other ones there."""
     path = folder / "settings.json"
     if path.exists():
         with explain(f"{path}: corrupt; delete the folder"):
@@ -154,18 +162,32 @@ def read_settings(folder):
     with explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
         return json.loads((folder / "settings.json").read_text())
 
+def settings_of_fit(args, model, windows):
+    marks = model_marks(model, range(model.get_decoder().config.num_hidden_layers))
+    return {"model_sha256": sha256(json.dumps(marks).encode()),
+            "text": text_name(args.text, "train", args.model), "text_sha256": sha256(windows),
+            "tokens": windows.numel(), "seq_len": windows.shape[1], "seed": args.seed,
+            "own": args.own}
+
 def main(argv=None):
-    args = parse_args(__doc__, argv, FIT, own=dict(
-        type=float, default=0.0, help="share of the tokens that the model writes (default 0)"))
+    args = parse_args(
+        __doc__, argv, "layer text seq-len seed device dtype",
+        model=dict(default="tiny", help="short name, hub id or folder (default tiny)"),
+        tokens=dict(type=int, least=2, help="of the text (default 122,880; tiny: 20,480)"),
+        out=dict(default=pathlib.Path("saes"), help="(default saes)"),
+        own=dict(type=float, default=0.0, help="share that the model writes (default 0)"))
     if not 0 <= args.own < 1:
         raise sta.UsageError(f"--own {args.own}: want a share of at least 0, below 1")
-    model, tokenizer, layers, windows, folder, settings = begin_fit(args, "calibration")
-    keep_settings(folder, {**settings, "own": args.own})
-    n_own = round(args.own * len(windows))
-    if n_own:
-        torch.manual_seed(args.seed)
-        windows = mix(windows[:len(windows) - n_own],
-                      own_windows(model, tokenizer, n_own, windows.shape[1]))
+    check_out(args.out)
+    model, tokenizer, layers = load_model(
+        args.model, *pick_device(args.device, args.dtype), args.layer or "all")
+    n_tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
+    windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
+                            args.seq_len, 512, n_tokens, least=2)
+    folder = args.out / slug(args.model) / "calibration"
+    keep_settings(folder, settings_of_fit(args, model, windows))
+    torch.manual_seed(args.seed)
+    windows = mix_in_own(windows, model, tokenizer, args.own)
     write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
     for layer, (mean, covariance, G) in statistics(model, windows, layers, seed=args.seed).items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}
