@@ -6,12 +6,10 @@ import argparse
 import contextlib
 import functools
 import pathlib
-import types
 
 import sta
-from support.files import check_out, load_saes, sha256
-from support.models import load_model, pick_device
-from support.results import find_fitted, provenance, result_path
+from support.files import sha256
+from support.results import load_run
 from support.text import read_text, text_name, token_windows
 
 OPTIONS = {  # arguments of add_argument, and `least`, below which a number is refused
@@ -52,33 +50,17 @@ def parse_args(doc, argv, names, **more):
             raise sta.UsageError(f"--{name.replace('_', '-')} {value}: want {least} or more")
     return args
 
-def load_fitted(args):
-    """--model, --saes, --layer -> a namespace: model, tokenizer, its name, folder of the SAEs, saes
-    {(layer, kind): SAE}, their layers, and the settings that they were trained with."""
-    folder, has_saes, name = find_fitted(args.saes, args.model)
-    if not has_saes:
-        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, layers = load_model(
-        name, *pick_device(args.device, args.dtype), args.layer or "all")
-    saes, metadata = load_saes(folder, model, layers if args.layer else None)
-    return types.SimpleNamespace(
-        model=model, tokenizer=tokenizer, name=name, folder=folder, saes=saes,
-        layers=sorted({layer for layer, _ in saes}), settings=metadata.get("settings"))
-
 def begin_look(args, ending):
-    """What `load_fitted` returns, and in it: windows (n, T) of the text, path of the result, about
-    (what the result says of the run). Raises UsageError at more atoms than an SAE has."""
-    check_out(args.out)
-    run = load_fitted(args)
-    about = provenance(run.model)
-    run.path = result_path(args.out, run.name, about, ending)
+    """What `load_run` returns, and in it: windows (n, T) of the text, about (what the result says
+    of the run). Raises UsageError at more atoms than an SAE has."""
+    run = load_run(args, ending)
     for (_, kind), sae in run.saes.items():
         option, k = ("--k-key", args.k_key) if kind == "key" else ("--k-val", args.k_val)
         if k > sae.n_latents:
             raise sta.UsageError(f"{option} {k}: want 1 to n_latents = {sae.n_latents}")
     run.windows = token_windows(read_text(args.text, "valid", run.name), run.tokenizer, run.model,
                                 args.seq_len, 2048, args.max_tokens)
-    run.about = about | {
+    run.about |= {
         "model": run.name, "text": text_name(args.text, "valid", run.name),
         "text_sha256": sha256(run.windows), "tokens": run.windows.numel(),
         "seq_len": run.windows.shape[1], "settings": run.settings}

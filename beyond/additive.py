@@ -32,7 +32,7 @@ from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted,
                               side_by_side, write_fitted)
 from support.files import check_out, run_main
 from support.models import load_model, pick_device
-from support.results import find_fitted
+from support.results import find_saes, fitted_folder
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16's bytes per token: a row for each
@@ -164,8 +164,7 @@ def share_out(curves, n_bytes):
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
     config, learned, curves, new_rows = model.get_decoder().config, {}, {}, []
-    shape, folder = sta.kv_shape(config), find_fitted(args.saes, args.model)[0]
-    folder = folder / "additive"
+    shape, folder = sta.kv_shape(config), fitted_folder(args.saes, args.model) / "additive"
     for layer in evaluate.coded_layers(model, saes, args):
         learned[layer] = read_fitted(folder, model, layer)
         curves |= {(layer, int(name[5:])): left.cpu() for name, left in learned[layer].items()
@@ -192,8 +191,8 @@ def main(argv=None):
     if not 0 < args.most <= 1:
         raise sta.UsageError(f"--most {args.most}: want a share above 0, at most 1")
     check_out(args.saes)
-    name = args.model or find_fitted(args.saes, None)[2] or "tiny"
-    folder = find_fitted(args.saes, name)[0] / "additive"
+    name = args.model or find_saes(args.saes, None)[1] or "tiny"
+    folder = fitted_folder(args.saes, name) / "additive"
     calibration = folder.with_name("calibration")
     settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most}
     model, _, layers = load_model(name, *pick_device(args.device, args.dtype),

@@ -34,12 +34,12 @@ SHAPES = ((64, 1024, 16, 1024), (128, 1024, 16, 2048), (512, 4096, 32, 2048))  #
 N_ROUNDS = 20  # of timing, after three more that are discarded
 
 # ------------------------------------------------------------------ the trainers
-class KAlone(sta.FastSAE):
+class KAlone(sta.TopKSAE):
     """Ours, trained for a single budget, as the peers are."""
 
     def loss(self, x):
         z, idx = self.encode(x, self.k)
-        self.note_fired(idx[z > 0], x[..., 0].numel())
+        self.count_fired(idx[z > 0], x[..., 0].numel())
         return ((x - self.decode(z, idx)) / self.scale).square().mean()
 
 class Ours:
@@ -116,7 +116,7 @@ class SAELens:
         return self.sae.decode(acts), acts.nonzero()[:, 1]
 
 TRAINERS = {"ours": Ours, "sparsify": Sparsify, "dictionary_learning": DictionaryLearning,
-            "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.FastSAE)}
+            "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.TopKSAE)}
 
 def adam(sae, lr, n_steps, betas=train_sae.BETAS):
     """(Adam for an SAE, the schedule of its rate: our warm-up and decay)."""

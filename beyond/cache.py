@@ -32,9 +32,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 import evaluate
 import sta
 from beyond import parse_args
-from support.files import load_saes, run_main, write_atomic
-from support.models import load_model, pick_device
-from support.results import check_pattern, find_fitted, provenance, result_path
+from support.files import run_main, write_atomic
+from support.results import check_pattern, load_run
 
 N_TIMED = 32  # tokens: at recent = 128, a quarter of it is coded once among them
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
@@ -249,7 +248,7 @@ def rows(model, tokenizer, saes, args, before):
     check_rope(model)
     new_rows = []
     for row in before:
-        if can_be_stored(row) and row.name not in ("uniform", "reverse"):
+        if can_be_stored(row) and row.name not in ("means", "uniform", "reverse"):
             name = "cache" if row.name == "dual" else f"cache {row.name}"
             row = dataclasses.replace(row, name=name, method=None)
             row.enter = functools.partial(through_cache, row=row, sink=args.sink)
@@ -299,27 +298,22 @@ def main(argv=None):
                       help="after how many tokens to time one more (default 64,128)"),
         recent=dict(type=int, default=16, least=0, help="newest tokens kept exact (default 16)"))
     check_pattern(args.only)
-    folder, has_saes, name = find_fitted(args.saes, args.model)
-    if not has_saes and not (args.rows and name):
-        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, layers = load_model(
-        name, *pick_device(args.device, args.dtype), args.layer or "all")
-    check_rope(model)
-    about = {"model": name, **provenance(model)}
-    path = result_path(args.out, name, about, "-cache")
-    saes = load_saes(folder, model, layers if args.layer else None)[0] if has_saes else {}
-    dense, *paper = evaluate.paper_rows(saes, sta.kv_shape(model.get_decoder().config), args.k_key,
-                                        args.k_val)
+    run = load_run(args, "-cache", needs_saes=not args.rows)
+    check_rope(run.model)
+    shape = sta.kv_shape(run.model.get_decoder().config)
+    dense, *paper = evaluate.paper_rows(run.saes, shape, args.k_key, args.k_val)
     paper = [row for row in paper if row.name == "dual"]
-    rows = [dense] + [row for row in evaluate.more_rows(paper, model, tokenizer, saes, args)
-                      if can_be_stored(row) and re.search(args.only, row.name)]
+    rows = [dense] + [
+        row for row in evaluate.more_rows(paper, run.model, run.tokenizer, run.saes, args)
+        if can_be_stored(row) and re.search(args.only, row.name)]
     generator, costs = torch.Generator().manual_seed(0), []
     for context in args.contexts:
-        ids = torch.randint(model.config.vocab_size, (1, context + 1), generator=generator)
+        ids = torch.randint(run.model.config.vocab_size, (1, context + 1), generator=generator)
         for row in rows:
-            costs += time_tokens(model, row, ids.to(model.device), args)
-    write_atomic(path, json.dumps({"caches": costs, **about}, indent=1))
-    print(f"wrote {path}")
+            costs += time_tokens(run.model, row, ids.to(run.model.device), args)
+    result = {"model": run.name, "caches": costs, **run.about}
+    write_atomic(run.path, json.dumps(result, indent=1))
+    print(f"wrote {run.path}")
 
 if __name__ == "__main__":
     run_main(main)

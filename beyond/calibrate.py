@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 import sta
 from beyond import parse_args
-from support.files import (check_out, expect_same, explain, model_marks, run_main, same_marks,
+from support.files import (check_out, expect_same, explain, model_hash, run_main,
                            sha256, write_atomic)
 from support.models import load_model, pick_device, slug
 from support.text import read_text, text_name, token_windows
@@ -144,7 +144,7 @@ def keep_settings(folder, settings):
 def write_fitted(folder, model, layer, tensors):
     write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
         {name: x.float().cpu().contiguous() for name, x in tensors.items()},
-        {"marks": json.dumps(model_marks(model, [layer]))}))
+        {"model_sha256": model_hash(model, [layer])}))
 
 def read_fitted(folder, model, layer):
     """The tensors of a layer in saes/<model>/<calibration or additive>, on the model's device."""
@@ -153,8 +153,8 @@ def read_fitted(folder, model, layer):
     with explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
         with safetensors.safe_open(path, "pt", device=str(model.device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            marks = json.loads(file.metadata()["marks"])
-    if not same_marks(marks, model_marks(model, [layer])):
+            hash_there = file.metadata()["model_sha256"]
+    if hash_there != model_hash(model, [layer]):
         raise sta.UsageError(f"{path}: of another model; choose another --saes or --out")
     return tensors
 
@@ -163,8 +163,8 @@ def read_settings(folder):
         return json.loads((folder / "settings.json").read_text())
 
 def settings_of_fit(args, model, windows):
-    marks = model_marks(model, range(model.get_decoder().config.num_hidden_layers))
-    return {"model_sha256": sha256(json.dumps(marks).encode()),
+    layers = range(model.get_decoder().config.num_hidden_layers)
+    return {"model_sha256": model_hash(model, layers),
             "text": text_name(args.text, "train", args.model), "text_sha256": sha256(windows),
             "tokens": windows.numel(), "seq_len": windows.shape[1], "seed": args.seed,
             "own": args.own}

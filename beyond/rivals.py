@@ -28,7 +28,7 @@ import sta
 from beyond import parse_args
 from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
 from support.files import run_main
-from support.results import find_fitted
+from support.results import fitted_folder
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
@@ -163,7 +163,7 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     shape = sta.kv_shape(model.get_decoder().config)
     layers = evaluate.coded_layers(model, saes, args)
-    folder = find_fitted(args.saes, args.model)[0] / "calibration"
+    folder = fitted_folder(args.saes, args.model) / "calibration"
     fitted = {layer: read_fitted(folder, model, layer) for layer in layers}
     settings, new_rows = read_settings(folder), []
     for bits in (2, 3):

@@ -22,6 +22,7 @@ l1         A ReLU autoencoder with an L1 penalty, which follows the number of ac
 Non-goals: search among the atoms of a layer's SAE.
 """
 import argparse
+import math
 import pathlib
 
 import torch
@@ -32,7 +33,7 @@ import sta
 import train_sae
 from beyond.calibrate import apart, side_by_side
 from support.files import load_saes, run_main
-from support.results import find_fitted
+from support.results import fitted_folder
 
 ROUNDS = 2  # of pursuit: each gains less than the one before
 
@@ -67,10 +68,8 @@ class Searched(sta.DualBudget):
     """The dual budget with searched codes; decoding is the same."""
 
     def encode(self, keys, values):
-        z_key, idx_key = pursue(self.key_sae, keys, self.budget.k_key)  # (..., H, k_key)
-        z_val, idx_val = pursue(self.value_sae, values, self.budget.k_val)
-        return (z_key.flatten(-2).half(), idx_key.flatten(-2).short(),
-                z_val.flatten(-2).half(), idx_val.flatten(-2).short())
+        return (*sta.pack(*pursue(self.key_sae, keys, self.budget.k_key)),
+                *sta.pack(*pursue(self.value_sae, values, self.budget.k_val)))
 
 def search(codecs):
     """{layer: dual budget} -> the same with searched codes."""
@@ -78,39 +77,34 @@ def search(codecs):
             for layer, codec in codecs.items()}
 
 # ------------------------------------------------------------------ one SAE per layer
+class LayerSAE(sta.TopKSAE):
+    """A TopKSAE of one vector per token: keys and values of all heads, each kind in units of its
+    spread."""
+
+    def __init__(self, dim, n_latents, k, generator=None):
+        super().__init__(1, dim, n_latents, k, generator)
+        self.scale = torch.ones(dim)
+
+    @torch.no_grad()
+    def centre(self, x):
+        """Set b_dec and scale (P,) to those of vectors x (tokens, 1, P)."""
+        self.b_dec.copy_(x.mean(0))
+        variances = (x - self.b_dec).square().mean((0, 1))  # (P,)
+        self.scale.copy_(torch.cat([part.mean().sqrt().expand_as(part)
+                                    for part in variances.chunk(2)]))
+
 class PerLayer:
-    """A variant of train_sae.py: one vector per token, of all heads' keys and values, in units of
-    their spread."""
-    next_step = "python evaluate.py --rows variants"
+    """What train_sae.py trains for a layer: one LayerSAE."""
 
-    def __init__(self):
-        self.spreads = {}  # {layer: (P,)}, of the first vectors that are read
-
-    def make_sae(self, n_heads, dim, n_latents, k, generator=None):
-        return sta.FastSAE(n_heads, dim, n_latents, k, generator)
-
-    def budgets(self, args, shape):
+    def make_saes(self, shape, args, generator):
         k = shape[0] * (args.k_key + args.k_val)
         if k > args.n_latents:
             raise sta.UsageError(f"--n-latents {args.n_latents}: want {k} = n_kv_heads (k_key + "
                                  "k_val) or more")
-        return {"layer": (1, 2 * shape[0] * shape[1], k)}
+        return {"layer": LayerSAE(2 * math.prod(shape), args.n_latents, k, generator)}
 
-    def vectors(self, layer, keys, values):
-        x = side_by_side(keys, values)  # (tokens, P)
-        if layer not in self.spreads:
-            variance = (x - x.mean(0)).square().mean(0)  # (P,)
-            self.spreads[layer] = torch.cat([part.mean().sqrt().expand_as(part)
-                                             for part in variance.chunk(2)])
-        return {"layer": (x / self.spreads[layer])[:, None]}  # (tokens, 1, P)
-
-    @torch.no_grad()
-    def finish(self, layer, sae):
-        """The SAE of x / spread becomes that of x; its atoms are no unit vectors then."""
-        sae.W_enc /= self.spreads[layer][:, None]
-        sae.W_dec *= self.spreads[layer]
-        sae.b_dec *= self.spreads[layer]
-        return sae.requires_grad_(False)
+    def vectors(self, keys, values):
+        return {"layer": side_by_side(keys, values)[:, None]}  # (tokens, 1, P)
 
 class LayerBudget:
     """A codec of one layer: k atoms of one SAE for the keys and values of all heads."""
@@ -129,17 +123,20 @@ class LayerBudget:
         return apart(self.sae.decode(z, idx)[..., 0, :], self.shape)
 
 # ------------------------------------------------------------------ other splits
-class Splits(train_sae.PerHead):
-    """A variant of train_sae.py: for each split but the dual one, an SAE of keys and one of values,
-    named by kind and budget."""
+class Splits:
+    """What train_sae.py trains for a layer: for each split but the dual one, an SAE of keys and one
+    of values, named by kind and budget."""
 
-    def budgets(self, args, shape):
-        self.ks = [(kind, k) for budget in other_splits(args.k_key, args.k_val).values()
-                   for kind, k in zip(sta.KINDS, budget)]
-        return {f"{kind}{k}": (*shape, k) for kind, k in self.ks}
+    def make_saes(self, shape, args, generator):
+        saes = {}
+        for budget in other_splits(args.k_key, args.k_val).values():
+            for kind, k in zip(sta.KINDS, budget):
+                saes[f"{kind}{k}"] = sta.TopKSAE(*shape, args.n_latents, k, generator)
+        self.names = list(saes)
+        return saes
 
-    def vectors(self, layer, keys, values):
-        return {f"{kind}{k}": keys if kind == "key" else values for kind, k in self.ks}
+    def vectors(self, keys, values):
+        return {name: keys if name.startswith("key") else values for name in self.names}
 
 def other_splits(k_key, k_val):
     """evaluate.splits without the dual one."""
@@ -174,9 +171,16 @@ class L1SAE(sta.TopKSAE):
         with torch.no_grad():
             active = (z > 0).sum(-1).float().mean()
             self.l1_weight *= (active / self.k).clamp(0.1, 10) ** 0.02
-            self.note_fired((z > 0).nonzero()[:, -1], x[..., 0].numel())
+            self.count_fired((z > 0).nonzero()[:, -1], x[..., 0].numel())
         error = (inside - z @ self.W_dec).square().mean()
         return error + self.l1_weight * z.sum(-1).mean() / x.shape[-1]
+
+class L1(train_sae.KeysAndValues):
+    """What train_sae.py trains for a layer: L1SAEs of keys and of values."""
+
+    def make_saes(self, shape, args, generator):
+        return {"key": L1SAE(*shape, args.n_latents, args.k_key, generator),
+                "value": L1SAE(*shape, args.n_latents, args.k_val, generator)}
 
 class ReluCode:
     """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
@@ -203,8 +207,7 @@ class ReluCode:
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
-VARIANTS = {"layer": PerLayer, "splits": lambda: Splits(next_step=PerLayer.next_step),
-            "l1": lambda: train_sae.PerHead(L1SAE, PerLayer.next_step)}
+VARIANTS = {"layer": PerLayer(), "splits": Splits(), "l1": L1()}
 
 def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
@@ -227,7 +230,7 @@ def settings_of(before):
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
-    folder, new_rows = find_fitted(args.saes, args.model)[0], []
+    folder, new_rows = fitted_folder(args.saes, args.model), []
     layers = evaluate.coded_layers(model, saes, args)
     if saes:
         codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
@@ -255,7 +258,7 @@ def main(argv=None):
     parser.add_argument("--what", choices=VARIANTS, default="layer", help="(default layer)")
     parser.add_argument("--out", type=pathlib.Path, default="saes", help="(default saes)")
     own, rest = parser.parse_known_args(argv)
-    train_sae.main([*rest, "--out", str(own.out / own.what)], VARIANTS[own.what](), __doc__)
+    train_sae.main([*rest, "--out", str(own.out / own.what)], VARIANTS[own.what], __doc__)
 
 if __name__ == "__main__":
     run_main(main)
