@@ -5,12 +5,12 @@
 
 Scan: the text passes through the model in chunks, each with up to OVERLAP tokens before it. The key
 SAEs of a few layers turn every key into k latents, which go into an inverted index, latent ->
-positions. All else is dropped, but for the mean query of each head.
+positions. All else is dropped, except the mean query of each head.
 Search: a query, before RoPE and less that mean, is described by the k key atoms with which its
-inner product is largest. For each query, a position sums inner product times inverse document
-frequency over the latents that they share; its score is the sum over queries of the squares of
-that. The scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702.
-Ours, as it leaves them open: the layers (best recall on other questions), the mean, weights, spans.
+inner product is largest. Per query, a position sums inner product times inverse document frequency
+over the latents that they share; its score is the sum over queries of the squares of that. The
+scores are fused with those of BM25 by ranks. Source: the abstract of arXiv 2601.17702. It leaves
+open, and we chose: the layers (best recall on other questions), the mean, weights, spans.
 --evaluate compares the recall of the passage that a question is about with BM25 over words, with
 dense products of queries and keys in the same layers, and with cosines of the residual stream; its
 standard errors are over contexts, whose questions share one text.
@@ -19,7 +19,6 @@ import itertools
 import json
 import pathlib
 import re
-import resource
 import sys
 import time
 
@@ -28,10 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import sta
-from beyond import capture_queries, parse_args
-from support.files import load_saes, run_main, write_atomic
-from support.models import load_model, pick_device
-from support.results import find_fitted, provenance, result_path
+from beyond import capture_queries, load_fitted, parse_args
+from support.files import run_main, write_atomic
+from support.results import provenance, result_path
 from support.tasks import Question, loglikelihoods, mean_stderr, task_rows
 from support.text import encode_text, read_text, tokenize
 
@@ -63,8 +61,8 @@ def chunks(model, ids, layers):
     length = min(CHUNK, limit - OVERLAP)
     for at in range(0, len(ids), length):
         before = min(at, OVERLAP)
-        read_there = read(model, ids[at - before:at + length], layers)
-        yield at, {layer: [x[before:] for x in parts] for layer, parts in read_there.items()}
+        by_layer = read(model, ids[at - before:at + length], layers)
+        yield at, {layer: [x[before:] for x in parts] for layer, parts in by_layer.items()}
 
 def scan(model, saes, ids):
     """Token ids (n,), {layer: key SAE} -> the index {layer: (start (H M + 1,), positions, mean
@@ -88,18 +86,18 @@ def scan(model, saes, ids):
 # ------------------------------------------------------------------ the search
 def search(model, saes, index, question, n_tokens, special=()):
     """{("s3", layer): scores (n_spans,)} of a question (token ids) on a text of n_tokens. The model
-    reads the special ids among them too, but they search for nothing."""
-    scores, asks = {}, torch.tensor([i not in special for i in question.tolist()])
+    reads the special ids among them too, but their queries are left out."""
+    scores, ordinary = {}, torch.tensor([i not in special for i in question.tolist()])
     for layer, (_, q, _) in read(model, question, list(saes)).items():
-        q = q[asks.to(q.device)]
+        q = q[ordinary.to(q.device)]
         (start, positions, mean), sae, score = index[layer], saes[layer], np.zeros(n_tokens)
         along, idx = ((q.cpu() - mean) @ sae.W_dec.cpu().T).topk(sae.k)  # (T, H, group, k)
         f = (idx + sae.n_latents * torch.arange(q.shape[1])[:, None, None]).numpy()
         df = start[f + 1] - start[f]  # of how many tokens
         weight = along.clamp_min(0).numpy() * np.log(n_tokens / df.clip(1))
-        for one in np.ndindex(f.shape[:3]):  # a query
-            hits = np.concatenate([positions[start[i]:start[i + 1]] for i in f[one]])
-            score += np.bincount(hits, np.repeat(weight[one], df[one]), n_tokens) ** 2
+        for query in np.ndindex(f.shape[:3]):
+            hits = np.concatenate([positions[start[i]:start[i + 1]] for i in f[query]])
+            score += np.bincount(hits, np.repeat(weight[query], df[query]), n_tokens) ** 2
         scores["s3", layer] = of_spans(score / max(score.mean(), 1e-9))
     return scores
 
@@ -114,18 +112,19 @@ def span_words(tokenizer, ids):
     """The words of each span of token ids (n,), the tail dropped."""
     return [words_of(tokenizer.decode(span)) for span in ids[:len(ids) // SPAN * SPAN].split(SPAN)]
 
-def bm25(spans, asked):
-    """Scores (n_spans,) of spans, lists of words [Robertson; k1 = 1.2; all spans are as long]."""
+def bm25(spans, question):
+    """Scores (n_spans,) of spans for a question, all lists of words [Robertson; k1 = 1.2; all spans
+    are taken to be of one length]."""
     score = np.zeros(len(spans))
-    for word in sorted(set(asked)):
+    for word in sorted(set(question)):
         tf = np.array([span.count(word) for span in spans])
         df = (tf > 0).sum()
         score += np.log(1 + (len(tf) - df + 0.5) / (df + 0.5)) * tf * 2.2 / (tf + 1.2)
     return score
 
 def combine(by_layer, chosen, bm25s):
-    """{(method, layer): scores} -> {name: scores}: for each name of chosen the sum of those; bm25;
-    s3 and bm25 fused [reciprocal ranks, Cormack 2009]."""
+    """{(method, layer): scores} -> {name: scores}: for each name in chosen, the sum over the pairs
+    that it lists; bm25; s3 and bm25 fused [reciprocal ranks, Cormack 2009]."""
     scores = {name: sum(by_layer[pair] for pair in pairs) for name, pairs in chosen.items()}
     scores["bm25"] = bm25s
     scores["fused"] = sum(1 / (61 + np.argsort(np.argsort(-scores[name], kind="stable")))
@@ -133,29 +132,27 @@ def combine(by_layer, chosen, bm25s):
     return scores
 
 def best_spans(score, budget):
-    """Scores (n_spans,) -> the best spans, best first, of `budget` tokens in all, but one at least;
-    the places of their tokens, in the text's order."""
+    """Scores (n_spans,) -> (the best spans, best first, `budget` tokens in all, but at least one
+    span; the places of their tokens in the text, rising)."""
     spans = np.argsort(-score, kind="stable")[:max(1, int(budget // SPAN))]
     return spans, (SPAN * np.sort(spans)[:, None] + np.arange(SPAN)).flatten()
 
 def answer(model, tokenizer, saes, ids, question, budget):
     """Print the best spans of a text (token ids), and what the model writes from them."""
-    asked = torch.tensor(encode_text(tokenizer, question)).long()
-    special = tokenizer.all_special_ids
-    began = time.time()
     if not words_of(question):
         raise sta.UsageError("--question: no words in it; ask something")
     if not SPAN <= budget < len(ids) or len(ids) < CHUNK:
         raise sta.UsageError(f"--budget {budget}, a text of {len(ids):,} tokens: want {SPAN} or "
                              f"more, and more text than that and than a chunk, {CHUNK}")
+    began = time.time()
     index, words = scan(model, saes, ids), span_words(tokenizer, ids)
-    scanned, size = time.time(), sum(x.nbytes for pair in index.values() for x in pair)
-    scores = combine(search(model, saes, index, asked, len(ids), special), {"s3": [
-        ("s3", layer) for layer in saes]}, bm25(words, words_of(question)))
+    scanned, n_bytes = time.time(), sum(x.nbytes for parts in index.values() for x in parts)
+    question_ids = torch.tensor(encode_text(tokenizer, question)).long()
+    by_layer = search(model, saes, index, question_ids, len(ids), tokenizer.all_special_ids)
+    scores = combine(by_layer, {"s3": list(by_layer)}, bm25(words, words_of(question)))
     spans, places = best_spans(scores["fused"], budget)
     print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
-          f"{1000 * (time.time() - scanned):.0f} ms; index {size / len(ids):.0f} bytes per token; "
-          f"peak memory {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10:,} MiB")
+          f"{1000 * (time.time() - scanned):.0f} ms; index {n_bytes / len(ids):.0f} bytes per token")
     for i in spans:
         print(f"  {SPAN * i:,}:", *(f"{name} {x[i]:.3g}," for name, x in scores.items()),
               repr(tokenizer.decode(ids[SPAN * i:SPAN * (i + 1)])))
@@ -164,30 +161,28 @@ def answer(model, tokenizer, saes, ids, question, budget):
         prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)
         written = model.generate(input_ids=prompt, max_new_tokens=40, do_sample=False)[0]
         print(f"from the {name}: {tokenizer.decode(written[prompt.shape[1]:])!r}")
-    if len(ids) <= model.get_decoder().config.max_position_embeddings:
-        began = time.time()
-        model.get_decoder()(input_ids=ids[None].to(model.device), use_cache=False)
-        print(f"one pass over the whole text, for comparison: {time.time() - began:.1f} s")
 
 # ------------------------------------------------------------------ how well it finds
-def contexts(rows, n, tokenizer):
+def boolq_contexts(rows, n, tokenizer):
     """BoolQ's rows -> yields (token ids (T,) of n passages without their last sentences; each
-    token's passage (T,); the n questions, as text and as ids; the n last sentences)."""
+    token's passage (T,); the n questions, as text; as ids; the n last sentences, as ids)."""
     def encode(text): return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     for group in (rows[i:i + n] for i in range(0, len(rows) - n + 1, n)):
-        parts = [re.split(r"(?<=[.!?])\s+", row["passage"].strip()) for row in group]
-        body = [encode(" ".join(part[:-1]) + "\n\n") for part in parts]
-        yield (torch.cat(body), np.repeat(np.arange(n), [len(ids) for ids in body]),
-               [(row["question"], encode(row["question"] + "?")) for row in group],
-               [encode(p[-1]) for p in parts])
+        sentences = [re.split(r"(?<=[.!?])\s+", row["passage"].strip()) for row in group]
+        bodies = [encode(" ".join(parts[:-1]) + "\n\n") for parts in sentences]
+        questions = [row["question"] for row in group]
+        yield (torch.cat(bodies), np.repeat(np.arange(n), [len(ids) for ids in bodies]), questions,
+               [encode(f"{question}?") for question in questions],
+               [encode(parts[-1]) for parts in sentences])
 
-def rival_scores(model, ids, layers, asked):
-    """Yields for each question {(method, layer): scores (n_spans,)}: attention without RoPE, its
-    queries less their mean, which S3 approximates; cosine of residual streams, less their mean."""
+def rival_scores(model, ids, layers, questions):
+    """Yields for each question (token ids) {(method, layer): scores (n_spans,)}: attention without
+    RoPE, its queries less their mean, which S3 approximates; cosine of residual streams, less their
+    mean."""
     parts, scores = [part for _, part in chunks(model, ids, layers)], {}
     text = {layer: [torch.cat(x) for x in zip(*(part[layer] for part in parts))]
             for layer in layers}
-    for _, question in asked:
+    for question in questions:
         for layer, (_, q, stream) in read(model, question, layers).items():
             k, text_q, text_stream = text[layer]
             logits = torch.einsum("thgd,nhd->thgn", q - text_q.mean(0), k) / k.shape[2] ** 0.5
@@ -197,92 +192,102 @@ def rival_scores(model, ids, layers, asked):
                 F.cosine_similarity(centred, mean, dim=-1).cpu().numpy())
         yield dict(scores)
 
-def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
-    """n passages at a time -> {what: [its figures, one list per context]}: recall of the right
-    passage's tokens; hit, whether they are half of what is returned; loss of the passage's last
-    sentence (nats)."""
-    figures, chance = {}, np.random.default_rng(0)
-    for ids, owner, asked, last in contexts(rows, n, tokenizer):
-        index, words, here = scan(model, saes, ids), span_words(tokenizer, ids), {}
-        for i, by_layer in enumerate(rival_scores(model, ids, list(saes), asked)):
-            right, bm25s = owner == i, bm25(words, words_of(asked[i][0]))
-            by_layer |= search(model, saes, index, asked[i][1], len(ids))
-            scores = combine(by_layer, chosen, bm25s) | {"chance": chance.random(len(bm25s))}
-            for share, (method, score) in itertools.product(SHARES, scores.items()):
-                hits = right[best_spans(score, share * len(ids))[1]]
-                for what, x in (("recall", hits.sum() / right.sum()), ("hit", hits.mean() >= 0.5)):
-                    here.setdefault(f"{what} by {method} at {share:.0%}", []).append(float(x))
-            if not with_losses:
-                continue
-            given = {"nothing": ids[:1], "the right passage": ids[right],
-                     "5 % by fused": ids[best_spans(scores["fused"], len(ids) / 20)[1]]}
-            if n == PASSAGES[1] and i % 10 == 0:  # because the full context takes longest
-                given["full context"] = ids
-            room = model.get_decoder().config.max_position_embeddings - len(last[i])
-            asks = [(context[-room:].tolist(), last[i].tolist()) for context in given.values()]
-            totals = loglikelihoods(
-                lambda x: model(input_ids=x, use_cache=False).logits,
-                [Question(asks, [], 0)], model, "losses")
-            for name, total in zip(given, totals):
-                here.setdefault(f"loss after {name}", []).append(-total / len(last[i]))
-        for what, x in here.items():
-            figures.setdefault(what, []).append(x)
+def recall_and_hit(scores, right):
+    """{method: scores (n_spans,)}, whether a token is of the right passage (T,) -> {what: figure}:
+    recall, the share of its tokens that is returned; hit, whether it is half of what is."""
+    figures = {}
+    for share, (method, score) in itertools.product(SHARES, scores.items()):
+        returned = right[best_spans(score, share * len(right))[1]]
+        figures[f"recall by {method} at {share:.0%}"] = returned.sum() / right.sum()
+        figures[f"hit by {method} at {share:.0%}"] = returned.mean() >= 0.5
     return figures
 
+def losses_after(model, contexts, sentence):
+    """{name: token ids} -> {what: mean loss (nats) of a sentence's tokens after that context}."""
+    room = model.get_decoder().config.max_position_embeddings - len(sentence)
+    requests = [(ids[-room:].tolist(), sentence.tolist()) for ids in contexts.values()]
+    totals = loglikelihoods(lambda ids: model(input_ids=ids, use_cache=False).logits,
+                            [Question(requests, [], 0)], model, "losses")
+    return {f"loss after {name}": -total / len(sentence)
+            for name, total in zip(contexts, totals)}
+
+def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
+    """n passages at a time -> {what: its mean in each context}: `recall_and_hit` of the methods,
+    each with its `chosen` layers; `losses_after` of the right passage's last sentence."""
+    means, chance = {}, np.random.default_rng(0)
+    for ids, passages, questions, question_ids, last in boolq_contexts(rows, n, tokenizer):
+        index, words, figures = scan(model, saes, ids), span_words(tokenizer, ids), {}
+        for i, by_layer in enumerate(rival_scores(model, ids, list(saes), question_ids)):
+            by_layer |= search(model, saes, index, question_ids[i], len(ids))
+            scores = combine(by_layer, chosen, bm25(words, words_of(questions[i])))
+            scores["chance"] = chance.random(len(words))
+            columns = recall_and_hit(scores, passages == i)
+            if with_losses:
+                best = best_spans(scores["fused"], len(ids) / 20)[1]
+                contexts = {"nothing": ids[:1], "the right passage": ids[passages == i],
+                            "5 % by fused": ids[best]}
+                if n == PASSAGES[1] and i % 10 == 0:  # because the full context takes longest
+                    contexts["full context"] = ids
+                columns |= losses_after(model, contexts, last[i])
+            for what, figure in columns.items():
+                figures.setdefault(what, []).append(float(figure))
+        for what, x in figures.items():
+            means.setdefault(what, []).append(np.mean(x))
+    return means
+
+def choose_layers(model, tokenizer, saes, rows):
+    """{method: its N_LAYERS pairs (method, layer) of the best recall}; prints all recalls."""
+    single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
+    means, chosen = try_on(model, tokenizer, saes, rows, PASSAGES[1], single, False), {}
+    for method in METHODS:
+        recall = {layer: np.mean(means[f"recall by {method} {layer} at 5%"]) for layer in saes}
+        print(f"{method}, layer: recall", ", ".join(f"{i}: {x:.3f}" for i, x in recall.items()))
+        chosen[method] = [(method, layer) for layer in sorted(recall, key=recall.get)[-N_LAYERS:]]
+    chosen["dense, s3's layers"] = [("dense", layer) for _, layer in chosen["s3"]]
+    return chosen
+
 def evaluate_on(model, tokenizer, saes, rows):
-    """BoolQ's rows: choose layers on some, print and return what is found on others."""
+    """BoolQ's rows: choose layers on a part, print and return the figures on others."""
     rows = list({row["passage"]: row for row in rows if re.search(
         r"[.!?]\s+\S", row["passage"])}.values())  # each passage once, of two sentences
     if len(rows) < N_CHOOSE + max(PASSAGES):
         raise sta.UsageError(f"--evaluate: {len(rows)} different passages, --limit or fewer; want "
                              f"{N_CHOOSE + max(PASSAGES)} or more, to choose layers and to test")
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
-    figures, chosen = try_on(model, tokenizer, saes, rows[:N_CHOOSE], PASSAGES[1], single,
-                             with_losses=False), {}
-    for method in METHODS:
-        recall = {layer: np.mean(figures[f"recall by {method} {layer} at 5%"]) for layer in saes}
-        print(f"{method}, layer: recall", ", ".join(f"{i}: {x:.3f}" for i, x in recall.items()))
-        chosen[method] = [(method, layer) for layer in sorted(recall, key=recall.get)[-N_LAYERS:]]
-    chosen["dense, s3's layers"] = [("dense", layer) for _, layer in chosen["s3"]]
-    saes, table = {i: saes[i] for i in sorted({i for x in chosen.values() for _, i in x})}, []
+    chosen, table = choose_layers(model, tokenizer, saes, rows[:N_CHOOSE]), []
+    layers = sorted({layer for pairs in chosen.values() for _, layer in pairs})
+    saes = {layer: saes[layer] for layer in layers}
     for n in PASSAGES:
-        figures = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n, chosen)
-        for what, x in figures.items():
-            means = {"mean": [np.mean(context) for context in x]}  # one of each context
-            if " by " in what and what.startswith(("recall", "hit")):
-                bm25s = figures[re.sub("by .* at", "by bm25 at", what)]
-                means["less bm25's"] = np.subtract(means["mean"], [np.mean(c) for c in bm25s])
-            row = {name: mean_stderr(values) for name, values in means.items()}
+        means = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n, chosen)
+        for what, x in means.items():
+            columns = {"mean": mean_stderr(x)}
+            if what.startswith(("recall", "hit")):
+                bm25s = means[re.sub("by .* at", "by bm25 at", what)]
+                columns["less bm25's"] = mean_stderr(np.subtract(x, bm25s))
             print(f"{n:3} passages, {len(x)} contexts: {what:28}", ", ".join(
-                f"{name} {mean:.3f} ±{float('nan') if error is None else error:.3f}"
-                for name, (mean, error) in row.items()))
-            table.append({"passages": n, "what": what, "contexts": len(x), **row})
+                f"{name} {mean:.3f} ±{np.nan if error is None else error:.3f}"
+                for name, (mean, error) in columns.items()))
+            table.append({"passages": n, "what": what, "contexts": len(x), **columns})
     return {"chosen": chosen, "table": table}
 
 @torch.no_grad()
 def main(argv=None):
     args = parse_args(
-        __doc__, argv, "model saes layer text device dtype out",
+        __doc__, argv, "model saes layer text limit device dtype out",
         question=dict(default="Who was the President?", help="to look for in --text"),
         budget=dict(type=int, default=256, help="tokens of spans (default 256)"),
         evaluate=dict(action="store_true", help="measure on BoolQ's rows instead"),
-        task_dir=dict(type=pathlib.Path, help="with boolq.jsonl (else the hub's rows)"),
-        limit=dict(type=int, help="of BoolQ's rows (default all)"))
-    folder, has_saes, name = find_fitted(args.saes, args.model)
-    if not has_saes:
-        raise sta.UsageError(f"{args.saes}: no SAEs; first run: python train_sae.py")
-    model, tokenizer, layers = load_model(
-        name, *pick_device(args.device, args.dtype), args.layer or "all")
-    saes, trained = load_saes(folder, model, layers if args.layer else None)
-    saes = {layer: sae for (layer, kind), sae in saes.items() if kind == "key"}
+        task_dir=dict(type=pathlib.Path, help="with boolq.jsonl (else the hub's rows)"))
+    run = load_fitted(args)
+    saes = {layer: run.saes[layer, "key"] for layer in run.layers}
     if args.evaluate:
-        about = {"model": name, **provenance(model), "settings": trained["settings"]}
-        path = result_path(args.out, name, about, "-s3")
+        about = {"model": run.name, **provenance(run.model), "settings": run.settings}
+        path = result_path(args.out, run.name, about, "-s3")
         rows = [row for _, row in task_rows("boolq", args.task_dir, args.limit)]
-        return write_atomic(path, json.dumps(about | evaluate_on(model, tokenizer, saes, rows)))
-    ids = tokenize(read_text(args.text, "valid", name), tokenizer, sys.maxsize)
-    answer(model, tokenizer, saes, ids, args.question, args.budget)
+        figures = evaluate_on(run.model, run.tokenizer, saes, rows)
+        return write_atomic(path, json.dumps(about | figures))
+    ids = tokenize(read_text(args.text, "valid", run.name), run.tokenizer, sys.maxsize)
+    answer(run.model, run.tokenizer, saes, ids, args.question, args.budget)
 
 if __name__ == "__main__":
     run_main(main)
