@@ -15,7 +15,6 @@ Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs i
 import argparse
 import contextlib
 import dataclasses
-import functools
 import importlib
 import json
 import math
@@ -82,8 +81,8 @@ class Row:
     method: str | None = None  # a curve of the pictures; default: the name
     settings: dict | None = None  # how the codec was fitted
     with_tasks: bool = True
-    enter: Callable | None = None  # in place of through_hooks; sets bytes_per_token at its end
-    bytes_per_token: float | None = None  # of the whole model
+    make_forward: Callable | None = None  # (model) in place of through_hooks
+    bytes_per_token: float | None = None  # of the whole model, if make_forward has measured them
 
 class OneKind:
     """A codec's keys alone (kind "key"), or its values: the other kind stays as it is. It states
@@ -103,8 +102,9 @@ def dictionary_bytes(saes, *kinds):
 
 def dual_codecs(saes, k_key, k_val):
     """{(layer, kind): SAE} -> {layer: the paper's codec}."""
-    return {layer: sta.DualBudget(saes[layer, "key"], sae, sta.Budget(k_key, k_val))
-            for (layer, kind), sae in saes.items() if kind == "value"}
+    return {layer: sta.DualBudget(saes[layer, "key"], saes[layer, "value"],
+                                  sta.Budget(k_key, k_val))
+            for layer in sorted({layer for layer, _ in saes})}
 
 def splits(k_key, k_val):
     """{name: (atoms per key, atoms per value)}: the dual budget, and others of the same total."""
@@ -188,36 +188,51 @@ def compare(losses, dense):
             "delta_ce_stderr": stderr, "ratio": ratio, "ratio_ci95": [low, high],
             "window_ce": losses.tolist()}
 
-# ------------------------------------------------------------------ zero-shot, as lm-eval has it
-
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
-def fidelity_and_bytes(row, vectors, config):
-    """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
-    tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer} of a row,
-    on dense vectors {(layer, kind): (B, T, H, D)}. Layers that are not coded stay in bf16."""
+def bytes_per_token(row, vectors, config):
+    """What the cache takes per token, in all layers: those that are not coded stay in bf16."""
+    if row.bytes_per_token is not None:
+        return row.bytes_per_token
     n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
-    total, by_layer = (n_layers - len(row.codecs)) * dense, {}
+    total = (n_layers - len(row.codecs)) * dense
     for layer, codec in row.codecs.items():
-        keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
         if hasattr(codec, "roundtrip"):
             total += codec.bytes_per_token
         else:
-            total += sum(x.nbytes for x in codec.encode(keys, values)) / keys.shape[:2].numel()
+            keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
+            stored = codec.encode(keys, values)
+            total += sum(x.nbytes for x in stored) / keys.shape[:2].numel()
+    return total
+
+@torch.no_grad()
+def fidelity_by_layer(row, vectors):
+    """{layer: {fvu_key, fvu_val, cos_*, rel_norm_*}} of dense vectors {(layer, kind): (B, T, H,
+    D)}."""
+    by_layer = {}
+    for layer, codec in row.codecs.items():
+        keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
         live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         keys_hat, values_hat = sta.roundtrip(codec, keys, values, live)
-        by_layer[layer] = {f"{name}_{suffix}": figure for suffix, x, x_hat in (
-            ("key", keys, keys_hat), ("val", values, values_hat))
-            for name, figure in sta.fidelity(x, x_hat).items()}
-    exact = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0, "rel_norm_key": 1.0,
-             "rel_norm_val": 1.0}
-    means = {column: sum(columns[column] for columns in by_layer.values()) / len(by_layer)
-             for column in exact} if by_layer else exact
-    total = total if row.bytes_per_token is None else row.bytes_per_token
-    saved = n_layers * dense - total
-    return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense),
-            "once_bytes": row.once_bytes, "break_even_tokens":
-            round(row.once_bytes / saved) if saved > 0 else None, **means, "by_layer": by_layer}
+        of_keys, of_values = sta.fidelity(keys, keys_hat), sta.fidelity(values, values_hat)
+        by_layer[layer] = {**{f"{name}_key": x for name, x in of_keys.items()},
+                           **{f"{name}_val": x for name, x in of_values.items()}}
+    return by_layer
+
+def fidelity_and_bytes(row, vectors, config):
+    """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
+    tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer}."""
+    by_layer = fidelity_by_layer(row, vectors)
+    columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0,
+               "rel_norm_key": 1.0, "rel_norm_val": 1.0}  # of the dense model
+    if by_layer:
+        columns = {name: sum(layer[name] for layer in by_layer.values()) / len(by_layer)
+                   for name in columns}
+    size = bytes_per_token(row, vectors, config)
+    dense = config.num_hidden_layers * 4 * math.prod(sta.kv_shape(config))
+    return {"bytes_per_token": size, "bytes_share": size / dense, "once_bytes": row.once_bytes,
+            "break_even_tokens": round(row.once_bytes / (dense - size)) if size < dense else None,
+            **columns, "by_layer": by_layer}
 
 def find_curves(saes, vectors):
     """{layer: {key: curve, value: curve, k_key, k_value: trained for; elbow_key, elbow_value}}, of
@@ -250,7 +265,7 @@ def print_elbows(curves):
         print(f"elbow of the {kind} curves (k from 1 to {most}), layers: {', '.join(counts)}")
 
 def print_dictionaries(rows):
-    """From how many tokens on a row's dictionaries pay."""
+    """The number of tokens from which on each row's dictionaries pay."""
     for row in rows:
         if row["break_even_tokens"]:
             print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with "
@@ -269,8 +284,11 @@ def print_tasks(rows, width):
 def score_row(row, dense, model, windows, tasks, vectors, sink):
     """A row's columns in the JSON. dense: those of the dense model, or None for its own row;
     vectors: its keys and values."""
-    enter = row.enter or functools.partial(through_hooks, codecs=row.codecs, sink=sink)
-    with enter(model) as forward:
+    if row.make_forward:
+        context = row.make_forward(model)
+    else:
+        context = through_hooks(model, row.codecs, sink)
+    with context as forward:
         losses = window_losses(forward, windows, model, row.name)
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
@@ -322,9 +340,9 @@ def main(argv=None):
         run.path.replace(run.path.with_name(f"{run.path.name}.previous"))
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
-    few = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
-    vectors = {site: x.unflatten(0, (len(few), -1))  # (B, T, H, D)
-               for site, x in sta.harvest(run.model, few, run.layers, args.sink).items()}
+    part = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
+    vectors = {site: x.unflatten(0, (len(part), -1))  # (B, T, H, D)
+               for site, x in sta.harvest(run.model, part, run.layers, args.sink).items()}
     dense = None  # the first row's columns
     for row in rows:
         columns = finished.get(row.name)
@@ -332,7 +350,7 @@ def main(argv=None):
             columns = score_row(row, dense, run.model, windows, tasks, vectors, args.sink)
         dense = dense or columns
         result["rows"].append(columns)
-        save_result(run.path, result)  # at once, lest an interrupted run loses it
+        save_result(run.path, result)  # at once, so that an interruption loses nothing
         print(format_row(columns, width), flush=True)
     result["curves"] = find_curves(run.saes, vectors)
     save_result(run.path, result)

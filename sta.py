@@ -4,18 +4,21 @@ Source: "Unlocking the Address Book: Dissecting the Sparse Semantic Structure of
 Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arXiv 2601.17702.
 
     x      = the key (before RoPE) or value of head h at one token                    (D,)
-    z, idx = the k largest of ReLU(((x - b_dec[h]) / s) W_enc + b_enc), and their places:
+    z, idx = the k largest of ReLU(((x - b_dec[h]) / s) W_enc + b_enc), and their indices:
              the code of x                                                            (k,)
     x_hat  = s sum_j z_j W_dec[idx_j] + b_dec[h]                                      (D,)
-    b_dec[h] = the mean of head h;  s^2 = the mean square of x - b_dec[h], over all numbers
+    b_dec[h] = the mean of head h;  s^2 = the mean of all numbers in (x - b_dec[h])^2
     loss   = |x - x_hat|^2 / (s^2 D) at budget k, plus 1/8 of the same at 2k; the mean over x
     dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16, stored as
-             fp16 coefficients z and int16 places idx
+             fp16 coefficients z and int16 indices idx
+
+Keys are coded before RoPE, which turns a key by its position: after it, one meaning would be a
+different vector at each position, and would need different atoms.
 
 Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), N vectors, k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
-Sections: 1 the Top-K SAE, 2 fidelity and the elbow, 3 the dual budget, 4 in the model, with the
-          hooks below, 5 the fast path. Who stops after `reconstruct` has read the whole method.
+Sections: 1 the Top-K SAE, 2 fidelity and the elbow, 3 the dual budget, 4 in the model; the hooks
+          below it, 5 the fast path. You can stop after `reconstruct`: the rest is plumbing.
 What the paper's text leaves open is marked `not in paper`; [Gao] is Gao et al. 2024, "Scaling and
 evaluating sparse autoencoders", arXiv 2406.04093. Non-goals: training the model itself; loading
 models, text and files (support/).
@@ -51,7 +54,8 @@ class TopKSAE(nn.Module):
         self.n_latents, self.k = n_latents, k
         atoms = F.normalize(torch.randn(n_latents, head_dim, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(atoms)
-        # tied at first, else latents die [Gao]; half as long, as atoms that are alike share a sum
+        # tied at first, else latents die [Gao]; but half as long: atoms are not orthogonal, so at
+        # full length each would claim a part of x that its neighbours claim as well
         self.W_enc = nn.Parameter(atoms.T.contiguous() / 2)
         self.b_enc = nn.Parameter(torch.zeros(n_latents))
         self.register_buffer("b_dec", torch.zeros(n_heads, head_dim))
@@ -69,15 +73,16 @@ class TopKSAE(nn.Module):
         The first j columns are the code at budget j. Raises UsageError unless 0 <= k <= M."""
         if not 0 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 0 to n_latents = {self.n_latents}")
-        inside = (x - self.b_dec) / self.scale  # (..., H, D)
-        z, idx = top_k_of_matmul(inside, self.W_enc, self.b_enc, k)
+        normalised = (x - self.b_dec) / self.scale  # (..., H, D)
+        # = (normalised @ W_enc + b_enc).topk(k), with a faster gradient (section 5)
+        z, idx = top_k_of_matmul(normalised, self.W_enc, self.b_enc, k)
         return F.relu(z), idx
 
     def decode(self, z, idx):
         """z, idx (..., H, k) -> x_hat (..., H, D): k atoms, or at k = 0 none, and the mean."""
         *shape, k = idx.shape
+        # = (z[..., None] * W_dec[idx]).sum(-2), without a copy of each atom
         starts = torch.arange(idx.shape[:-1].numel(), device=idx.device, dtype=idx.dtype) * k
-        # the sum over j of z_j W_dec[idx_j], without a copy of each atom
         sums = F.embedding_bag(idx.flatten(), self.W_dec, starts, mode="sum",
                                per_sample_weights=z.flatten())  # (N, D)
         return self.scale * sums.view(*shape, -1) + self.b_dec
@@ -85,8 +90,8 @@ class TopKSAE(nn.Module):
     def loss(self, x):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
         one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Side effect:
-        counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest:
-        counted among k, it leaves the same error at k, and 1 to 24 % more at 2k (measured)."""
+        counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest. (Were
+        it among k, error would be the same at k and 1 to 24 % larger at 2k: measured.)"""
         z, idx = self.encode(x, min(2 * self.k, self.n_latents))  # (tokens, H, 2k)
         error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
         error_2k = (x - self.decode(z, idx)) / self.scale
@@ -94,20 +99,20 @@ class TopKSAE(nn.Module):
         return error.square().mean() + error_2k.square().mean() / 8
 
     def count_fired(self, latents, n_vectors):
-        """Of n_vectors, some fired these latents, and none any other."""
+        """Advance the counters of all latents by n_vectors; reset those of latents that fired."""
         self.since_fired += n_vectors
         self.since_fired[latents] = 0
 
     @torch.no_grad()
     def renormalise(self):
-        """To be called after each step of the optimiser: makes the atoms unit vectors again."""
+        """Call after each step of the optimiser: makes the atoms unit vectors again."""
         self.W_dec /= self.W_dec.norm(dim=-1, keepdim=True).clamp_min(1e-12)
 
     @torch.no_grad()
     def lift_silent(self, amount):
-        """To be called after each step: raises the bias of latents that no vector has fired for
-        16 * n_latents vectors, in which an average one fires 16 * k times, until they fire, and so
-        learn, again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
+        """Call after each step: raises the bias of latents that have not fired for 16 * n_latents
+        vectors, in which an average one fires up to 32 * k times, until they fire, and so learn,
+        again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
         self.b_enc[self.since_fired > 16 * self.n_latents] += amount
 
 # ------------------------------------------------------------------ 2. fidelity and the elbow
@@ -144,8 +149,8 @@ def elbow(curve, most):
     on `most`, so state that. not in paper: the readable text gives no rule for its elbow."""
     curve = [point for point in curve if 1 <= point["k"] <= most]
     first, last = curve[0], curve[-1]
-    fall, run = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
-    depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / run for p in curve]
+    fall, k_range = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
+    depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / k_range for p in curve]
     return curve[depths.index(max(depths))]["k"]
 
 # ------------------------------------------------------------------ 3. the dual budget
@@ -181,9 +186,9 @@ def pack(z, idx):
     return z.flatten(-2).half(), idx.flatten(-2).short()
 
 def roundtrip(codec, keys, values, live):
-    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), or what its own
-    `roundtrip` returns. A codec has one if it looks across tokens, of which it then ignores those
-    that are not live (B, T), or is faster by it. In generation a call brings a single token."""
+    """What a codec makes of keys and values (B, T, H, D): decode(encode(.)), unless the codec has a
+    `roundtrip` of its own, as quantisers that look across tokens do (beyond/rivals.py). It ignores
+    the tokens that are not live (B, T). In generation a call brings a single token."""
     if hasattr(codec, "roundtrip"):
         return codec.roundtrip(keys, values, live)
     return codec.decode(codec.encode(keys, values))
@@ -203,6 +208,7 @@ def reconstruct(model, codecs, sink=1):
 
     def replace(layer, keys, values, live):  # (B, T, H, D) twice, (B, T)
         live = live.to(keys.device)
+        # keys and values are views of the modules' outputs: what is written here, the model reads
         decoded = roundtrip(codecs[layer], keys.float(), values.float(), live)
         for x, x_hat in zip((keys, values), decoded):
             x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))
@@ -240,13 +246,13 @@ def harvest(model, windows, layers, sink=1):
             raise UsageError(f"layer {layer}: a {kind} is not finite; use --dtype float32")
     return {site: x.flatten(0, 1) for site, x in vectors.items()}
 
-# ------------------------------------------------------------------ the hooks: one may skip them
+# ------------------------------------------------------------------ the hooks (safe to skip)
 @contextlib.contextmanager
 def watch(model, layers, on_vectors, on_call=lambda arguments: None):
-    """Inside, whenever the decoder is called: context = on_call({argument: value}), and then, as
-    soon as the keys and values (B, T, H, D) of one of the layers are both there,
-    on_vectors(layer, keys, values, context). Raises UsageError: no such layer; a call in which a
-    layer's are not seen, or no call at all, which both happen after torch.compile."""
+    """Inside, whenever the decoder is called: context = on_call({argument: value}), and then, once
+    per layer, as soon as its keys and values are both there, on_vectors(layer, keys, values,
+    context); these are writable views (B, T, H, D). Raises UsageError if there is no such layer, if
+    a call missed the keys or values of one, or if there was no call: torch.compile does either."""
     decoder, sites = model.get_decoder(), kv_sites(model)
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     absent = wanted - sites.keys()
@@ -262,17 +268,18 @@ def watch(model, layers, on_vectors, on_call=lambda arguments: None):
     def after_module(layer, kind, name):
         def hook(module, args, output):
             if (layer, kind) not in state.missing:
-                return  # outside a call of the decoder, or seen already in this one
+                return  # outside a call of the decoder, or captured already in this one
             state.missing.remove((layer, kind))
             state.vectors[kind] = per_head(decoder.config, name, kind, args[0], output)
             if len(state.vectors) == 2:  # which of them comes first depends on the type of model
-                on_vectors(layer, *map(state.vectors.pop, KINDS), state.context)
+                keys, values = state.vectors.pop("key"), state.vectors.pop("value")
+                on_vectors(layer, keys, values, state.context)
         return hook
 
     def after_call(decoder, args, output):
         if state.missing:
-            raise UsageError(f"layer {min(state.missing)[0]}: keys or values went by unseen; is "
-                             "the model compiled?")
+            raise UsageError(f"layer {min(state.missing)[0]}: keys or values were not captured; "
+                             "is the model compiled?")
 
     with contextlib.ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(before_call, with_kwargs=True).remove)
@@ -293,7 +300,7 @@ def live_tokens(arguments, sink):
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     cache = arguments.get("cache", arguments.get("past_key_values"))
-    past = 0 if cache is None else int(cache.get_seq_length())  # a static cache's is a live tensor
+    past = 0 if cache is None else int(cache.get_seq_length())  # a copy: static caches count on
     (B, T), position = tokens.shape[:2], arguments.get("position_ids")
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # by type of layer
@@ -304,9 +311,10 @@ def live_tokens(arguments, sink):
         real = mask.bool()[:, past:past + T]
         if position is None:
             position = mask.bool().cumsum(-1)[:, past:past + T] - 1
-    elif mask.dim() == 4 and position is not None:  # (B, 1, T, slots); padding sees nobody
-        sees = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4
-        real = sees.diagonal(min(past, sees.shape[2] - T), 1, 2)  # each token and itself
+    elif mask.dim() == 4 and position is not None:  # (B, 1, T, slots of the cache)
+        attends = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4
+        # padding does not even attend to itself
+        real = attends.diagonal(min(past, attends.shape[2] - T), 1, 2)  # (B, T)
     else:
         raise UsageError(f"attention_mask {list(mask.shape)} for {past} + {T} tokens: want (batch, "
                          "tokens), or (batch, 1, tokens, slots) beside position_ids")
@@ -342,7 +350,7 @@ def kv_shape(config):
 
 def per_head(config, name, kind, x, y):
     """The keys or values in the output y of the module called name, of which x is the input: a view
-    (B, T, H, D), to be written on."""
+    (B, T, H, D), writable in place."""
     (H, D), kind_number = kv_shape(config), ("query", "key", "value").index(kind)
     if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
         return y.unflatten(-1, (H, 3, D))[..., kind_number, :]
@@ -351,8 +359,8 @@ def per_head(config, name, kind, x, y):
         return y[..., first:first + H * D].unflatten(-1, (H, D))
     if y.dim() == 3:  # (B, T, H*D)
         return y.unflatten(-1, (H, D))
-    # A norm's is (B, T, H, D) or (B, H, T, D). If there are as many tokens as heads, memory tells
-    # which: there the heads of a token lie side by side, so from head to head is the smaller step.
+    # A norm's output is (B, T, H, D) or (B, H, T, D). With as many tokens as heads, only strides
+    # tell: in x, a view of the projection's output, a token's heads lie side by side in memory.
     heads_first = y.shape[2] != H or (y.shape[1] == H and x.stride(1) < x.stride(2))
     return y.transpose(1, 2) if heads_first else y
 

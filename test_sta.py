@@ -332,7 +332,7 @@ def test_hooks_that_never_fire_raise():
         model.model.layers[1].forward = torch.compile(model.model.layers[1].forward,
                                                       backend="eager")
         model(ids)
-        with pytest.raises(sta.UsageError, match="layer 1: keys or values went by unseen"):
+        with pytest.raises(sta.UsageError, match="layer 1: keys or values were not captured"):
             with sta.reconstruct(model, codecs):
                 model(ids)
     with sta.reconstruct(model, {}):

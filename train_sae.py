@@ -9,7 +9,6 @@ same bits on a CPU. Source of the recipe: [Gao] = Gao et al. 2024, arXiv 2406.04
 Non-goals: tuning the model itself; several processes (several GPUs: --device auto).
 """
 import argparse
-import contextlib
 import json
 import math
 import pathlib
@@ -28,11 +27,11 @@ from support.text import read_text, token_windows
 # The recipe; --lr and --batch-tokens belong to it.
 BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread
 WARM_UP, DECAY = 0.05, 0.3  # shares of the steps: the first, at which the rate rises; the last
-LIFT = 10  # learning rates per step, for the biases of silent latents: about 60 steps to firing
-BUFFER_TOKENS = 32_768  # which are shuffled together, as neighbours in a text are alike
+LIFT = 10  # the biases of silent latents rise by 10 learning rates per step: 60 steps to firing
+BUFFER_TOKENS = 32_768  # shuffled together, because neighbouring tokens are similar
 
 CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
-DEAD_VECTORS = 1_000_000  # a latent that fires for none of so many is called dead
+DEAD_VECTORS = 1_000_000  # a latent that has not fired for so many is logged as dead
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
@@ -131,28 +130,24 @@ def learning_rate(peak, step, n_steps):
     return peak * min(1, (step + 1) / warm_up, (n_steps - step) / decay)
 
 def train_step(saes, optimizer, batches):
-    """One step of every SAE on its vectors {name: (tokens, H, D)}."""
-    for name, sae in saes.items():  # forward, loss, backward
-        sae.loss(batches[name]).backward()
-    with kept_still(saes):
+    """One step of every SAE {site: SAE} on its vectors {site: (tokens, H, D)}."""
+    for site, sae in saes.items():  # forward, loss, backward
+        sae.loss(batches[site]).backward()
+    with torch.no_grad():
+        # latents that did not fire in this step stay where they are: Adam's momentum would move
+        # them on, without a gradient, until they never fire again
+        before = []
+        for sae in saes.values():
+            unfired = sae.since_fired.nonzero().squeeze(1)
+            for part in (sae.W_enc.T, sae.b_enc, sae.W_dec):  # (M, ...)
+                before.append((part, unfired, part[unfired]))
         optimizer.step()
+        for part, unfired, values in before:
+            part[unfired] = values
     optimizer.zero_grad()
     for sae in saes.values():  # after the step: unit atoms; latents that would die are lifted
         sae.renormalise()
         sae.lift_silent(LIFT * optimizer.param_groups[0]["lr"])
-
-@contextlib.contextmanager
-@torch.no_grad()
-def kept_still(saes):
-    """Around the optimiser's step: latents that did not fire are put back to where they were. By
-    their momentum Adam would move them on, without a gradient, until no vector fires them."""
-    before = []
-    for sae in saes.values():
-        silent = sae.since_fired.nonzero().squeeze(1)
-        before += [(part, silent, part[silent]) for part in (sae.W_enc.T, sae.b_enc, sae.W_dec)]
-    yield
-    for part, silent, values in before:  # part: (M, ...)
-        part[silent] = values
 
 def train(model, saes, windows, args, folder, settings, variant):
     """Train saes {(layer, name): SAE} on windows (n, T) -> (the vectors {(layer, name): (tokens, H,
@@ -166,7 +161,7 @@ def train(model, saes, windows, args, folder, settings, variant):
     step, saved = progress["step"], time.time()
     held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, args.seed)
     held_vectors = read_vectors(model, windows[held_out], layers, variant)
-    n_tokens = [len(buffer) * (seq_len - 1) for buffer in buffers]  # no first tokens
+    n_tokens = [len(buffer) * (seq_len - 1) for buffer in buffers]  # without first tokens
     n_steps = [max(1, n // args.batch_tokens) for n in n_tokens]  # of each buffer
     all_steps = sum(n_steps)
     bar = tqdm(total=all_steps, initial=step, unit="step", disable=None)

@@ -251,7 +251,7 @@ def rows(model, tokenizer, saes, args, before):
         if can_be_stored(row) and row.name not in ("means", "uniform", "reverse"):
             name = "cache" if row.name == "dual" else f"cache {row.name}"
             row = dataclasses.replace(row, name=name, method=None)
-            row.enter = functools.partial(through_cache, row=row, sink=args.sink)
+            row.make_forward = functools.partial(through_cache, row=row, sink=args.sink)
             new_rows.append(row)
     if not new_rows:
         raise sta.UsageError("--rows cache: needs SAEs (python train_sae.py), or rows before it")

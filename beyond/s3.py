@@ -27,9 +27,9 @@ import torch
 import torch.nn.functional as F
 
 import sta
-from beyond import capture_queries, load_fitted, parse_args
+from beyond import capture_queries, parse_args
 from support.files import run_main, write_atomic
-from support.results import provenance, result_path
+from support.results import load_run
 from support.tasks import Question, loglikelihoods, mean_stderr, task_rows
 from support.text import encode_text, read_text, tokenize
 
@@ -278,14 +278,13 @@ def main(argv=None):
         budget=dict(type=int, default=256, help="tokens of spans (default 256)"),
         evaluate=dict(action="store_true", help="measure on BoolQ's rows instead"),
         task_dir=dict(type=pathlib.Path, help="with boolq.jsonl (else the hub's rows)"))
-    run = load_fitted(args)
+    run = load_run(args, "-s3")
     saes = {layer: run.saes[layer, "key"] for layer in run.layers}
     if args.evaluate:
-        about = {"model": run.name, **provenance(run.model), "settings": run.settings}
-        path = result_path(args.out, run.name, about, "-s3")
         rows = [row for _, row in task_rows("boolq", args.task_dir, args.limit)]
-        figures = evaluate_on(run.model, run.tokenizer, saes, rows)
-        return write_atomic(path, json.dumps(about | figures))
+        result = {"model": run.name, "settings": run.settings, **run.about,
+                  **evaluate_on(run.model, run.tokenizer, saes, rows)}
+        return write_atomic(run.path, json.dumps(result))
     ids = tokenize(read_text(args.text, "valid", run.name), run.tokenizer, sys.maxsize)
     answer(run.model, run.tokenizer, saes, ids, args.question, args.budget)
 

@@ -225,7 +225,7 @@ def test_times_by_context(trained, tmp_path, capsys):
 
 @pytest.mark.parametrize("argv,message", [
     (["--recent", "-1"], "--recent -1: want 0 or more"),
-    (["--saes", "nowhere"], "nowhere: no SAEs; first run"),
+    (["--saes", "nowhere"], "nowhere: no SAEs of any model; first run"),
     (["--saes", "{trained}", "--only", "("], "--only .: no regular expression"),
     (["--saes", "{trained}", "--layer", "5"], "no SAEs of layer 5, but of .1, 2")])
 def test_bad_input_of_the_cache(argv, message, trained, tmp_path, capsys):
@@ -647,7 +647,7 @@ def test_what_is_nearly_free_and_what_holds_in_part():
 
 def test_verdicts_refuse_what_they_cannot_judge(trained, tmp_path, capsys):
     assert script(claims, "--saes", tmp_path, "--model", "tiny", "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "no SAEs; first run")
+    assert_one_line(capsys.readouterr().err, "no SAEs of .*; first run")
     assert script(claims, "--saes", trained, "--only", "dual") == 2  # it takes all rows
 
 def test_the_change_of_the_stream_is_that_of_the_layers_output():
@@ -1056,7 +1056,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
             (["--question", ""], "--question: no words in it"),
             (["--budget", 9], "--budget 9, .* want 32 or"),
             (["--budget", 10 ** 6], "more text than that"),
-            (["--saes", tmp_path], "no SAEs; first run")):
+            (["--saes", tmp_path], "no SAEs of .*; first run")):
         assert script(s3, *run, *more) == 2
         assert_one_line(capsys.readouterr().err, message)
     (tmp_path / "boolq.jsonl").write_text("\n".join(json.dumps(
@@ -1086,7 +1086,7 @@ def results(evaluated, judged, tmp_path):
 def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     lines = report.read(results)
     assert [line["name"] for line in lines] == [
-        "dense", "keys", "values", "dual", "uniform", "reverse",
+        "dense", "means", "keys", "values", "dual", "uniform", "reverse",
         *(x for x in TURNED if x != "P8"), "stream"]
     for line in lines:
         assert len(line["text_sha256"]) == 12 and line["command"].startswith("python ")
@@ -1095,8 +1095,8 @@ def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     before = results.read_text()
     report.add([evaluated / "tiny.json"], "", results)
     assert results.read_text() == before
-    window_ce = json.loads((evaluated / "tiny.json").read_text())["rows"][3]["window_ce"]
-    assert lines[3]["window_ce"] == pytest.approx(window_ce, abs=5e-5)
+    window_ce = json.loads((evaluated / "tiny.json").read_text())["rows"][4]["window_ce"]
+    assert lines[4]["window_ce"] == pytest.approx(window_ce, abs=5e-5)
     report.add([judged / "tiny-claims.json"], "", tmp_path / "one.jsonl", only="^P7$")
     assert [line["name"] for line in report.read(tmp_path / "one.jsonl")] == ["P7"]
 

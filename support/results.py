@@ -2,6 +2,7 @@
 
 evaluate.py and the commands of beyond/ begin with `load_run`, and write one JSON per model.
 """
+import importlib.metadata
 import json
 import pathlib
 import platform
@@ -12,7 +13,6 @@ import time
 import types
 
 import torch
-import transformers
 
 from sta import UsageError
 from support.files import (ROOT, check_out, explain, load_sae, load_saes, model_hash, sha256,
@@ -77,7 +77,7 @@ def provenance(model):
     return {"command": "python " + " ".join(words), "commit": commit or None,
             "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
-            "torch": torch.__version__, "transformers": transformers.__version__,
+            "torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
             "date": time.ctime()}
 
 def result_path(out, name, about, ending=""):
