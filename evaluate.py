@@ -190,48 +190,42 @@ def compare(losses, dense):
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
-def bytes_per_token(row, vectors, config):
-    """What the cache takes per token, in all layers: those that are not coded stay in bf16."""
-    if row.bytes_per_token is not None:
-        return row.bytes_per_token
-    n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
-    total = (n_layers - len(row.codecs)) * dense
-    for layer, codec in row.codecs.items():
-        if hasattr(codec, "roundtrip"):
-            total += codec.bytes_per_token
-        else:
-            keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
-            stored = codec.encode(keys, values)
-            total += sum(x.nbytes for x in stored) / keys.shape[:2].numel()
-    return total
-
-@torch.no_grad()
-def fidelity_by_layer(row, vectors):
-    """{layer: {fvu_key, fvu_val, cos_*, rel_norm_*}} of dense vectors {(layer, kind): (B, T, H,
-    D)}."""
-    by_layer = {}
-    for layer, codec in row.codecs.items():
-        keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
+def measure_codec(codec, keys, values):
+    """A codec on dense keys and values (B, T, H, D) -> (its bytes per token, {fvu_key, fvu_val,
+    cos_key, cos_val, rel_norm_key, rel_norm_val})."""
+    if hasattr(codec, "roundtrip"):
         live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
-        keys_hat, values_hat = sta.roundtrip(codec, keys, values, live)
-        of_keys, of_values = sta.fidelity(keys, keys_hat), sta.fidelity(values, values_hat)
-        by_layer[layer] = {**{f"{name}_key": x for name, x in of_keys.items()},
-                           **{f"{name}_val": x for name, x in of_values.items()}}
-    return by_layer
+        keys_hat, values_hat = codec.roundtrip(keys, values, live)
+        size = codec.bytes_per_token
+    else:
+        stored = codec.encode(keys, values)
+        keys_hat, values_hat = codec.decode(stored)
+        size = sum(x.nbytes for x in stored) / keys.shape[:2].numel()
+    columns = {f"{name}_key": x for name, x in sta.fidelity(keys, keys_hat).items()}
+    columns |= {f"{name}_val": x for name, x in sta.fidelity(values, values_hat).items()}
+    return size, columns
 
 def fidelity_and_bytes(row, vectors, config):
-    """{bytes_per_token of the cache; bytes_share of bf16; once_bytes, kept whatever the number of
-    tokens; break_even_tokens; fvu_key, fvu_val, cos_*, rel_norm_*, means over by_layer}."""
-    by_layer = fidelity_by_layer(row, vectors)
+    """{bytes_per_token of the cache, in which layers that are not coded stay in bf16; bytes_share
+    of bf16; once_bytes, kept whatever the number of tokens; break_even_tokens; fvu_key, fvu_val,
+    cos_*, rel_norm_*, means over by_layer} of a row. vectors: {(layer, kind): (B, T, H, D)}."""
+    n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
+    total, by_layer = (n_layers - len(row.codecs)) * dense, {}
+    for layer, codec in row.codecs.items():
+        keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
+        size, by_layer[layer] = measure_codec(codec, keys, values)
+        total += size
     columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0,
                "rel_norm_key": 1.0, "rel_norm_val": 1.0}  # of the dense model
     if by_layer:
         columns = {name: sum(layer[name] for layer in by_layer.values()) / len(by_layer)
                    for name in columns}
-    size = bytes_per_token(row, vectors, config)
-    dense = config.num_hidden_layers * 4 * math.prod(sta.kv_shape(config))
-    return {"bytes_per_token": size, "bytes_share": size / dense, "once_bytes": row.once_bytes,
-            "break_even_tokens": round(row.once_bytes / (dense - size)) if size < dense else None,
+    if row.bytes_per_token is not None:
+        total = row.bytes_per_token
+    saved = n_layers * dense - total
+    return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense),
+            "once_bytes": row.once_bytes,
+            "break_even_tokens": round(row.once_bytes / saved) if saved > 0 else None,
             **columns, "by_layer": by_layer}
 
 def find_curves(saes, vectors):
