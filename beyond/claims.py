@@ -93,7 +93,7 @@ def stream_change(model, codecs, windows, sink):
         changes[str(layer)] = (change.norm() / spread.norm()).item()
     return changes
 
-# ------------------------------------------------------------------ P8: atoms that occurrences share
+# ------------------------------------------------------------------ P8: atoms in common
 N_PAIRS, N_BOOTSTRAP = 20_000, 200
 MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
 NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
