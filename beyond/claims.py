@@ -93,7 +93,7 @@ def stream_change(model, codecs, windows, sink):
         changes[str(layer)] = (change.norm() / spread.norm()).item()
     return changes
 
-# ------------------------------------------------------------------ P8: atoms that occurrences share
+# ------------------------------------------------------------------ P8: atoms in common
 N_PAIRS, N_BOOTSTRAP = 20_000, 200
 MODALS = {"will", "would", "must", "can", "should", "may", "could", "shall"}
 NOUNS_AFTER = {"the", "a", "an", "this", "our", "its", "their", "his", "my"}
@@ -354,8 +354,8 @@ def judge_parity(claim, row):
     word = grade(high <= 1.02 and tasks and not lower, high <= 1.1 and not lower)
     return verdict(claim, (row["ratio"], (high - low) / 3.92), word, {
         "ratio to dense perplexity": f"{row['ratio']:.3f} (95 %: {low:.3f} to {high:.3f})",
-        "change of accuracy:": "" if tasks else "not measured (--tasks)",
-        **{name: (x["delta_acc"], x["delta_acc_stderr"]) for name, x in tasks.items()}})
+        **{f"change of accuracy in {name}": (x["delta_acc"], x["delta_acc_stderr"])
+           for name, x in tasks.items()}, **({} if tasks else {"no tasks": "(--tasks)"})})
 
 def judge_memory(dual, context):
     """P7 from a row and the model's context in tokens."""
@@ -376,8 +376,8 @@ def judge_depth(depth):
     return verdict("P8", (lexical["change"], lexical["stderr"]),
                    grade(complete and all(holds), any(holds)), {
         "words with two senses:": " ".join(depth["words"]) or "none (--max-tokens)",
-        "change from shallow to deep, above 0 if as claimed:": "",
-        **{name: (gap["change"], gap["stderr"]) for name, gap in gaps.items()}})
+        **{f"{name} changes as claimed by": (gap["change"], gap["stderr"])
+           for name, gap in gaps.items()}})
 
 def judge(result, measured):
     """[Verdict] from what evaluate.py wrote and what `measure` returned. A claim whose rows are not

@@ -407,7 +407,7 @@ def main(argv=None):
         for path in READMES:
             write_atomic(path, filled(path.read_text(), lines))
         name = pathlib.Path(SMOLLM2).name
-        figure = plots.draw_bytes(curves_by_bytes(lines, SMOLLM2), name)
+        figure = plots.draw_bytes(curves_by_bytes(lines, SMOLLM2), OTHERS[SMOLLM2])
         return plots.save(figure, FILE.with_name(f"{name}-bytes.png"))
     for name, make in TABLES.items():
         print(f"{name}\n" + "\n".join(make(lines)) + "\n")

@@ -562,9 +562,6 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         statement, _, rule = claims.CLAIMS[name.removesuffix(claims.SEARCHED)]
         assert f"{name} {x['verdict']}: {statement}: {x['measured']}\n   rule: {rule}" in printed
 
-def test_one_window_makes_nothing_clear():
-    assert not claims.clear(5.0, None) and claims.clear(5.0, 2.0) and not claims.clear(5.0, 3.0)
-
 def row_where_all_holds(name, ce, method=None, k_key=8, fvu=(0.1, 0.3), norm=0.95, share=0.1875):
     """A row of a result file, of four windows that vary together and two layers."""
     columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "rel_norm_key": norm}
@@ -592,12 +589,11 @@ def results_where_all_holds():
             kind: dict.fromkeys(("lexical", "ngram", "sense"), gap) for kind in sta.KINDS}}}
 
 def swap_rows(a, b):
+    """Two rows exchange all but what says which they are."""
     def turn(result, measured):
-        rows = {row["name"]: row for row in result["rows"]}
-        first, second = dict(rows[a]), dict(rows[b])
-        names = ("name", "method", "k_key")
-        rows[a].update({x: y for x, y in second.items() if x not in names})
-        rows[b].update({x: y for x, y in first.items() if x not in names})
+        first, second = (next(row for row in result["rows"] if row["name"] == x) for x in (a, b))
+        for name in first.keys() - {"name", "method", "k_key"}:
+            first[name], second[name] = second[name], first[name]
     return turn
 
 def swap_curves(result, measured):
@@ -624,24 +620,27 @@ TURNED = {"P1": swap_rows("dual", "l1"), "P2": swap_curves, "P3": swap_kinds,
           "P6 all layers, searched": swap_rows("searched", "means"),
           "P7": swap_rows("dual", "dense"), "P8": swap_depths}
 
+def words_of_verdicts(result, measured):
+    return {x["claim"]: x["verdict"] for x in claims.judge(result, measured)}
+
 @pytest.mark.parametrize("claim", TURNED)
 def test_a_verdict_that_is_turned_round_fails(claim):
     """Where all claims hold, swapping two rows, points or depths makes one fail."""
     result, measured = results_where_all_holds()
-    words = {x["claim"]: x["verdict"] for x in claims.judge(result, measured)}
-    assert set(words) == set(TURNED) and words[claim] == "holds"
+    assert words_of_verdicts(result, measured) == dict.fromkeys(TURNED, "holds")
     TURNED[claim](result, measured)
-    words = {x["claim"]: x["verdict"] for x in claims.judge(result, measured)}
-    assert words[claim] == "does not hold here"
+    assert words_of_verdicts(result, measured)[claim] == "does not hold here"
 
-def test_what_is_nearly_free_and_what_holds_in_part():
+def test_what_is_clear_what_is_nearly_free_and_what_holds_in_part():
+    assert claims.clear(5.0, 2.0) and not claims.clear(5.0, 3.0)
+    assert not claims.clear(5.0, None)  # one window
     result, measured = results_where_all_holds()
     for layer in result["curves"].values():
         layer["key"][0]["cos"] = 0.85
     rows = {row["name"]: row for row in result["rows"]}
     rows["dual 16,32"]["window_ce"], rows["dual"]["window_ce"] = [3.2] * 4, [3.1] * 4
     rows["dual"].update(ratio=np.exp(0.1), ratio_ci95=[1.1, 1.1], break_even_tokens=300)
-    words = {x["claim"]: x["verdict"] for x in claims.judge(result, measured)}
+    words = words_of_verdicts(result, measured)
     assert words["P2"] == "holds, nearly free"
     assert {words[name] for name in ("P5", "P6 all layers", "P7")} == {"holds in part"}
 
@@ -1083,11 +1082,11 @@ def results(evaluated, judged, tmp_path):
     report.add([evaluated / "tiny.json", judged / "tiny-claims.json"], "", file)
     return file
 
-def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
+def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path):
     lines = report.read(results)
+    rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
     assert [line["name"] for line in lines] == [
-        "dense", "means", "keys", "values", "dual", "uniform", "reverse",
-        *(x for x in TURNED if x != "P8"), "stream"]
+        *(row["name"] for row in rows), *(x for x in TURNED if x != "P8"), "stream"]
     for line in lines:
         assert len(line["text_sha256"]) == 12 and line["command"].startswith("python ")
         assert line["model_sha256"] == lines[0]["model_sha256"]
@@ -1095,8 +1094,7 @@ def test_rows_are_taken_in_once(results, evaluated, judged, tmp_path, capsys):
     before = results.read_text()
     report.add([evaluated / "tiny.json"], "", results)
     assert results.read_text() == before
-    window_ce = json.loads((evaluated / "tiny.json").read_text())["rows"][4]["window_ce"]
-    assert lines[4]["window_ce"] == pytest.approx(window_ce, abs=5e-5)
+    assert lines[3]["window_ce"] == pytest.approx(rows[3]["window_ce"], abs=5e-5)
     report.add([judged / "tiny-claims.json"], "", tmp_path / "one.jsonl", only="^P7$")
     assert [line["name"] for line in report.read(tmp_path / "one.jsonl")] == ["P7"]
 
@@ -1161,14 +1159,12 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
     assert report.tasks(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8 % | -6.0 ± 1.0 |"]
 
 def test_the_readmes_show_what_the_file_says():
-    lines = report.read()
+    lines, shown = report.read(), ""
     for path in report.READMES:
+        shown += path.read_text()
         assert report.filled(path.read_text(), lines) == path.read_text(), (
             f"{path}: run python -m beyond.report write")
-
-def test_every_picture_is_shown():
-    shown = "".join(path.read_text() for path in report.READMES)
-    for path in (ROOT / "figures").glob("*"):
+    for path in (ROOT / "figures").glob("*"):  # and every picture
         assert path.suffix in (".jsonl", ".png", ".py")
         assert path.suffix != ".png" or path.name in shown
 
