@@ -4,18 +4,19 @@
     python -m beyond.additive --model DIR                    # any model that is calibrated
     python evaluate.py --rows additive,rivals                # with SAEs or without
 
-The keys and values of all heads of a token, side by side, are one vector x of P = 2 H D numbers:
+The keys and values of all heads of a token, side by side, are one vector x of P = 2 H D numbers, as
 all are linear images of one hidden state. Along the principal axes W of the layer, y = (x - mean) W
 is cut into blocks of 16 numbers, and each block is coded as
 
-    y_hat = C_1[b_1] + ... + C_S[b_S]     b_j one byte, which names one of the 256 atoms in C_j
+    y_hat = C_1[b_1] + ... + C_S[b_S]     b_j: one byte, which names one of the 256 atoms in C_j
 
-So this is a sparse code whose coefficients are all one; the bytes of coefficients buy more atoms
-instead [residual quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv 2506.18879]. The axes
-are those of the metric in which an error counts in nats (beyond/calibrate.py). The atoms of a
-stage come from k-means on what the stages before it leave. Bytes go one by one to the block, in
-any layer, where the next atom lowers the error on held-out rows most. Coding is a beam search.
-Blocks of 32 do as well at twice the memory, others worse. Non-goals: fine-tuning, an entropy coder.
+So this is a sparse code whose coefficients are all one; the bytes that coefficients would take buy
+more atoms instead [residual quantisation, arXiv 2410.15704; for KV caches CommVQ, arXiv
+2506.18879]. The axes are those of the metric in which an error counts in nats
+(beyond/calibrate.py). The atoms of a stage come from k-means on what the stages before it leave.
+Each byte goes to the block, in any layer, where the next atom lowers the error on held-out rows
+most. Coding is a beam search. Blocks of 32 do as well at twice the memory, others worse. Non-goals:
+fine-tuning, an entropy coder.
 """
 import collections
 import math
@@ -56,8 +57,8 @@ def nearest(x, atoms):
                       for part in x.split(2048)])
 
 def tag(gain):
-    """For a fast argmax: `number(tag(gain).amax(-1))` takes a tenth of its time. gain (N, 256),
-    which is overwritten, gets each atom's number into its lowest eight bits; that changes a float32
+    """For a fast argmax: `number(tag(gain).amax(-1))` takes a tenth of its time. The lowest eight
+    bits of gain (N, 256), which is overwritten, become each atom's number; that changes a float32
     by less than 1 in 2^15."""
     gain.view(torch.int32).bitwise_and_(-N_ATOMS).bitwise_or_(
         torch.arange(N_ATOMS, dtype=torch.int32, device=gain.device))
@@ -67,8 +68,8 @@ def number(tagged):
     return tagged.view(torch.int32).long() & (N_ATOMS - 1)
 
 def beam_search(y, atoms, beam=BEAM):
-    """Rows y (N, d), atoms (S, 256, d) -> codes (N, S), uint8, and what is left of y (N, d).
-    Keeps the `beam` best sums so far; of each, its two best atoms go on to the next stage."""
+    """Rows y (N, d), atoms (S, 256, d) -> codes (N, S), uint8, and what is left of y (N, d). Keeps
+    the `beam` best sums after each stage; of each, the two best atoms go on to the next."""
     left = y[:, None]  # (N, C, d) of C candidates
     cost = left.square().sum(-1) / 2  # (N, C)
     picks, parents = [], []
@@ -100,7 +101,7 @@ def learn_layer(x, fitted, n_stages, seed):
                              f"delete it, and run python -m beyond.calibrate --tokens "
                              f"{40 * N_ATOMS} or more")
     mean, (_, W, inverse) = fitted["mean"], principal_axes(fitted["covariance"], fitted["metric"])
-    left = list(((x - mean) @ W.float()).split(BLOCK, 1))  # of each block what is not coded yet
+    left = list(((x - mean) @ W.float()).split(BLOCK, 1))  # of each block, what is not coded yet
     generator, n_held = torch.Generator().manual_seed(seed), len(x) // 10
     atoms = [[] for _ in left]
     errors = [[part[:n_held].square().sum(-1).mean()] for part in left]
@@ -113,8 +114,9 @@ def learn_layer(x, fitted, n_stages, seed):
         errors[i].append(left[i][:n_held].square().sum(-1).mean())
         gains[i] = (errors[i][-2] - errors[i][-1]).item()
     learned = {"mean": mean.float(), "W": W.float(), "inverse": inverse.float()}
-    for i in (i for i, stages in enumerate(atoms) if stages):
-        learned |= {f"atoms.{i}": torch.stack(atoms[i]), f"left.{i}": torch.stack(errors[i])}
+    for i, stages in enumerate(atoms):
+        if stages:
+            learned |= {f"atoms.{i}": torch.stack(stages), f"left.{i}": torch.stack(errors[i])}
     return learned
 
 # ------------------------------------------------------------------ the codec
@@ -127,7 +129,9 @@ class Additive:
         n_axes = BLOCK * (1 + max(self.atoms, default=0))  # the axes Q in use
         self.mean, self.W, self.inverse = (
             learned["mean"], learned["W"][:, :n_axes], learned["inverse"][:n_axes])
-        self.shape, self.kept = shape, [self.mean, self.W, self.inverse, *self.atoms.values()]
+        self.shape = shape
+        self.nbytes = sum(
+            x.nbytes for x in (self.mean, self.W, self.inverse, *self.atoms.values()))
 
     def encode(self, keys, values):
         """Keys before RoPE and values (..., H, D) -> one tensor of bytes (..., sum of stages)."""
@@ -163,8 +167,8 @@ def share_out(curves, n_bytes):
 # ------------------------------------------------------------------ the rows, and the run
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
-    config, learned, curves, new_rows = model.get_decoder().config, {}, {}, []
-    shape, folder = sta.kv_shape(config), fitted_folder(args.saes, args.model) / "additive"
+    shape, learned, curves, new_rows = sta.kv_shape(model.get_decoder().config), {}, {}, []
+    folder = fitted_folder(args.saes, args.model) / "additive"
     for layer in evaluate.coded_layers(model, saes, args):
         learned[layer] = read_fitted(folder, model, layer)
         curves |= {(layer, int(name[5:])): left.cpu() for name, left in learned[layer].items()
@@ -179,7 +183,7 @@ def rows(model, tokenizer, saes, args, before):
         codecs = {layer: Additive(tensors, {block: n for (at, block), n in stages.items()
                                             if at == layer}, shape)
                   for layer, tensors in learned.items()}
-        once = sum(x.nbytes for codec in codecs.values() for x in codec.kept)
+        once = sum(codec.nbytes for codec in codecs.values())
         new_rows.append(evaluate.Row(f"additive {100 * share:g}", codecs, once_bytes=once,
                                      method="additive", settings=settings))
     return new_rows
@@ -195,8 +199,7 @@ def main(argv=None):
     folder = fitted_folder(args.saes, name) / "additive"
     calibration = folder.with_name("calibration")
     settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most}
-    model, _, layers = load_model(name, *pick_device(args.device, args.dtype),
-                                      args.layer or "all")
+    model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
     fitted = {layer: read_fitted(calibration, model, layer) for layer in layers}
     keep_settings(folder, settings)
     windows = safetensors.torch.load_file(calibration / "windows.safetensors")["ids"]

@@ -43,8 +43,8 @@ class KAlone(sta.TopKSAE):
         return ((x - self.decode(z, idx)) / self.scale).square().mean()
 
 class Ours:
-    """A trainer has step(x), for vectors x (N, D), and rebuild(x) -> (x_hat, the latents that
-    fired). D, M, k as in sta.py; lr is the peak of the learning rate."""
+    """A trainer has step(x) and rebuild(x) -> x_hat, for vectors x (N, D). D, M, k are those of
+    sta.py; lr is the peak of the learning rate."""
 
     def __init__(self, D, M, k, lr, n_steps, seed, kind=KAlone):
         self.sae = kind(1, D, M, k, torch.Generator().manual_seed(seed))
@@ -55,8 +55,7 @@ class Ours:
         self.schedule.step()
 
     def rebuild(self, x):
-        z, idx = self.sae.encode(x[:, None], self.sae.k)
-        return self.sae.decode(z, idx)[:, 0], idx[z > 0]
+        return self.sae.decode(*self.sae.encode(x[:, None], self.sae.k))[:, 0]
 
 class Sparsify:
     def __init__(self, D, M, k, lr, n_steps, seed):
@@ -74,8 +73,7 @@ class Sparsify:
         self.schedule.step()
 
     def rebuild(self, x):
-        output = self.sae(x)
-        return output.sae_out, output.latent_indices[output.latent_acts > 0]
+        return self.sae(x).sae_out
 
 class DictionaryLearning:
     def __init__(self, D, M, k, lr, n_steps, seed):
@@ -90,8 +88,7 @@ class DictionaryLearning:
         self.n_done += 1
 
     def rebuild(self, x):
-        x_hat, acts = self.trainer.ae(x, output_features=True)
-        return x_hat, acts.nonzero()[:, 1]
+        return self.trainer.ae(x)
 
 class SAELens:
     def __init__(self, D, M, k, lr, n_steps, seed):
@@ -112,8 +109,7 @@ class SAELens:
         self.schedule.step()
 
     def rebuild(self, x):
-        acts = self.sae.encode(x)
-        return self.sae.decode(acts), acts.nonzero()[:, 1]
+        return self.sae.decode(self.sae.encode(x))
 
 TRAINERS = {"ours": Ours, "sparsify": Sparsify, "dictionary_learning": DictionaryLearning,
             "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.TopKSAE)}
@@ -137,40 +133,30 @@ def installed_trainers():
 
 # ------------------------------------------------------------------ errors
 @torch.no_grad()
-def measure(trainer, x, n_latents):
-    """(FVU of vectors x (N, D) of mean 0; the share of latents that none of them fires)."""
-    error, alive = 0, torch.zeros(n_latents, dtype=torch.bool)
-    for batch in x.split(8192):
-        x_hat, fired = trainer.rebuild(batch)
-        error += (batch - x_hat).square().sum()
-        alive[fired] = True
-    return (error / x.square().sum()).item(), 1 - alive.float().mean().item()
+def fvu_of(trainer, x):
+    """The share of variance that is left of vectors x (N, D), whose mean is 0."""
+    errors = [(batch - trainer.rebuild(batch)).square().sum() for batch in x.split(8192)]
+    return (sum(errors) / x.square().sum()).item()
 
 def fit(make, x, k, lr, seed, args):
-    """(A trainer after one pass over vectors x (N, D); ms per step)."""
+    """A trainer after one pass over vectors x (N, D)."""
     order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(args.batch)
-    trainer, began = make(x.shape[1], args.n_latents, k, lr, len(order), seed), time.time()
+    trainer = make(x.shape[1], args.n_latents, k, lr, len(order), seed)
     for batch in order:
         trainer.step(x[batch])
-    return trainer, 1000 * (time.time() - began) / len(order)
+    return trainer
 
 def compare_at(site, trainers, parts, k, args):
     """Vectors (N, D) of one site in three parts: held out, to choose the rate by, to train on
-    -> {trainer: {lr, by_rate (the FVU of each rate), fvu and dead (of each seed), ms}}."""
-    held_out, choose, train = parts
-    results = {}
+    -> {trainer: {lr, by_rate (the FVU at each rate), fvu (of each seed)}}."""
+    (held_out, choose, train), results = parts, {}
     for name, make in trainers.items():
-        by_rate = {lr: measure(fit(make, train, k, lr, 9, args)[0], choose, args.n_latents)[0]
-                   for lr in LEARNING_RATES}
+        by_rate = {lr: fvu_of(fit(make, train, k, lr, 9, args), choose) for lr in LEARNING_RATES}
         lr = min(by_rate, key=by_rate.get)
-        runs = [fit(make, train, k, lr, seed, args) for seed in range(3)]
-        fvu = [measure(trainer, held_out, args.n_latents)[0] for trainer, _ in runs]
-        dead = [measure(trainer, train, args.n_latents)[1] for trainer, _ in runs]
-        ms = statistics.median(ms for _, ms in runs)
-        results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "dead": dead, "ms": ms}
+        fvu = [fvu_of(fit(make, train, k, lr, seed, args), held_out) for seed in range(3)]
+        results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu}
         print(f"{site:14} {name:19} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "
-              f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):6.2%}  {ms:5.1f} ms  "
-              f"{args.batch / ms / 1000:.2f}M vectors/s", flush=True)
+              f"±{statistics.stdev(fvu):.4f}", flush=True)
     return results
 
 def compare(trainers, args):
@@ -204,7 +190,7 @@ def time_steps(trainers):
                 trainer.step(x)
                 ms[name].append(1000 * (time.perf_counter() - began))
         shape = f"D {D}, M {M}, k {k}, {n_vectors} vectors"
-        medians[shape] = {name: sorted(times[3:])[N_ROUNDS // 2] for name, times in ms.items()}
+        medians[shape] = {name: statistics.median(times[3:]) for name, times in ms.items()}
         print(f"step at {shape}, ms: " + ", ".join(
             f"{name} {median:.1f}" for name, median in medians[shape].items()), flush=True)
     return medians

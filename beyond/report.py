@@ -162,7 +162,7 @@ def table(corner, cells):
                     [[row, *(cells.get((row, column), "") for column in columns)] for row in rows])
 
 # ------------------------------------------------------------------ the tables of README.md
-QUICK_START = ["dense", "keys", "values", "dual", "uniform", "reverse", "searched"]
+QUICK_START = ["dense", "means", "keys", "values", "dual", "uniform", "reverse", "searched"]
 
 def quick_start(lines):
     """What the README's quick start prints for tiny, seed 0."""

@@ -1,19 +1,19 @@
-"""What else the same bytes could buy: the quantisers that engineers would use, as rows.
+"""What else could the same bytes buy? The quantisers that engineers would use, as rows.
 
     python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
 
 grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to equal
            steps from its minimum to its maximum; minimum and step are kept in fp16. Keys are
            grouped over tokens of one channel, values over channels of one token. The keys are those
-           before RoPE, which is kinder than KIVI's own [arXiv 2401.18079]. It is simulated:
-           rounded, then computed with.
+           before RoPE, which loses less than KIVI itself does [arXiv 2401.18079]. It is simulated:
+           the model computes with rounded numbers.
 rotated    the idea of TurboQuant [arXiv 2504.19874] at 1, 2 and 3 bits: a head's key or value, less
-           its mean, is turned by a fixed random rotation; kept are an fp16 norm and, for each
-           number, the index of the nearest level that suits a Gaussian best (Lloyd-Max).
+           its mean, is turned by a fixed random rotation. Kept are an fp16 norm and, per number,
+           the index of the nearest of the levels that suit a Gaussian best (Lloyd-Max).
 transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads of a token along
            their principal axes, in the metric of beyond/calibrate.py. Each axis of each layer gets
-           0 to 8 bits, one by one where the next bit saves most, and Lloyd-Max levels. KVTC's
-           entropy coder, left out here, would save 4 to 6 % at 2 to 3 bits.
+           0 to 8 bits, each bit where it saves most, and Lloyd-Max levels. KVTC's entropy coder,
+           which is left out, would save 4 to 6 % at 2 to 3 bits.
 
 The last two are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
@@ -34,31 +34,31 @@ SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
 # ------------------------------------------------------------------ grouped
 def quantise(x, live, kind, bits, group):
-    """x (B, T, H, D) as KIVI keeps it; live (B, T) is False for what no group may see: sinks and
-    padding."""
+    """x (B, T, H, D) as KIVI keeps it; live (B, T) is False for sinks and padding, which no group
+    takes in."""
     rows = x.transpose(1, 3) if kind == "key" else x  # (B, D, H, T): groups along the last axis
     real = live[:, None, None] if kind == "key" else live[..., None, None]
     fill = -rows.shape[-1] % group
 
-    def cut(other):  # (..., groups, group), with `other` where nothing is
-        padded = F.pad(torch.where(real, rows, other), (0, fill), value=other)
+    def grouped(filler):  # (..., groups, group), with `filler` where no number counts
+        padded = F.pad(torch.where(real, rows, filler), (0, fill), value=filler)
         return padded.unflatten(-1, (-1, group))
 
-    low = cut(math.inf).amin(-1, keepdim=True).half().float()
-    high = cut(-math.inf).amax(-1, keepdim=True)
+    low = grouped(math.inf).amin(-1, keepdim=True).half().float()
+    high = grouped(-math.inf).amax(-1, keepdim=True)
     step = ((high - low) / (2 ** bits - 1)).half().float()
-    levels = ((cut(0.0) - low) / step.clamp_min(1e-6)).round().clamp(0, 2 ** bits - 1)
+    levels = ((grouped(0.0) - low) / step.clamp_min(1e-6)).round().clamp(0, 2 ** bits - 1)
     rows = (levels * step + low).flatten(-2)[..., :rows.shape[-1]]
     return rows.transpose(1, 3) if kind == "key" else rows
 
 class Grouped:
-    """A codec of one layer, simulated. In generation a token comes alone: it is a group of its own,
-    and its key is exact to fp16. KIVI keeps keys exact, too, until their group is full."""
+    """A codec of one layer, simulated. In generation a token comes alone: it is a group by itself,
+    and its key is exact to fp16. KIVI, too, keeps keys exact until their group is full."""
 
     def __init__(self, shape, bits, group):
         """shape: (n_kv_heads, head_dim)."""
         self.bits, self.group, (n_kv_heads, head_dim) = bits, group, shape
-        per_key = head_dim * (bits / 8 + 4 / group)  # an fp16 minimum and step for each group
+        per_key = head_dim * (bits / 8 + 4 / group)  # an fp16 minimum and step per group
         per_value = head_dim * bits / 8 + 4 * math.ceil(head_dim / group)
         self.bytes_per_token = n_kv_heads * (per_key + per_value)
 
@@ -133,8 +133,8 @@ class Rotated:
 
 # ------------------------------------------------------------------ transform
 def allocate(variances, n_bits):
-    """Numbers of these variances (any shape) -> bits of each, 0 to 8: n_bits one by one, each where
-    it lowers the summed squared error most [reverse water-filling]."""
+    """Numbers of these variances (any shape) -> bits of each, 0 to 8, n_bits in all: a bit goes
+    where it lowers the summed squared error most [reverse water-filling]."""
     left = torch.tensor([1.0] + [lloyd_max(b)[1] for b in range(1, 9)], dtype=torch.float64)
     gains = variances.cpu()[..., None] * -left.diff()  # falling with every further bit
     chosen = torch.zeros(gains.numel(), dtype=torch.long)

@@ -152,7 +152,8 @@ def answer(model, tokenizer, saes, ids, question, budget):
     scores = combine(by_layer, {"s3": list(by_layer)}, bm25(words, words_of(question)))
     spans, places = best_spans(scores["fused"], budget)
     print(f"{len(ids):,} tokens scanned in {scanned - began:.1f} s, searched in "
-          f"{1000 * (time.time() - scanned):.0f} ms; index {n_bytes / len(ids):.0f} bytes per token")
+          f"{1000 * (time.time() - scanned):.0f} ms; index of {n_bytes / len(ids):.0f} bytes "
+          "per token")
     for i in spans:
         print(f"  {SPAN * i:,}:", *(f"{name} {x[i]:.3g}," for name, x in scores.items()),
               repr(tokenizer.decode(ids[SPAN * i:SPAN * (i + 1)])))

@@ -31,7 +31,7 @@ from support.text import read_text, token_windows
 pytestmark = pytest.mark.filterwarnings("ignore:.past_key_values")  # its name before 5.24
 
 # ---------------------------------------------------------------- cache.py
-CACHED = ["llama", "mistral", "qwen2", "qwen3"]
+CACHED = pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
 
 class Exact:
     """A codec that loses nothing; it has no SAE, nor atoms."""
@@ -49,33 +49,42 @@ def padded(batch=3, length=9):
         ids[row, :n], mask[row, :n] = 0, 0
     return {"input_ids": ids, "attention_mask": mask}
 
-@pytest.mark.parametrize("family", CACHED)
+def generate_with_and_without(model, sink, recent, n_new, **how):
+    """Asserts that a cache that loses nothing leads to the same tokens; returns it."""
+    how = {"do_sample": False, "max_new_tokens": n_new, "eos_token_id": None, "pad_token_id": 0,
+           **how}
+    torch.manual_seed(0)
+    dense = model.generate(**padded(), **how)
+    torch.manual_seed(0)
+    with cache.compress(model, EXACT, sink, recent) as kept:
+        assert model.generate(**padded(), past_key_values=kept, **how).tolist() == dense.tolist()
+    return kept
+
+@CACHED
 @pytest.mark.parametrize("recent", [3, 300])
 def test_cache_that_loses_nothing_generates_the_same(family, recent):
     model = small_model(family, max_position_embeddings=256)
-    greedy = {"max_new_tokens": 200, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    dense = model.generate(**padded(), **greedy)
-    with cache.compress(model, EXACT, 4, recent) as kept:
-        found = model.generate(**padded(), past_key_values=kept, **greedy)
-    assert found.tolist() == dense.tolist()
+    kept = generate_with_and_without(model, 4, recent, 200)
     assert kept.get_seq_length() == 208 and len(kept.layers) == 2
 
-@pytest.mark.parametrize("family", CACHED)
+@CACHED
 def test_cache_with_eager_attention_a_sliding_window_and_bf16(family):
     window = {"sliding_window": 8, "use_sliding_window": True, "max_window_layers": 1}
     model = small_model(family, max_position_embeddings=256,
                         **({} if family == "llama" else window))
     model.set_attn_implementation("eager")
-    greedy = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-    dense = model.generate(**padded(), **greedy)
-    with cache.compress(model, EXACT, 2, 3) as kept:
-        found = model.generate(**padded(), past_key_values=kept, **greedy)
-    assert found.tolist() == dense.tolist()
+    generate_with_and_without(model, 2, 3, 60)
     with cache.compress(model.bfloat16(), EXACT, 2, 3) as kept:
-        model.generate(**padded(), past_key_values=kept, **greedy)
+        model.generate(**padded(), past_key_values=kept, max_new_tokens=9, pad_token_id=0)
     assert kept.layers[0].exact[0].dtype == torch.bfloat16
 
-@pytest.mark.parametrize("family", CACHED)
+@pytest.mark.parametrize("how", [{"num_beams": 4}, {"do_sample": True, "top_k": 0},
+                                 {"num_beams": 2, "num_return_sequences": 2}])
+def test_beam_search_and_sampling(how):
+    model = small_model("llama", max_position_embeddings=128)
+    generate_with_and_without(model, 2, 5, 40, **how)
+
+@CACHED
 def test_cache_computes_what_the_hooks_do(family):
     """recent = 0: token by token, in chunks or at once, and however much is kept decoded, these are
     the logits of `reconstruct`."""
@@ -87,14 +96,14 @@ def test_cache_computes_what_the_hooks_do(family):
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
     for step, keep in ((1, 0), (7, 0), (20, 0), (1, 5), (1, 100), (7, 9), (7, 100)):
         with cache.compress(model, codecs, 1, 0, keep) as kept:
-            found = torch.cat([model(ids[:, i:i + step], attention_mask=mask[:, :i + step],
-                                     position_ids=positions[:, i:i + step],
-                                     past_key_values=kept).logits
-                               for i in range(0, 20, step)], 1)
-        torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
+            logits = torch.cat([model(ids[:, i:i + step], attention_mask=mask[:, :i + step],
+                                      position_ids=positions[:, i:i + step],
+                                      past_key_values=kept).logits
+                                for i in range(0, 20, step)], 1)
+        torch.testing.assert_close(logits[mask.bool()], expected[mask.bool()], atol=1e-4, rtol=0)
 
 def test_recent_is_a_sliding_window():
-    """A token is exact while fewer than `recent` are newer: what is not coded must not matter."""
+    """A token is exact while fewer than `recent` are newer; bytes are those of both kinds."""
     model, ids = small_model("llama"), tokens_of(1, 12)
     codecs = dual(small_saes(model), 2, 3)
     with cache.compress(model, codecs, sink=1, recent=4) as kept:
@@ -102,24 +111,15 @@ def test_recent_is_a_sliding_window():
             model(ids[:, i:i + 1], past_key_values=kept)
             assert kept.layers[1].exact[0].shape[1] == min(4, i + 1)
             assert kept.layers[1].n_codes() == max(0, i + 1 - 4)
-    with sta.capture(model, [0]) as vectors, cache.compress(model, codecs, 1, 4) as again:
-        model(ids, past_key_values=again)
-    layer = again.layers[0]
+    coded, exact = 2 * 4 * (2 + 3), 2 * 2 * 16 * 4  # of two heads: atoms; K and V in float32
+    positions = 12 * (4 + 1)  # and whether it is a sink, once
+    assert cache.cache_bytes(kept) == 2 * (8 * coded + (4 + 1) * exact) + positions
+    with sta.capture(model, [0]) as vectors, cache.compress(model, codecs, 1, 4) as at_once:
+        model(ids, past_key_values=at_once)
+    layer = at_once.layers[0]
     torch.testing.assert_close(layer.exact[1], vectors[0, "value"][:, -4:])
     z, _ = codecs[0].value_sae.encode(vectors[0, "value"][:, :8], 3)
     torch.testing.assert_close(layer.codes[2], z.half().flatten(-2))
-
-def test_beam_search_and_sampling():
-    model = small_model("llama", max_position_embeddings=128)
-    for how in ({"num_beams": 4, "do_sample": False}, {"do_sample": True, "top_k": 0},
-                {"num_beams": 2, "num_return_sequences": 2, "do_sample": False}):
-        how |= {"max_new_tokens": 40, "eos_token_id": None, "pad_token_id": 0}
-        torch.manual_seed(0)
-        dense = model.generate(**padded(), **how)
-        torch.manual_seed(0)
-        with cache.compress(model, EXACT, 2, 5) as kept:
-            found = model.generate(**padded(), past_key_values=kept, **how)
-        assert found.tolist() == dense.tolist()
 
 @pytest.mark.parametrize("keep", [0, 7, 1000])
 def test_reorder_crop_and_growth_at_random(keep):
@@ -140,33 +140,25 @@ def test_reorder_crop_and_growth_at_random(keep):
                 ids = ids[:, :-n]
             new = tokens_of(3, int(generator.integers(1, 6)), seed=turn)
             ids = torch.cat([ids, new], 1)
-            found = model(new, past_key_values=kept).logits
+            logits = model(new, past_key_values=kept).logits
             assert kept.get_seq_length() == ids.shape[1]
             assert kept.layers[0].slots[0].shape == (3, ids.shape[1])
-        used = cache.cache_bytes(kept)
+        n_bytes = cache.cache_bytes(kept)
         kept.reset()
         assert cache.cache_bytes(kept) == 0 and kept.get_seq_length() == 0
         expected = model(ids, past_key_values=kept).logits
-        torch.testing.assert_close(found, expected[:, -found.shape[1]:], atol=1e-4, rtol=0)
-        assert cache.cache_bytes(kept) == used
-
-def test_bytes_of_the_cache_are_those_of_its_codes_and_exact_tokens():
-    model = small_model("llama", max_position_embeddings=256)
-    with cache.compress(model, dual(small_saes(model), 3, 5), 4, 10) as kept:
-        model(tokens_of(2, 200), past_key_values=kept)
-    coded, exact = 2 * 4 * (3 + 5), 2 * 2 * 16 * 4  # of two heads: atoms; K and V in float32
-    positions = 2 * 200 * (4 + 1)  # and whether it is a sink, once
-    assert cache.cache_bytes(kept) == 2 * 2 * (190 * coded + 14 * exact) + positions
+        torch.testing.assert_close(logits, expected[:, -logits.shape[1]:], atol=1e-4, rtol=0)
+        assert cache.cache_bytes(kept) == n_bytes
 
 @pytest.mark.parametrize("keep,decoded", [(0, [36, 37, 38]), (20, [36, 17, 38]),
                                           (100, [36, 1, 38])])
 def test_what_is_kept_decoded_is_not_decoded_again_and_can_be_given_back(keep, decoded):
     class Counting(Exact):
         def decode(self, stored):
-            numbers.append(stored[0].shape[1])
+            counts.append(stored[0].shape[1])
             return super().decode(stored)
 
-    model, numbers = small_model("llama"), []
+    model, counts = small_model("llama"), []
     with cache.compress(model, {0: Counting()}, sink=1, recent=4, keep=keep) as kept:
         model(tokens_of(1, 40), past_key_values=kept)
         model(tokens_of(1, 1), past_key_values=kept)
@@ -174,30 +166,28 @@ def test_what_is_kept_decoded_is_not_decoded_again_and_can_be_given_back(keep, d
         kept.forget_decoded()
         assert before - cache.cache_bytes(kept) == 2 * 2 * 16 * 4 * min(keep, 37)  # K and V
         model(tokens_of(1, 1), past_key_values=kept)
-        assert numbers == decoded
-        assert cache.cache_bytes(kept) >= before
+        assert counts == decoded and cache.cache_bytes(kept) >= before
 
 def test_cache_refuses_what_it_would_get_wrong():
-    with pytest.raises(sta.UsageError, match="cache of codes takes llama, .* this is phi3"):
-        with cache.compress(small_model("phi3"), EXACT):
-            pass
     model = small_model("llama")
+    for other, codecs, message in (
+            (small_model("phi3"), EXACT, "cache of codes takes llama, .* this is phi3"),
+            (model, {5: Exact()}, "layer 5: the model has layers 0 to 1")):
+        with pytest.raises(sta.UsageError, match=message), cache.compress(other, codecs):
+            pass
+    with pytest.raises(sta.UsageError, match="cache of codes takes llama"):  # before any row
+        cache.rows(small_model("gpt_neox"), None, {}, None, [])
     with cache.compress(model, EXACT) as kept:
         with pytest.raises(sta.UsageError, match="give the model .*=the cache"):
             model(tokens_of(1, 3))
     with pytest.raises(sta.UsageError, match="only inside `with compress"):
         model(tokens_of(1, 3), past_key_values=kept)
-    with pytest.raises(sta.UsageError, match="layer 5: the model has layers 0 to 1"):
-        with cache.compress(model, {5: Exact()}):
-            pass
     with cache.compress(model, EXACT) as kept:
         model(tokens_of(1, 3), past_key_values=kept)
         with pytest.raises(ValueError, match=r"crop\(2\): want minus the number of tokens"):
             kept.crop(2)
         with pytest.raises(sta.UsageError, match="one text per row; these are packed"):
             model(tokens_of(1, 3), past_key_values=kept, position_ids=torch.tensor([[0, 1, 2]]))
-    with pytest.raises(sta.UsageError, match="cache of codes takes llama"):  # before any row
-        cache.rows(small_model("gpt_neox"), None, {}, None, [])
 
 def test_row_through_the_cache(trained, tmp_path, monkeypatch):
     """recent = 0: the losses and accuracies of the hooks; bytes are those of what is kept."""
@@ -213,8 +203,9 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
     assert rows["cache"]["bytes_per_token"] == a_token + sinks
     assert rows["cache"]["break_even_tokens"] is None  # float32 layers are larger than bf16
 
-def test_times_by_context(trained, tmp_path, capsys):
-    assert script(cache, "--saes", trained, "--contexts", "40,150", "--out", tmp_path) == 0
+def test_token_times_and_bytes(trained, tmp_path, capsys):
+    argv = ["--saes", trained, "--contexts", "40,150", "--out", tmp_path]
+    assert script(cache, *argv) == 0
     costs = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"]
     assert [(x["name"], x["context"], x["keep"]) for x in costs] == [
         (name, context, keep) for context in (40, 150)
@@ -222,16 +213,11 @@ def test_times_by_context(trained, tmp_path, capsys):
     assert all(0 < x["token_ms"] < 1000 for x in costs)
     dense, codes, both = [x["bytes"] for x in costs[3:]]
     assert codes < dense < both
-
-@pytest.mark.parametrize("argv,message", [
-    (["--recent", "-1"], "--recent -1: want 0 or more"),
-    (["--saes", "nowhere"], "nowhere: no SAEs of any model; first run"),
-    (["--saes", "{trained}", "--only", "("], "--only .: no regular expression"),
-    (["--saes", "{trained}", "--layer", "5"], "no SAEs of layer 5, but of .1, 2")])
-def test_bad_input_of_the_cache(argv, message, trained, tmp_path, capsys):
-    argv = [a.replace("{trained}", str(trained)) for a in argv]
-    assert script(cache, *argv, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, message)
+    capsys.readouterr()
+    for bad, message in ((["--recent", "-1"], "--recent -1: want 0 or more"),
+                         (["--saes", "nowhere"], "nowhere: no SAEs of any model; first run")):
+        assert script(cache, *argv, *bad) == 2
+        assert_one_line(capsys.readouterr().err, message)
 
 # ---------------------------------------------------------------- calibrate.py
 @pytest.fixture(scope="session")
@@ -257,8 +243,8 @@ def test_gradients_are_those_of_the_loss(family):
         return torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").item()
 
     g = torch.tensor([(loss(step) - loss(-step)) / 0.1 for step in 0.05 * torch.eye(2 * H * D)])
-    mean, _, found = calibrate.statistics(model, ids, [0, 1], 5)[1]
-    torch.testing.assert_close(found.float(), g.outer(g), rtol=0.02,
+    mean, _, G = calibrate.statistics(model, ids, [0, 1], 5)[1]
+    torch.testing.assert_close(G.float(), g.outer(g), rtol=0.02,
                                atol=2e-3 * g.square().max().item())
     rows = sta.harvest(model, ids, [1], 5)
     torch.testing.assert_close(mean.float(), torch.cat(
@@ -296,21 +282,21 @@ def test_covariance_of_a_small_spread_about_a_large_mean(monkeypatch):
     shifted = calibrate.statistics(model, ids, [1])[1][1]
     torch.testing.assert_close(shifted, plain, atol=1e-3 * plain.max().item(), rtol=0.05)
 
-def test_the_models_own_text_stands_between_the_other(calibrated):
+def test_the_models_own_text_stands_between_the_other(calibrated, capsys):
     model, tokenizer, _ = load_model("tiny")
     windows = calibrate.safetensors.torch.load_file(
         calibrated / "tiny" / "calibration" / "windows.safetensors")["ids"]
-    pieces = read_text(None, "train", "tiny")
-    text = token_windows(pieces, tokenizer, model, None, 256, 8704)
+    text = token_windows(read_text(None, "train", "tiny"), tokenizer, model, None, 256, 8704)
     of_text = [any(torch.equal(window, other) for other in text) for window in windows]
     assert len(windows) == 34 and sum(of_text) == 26 and not all(of_text[:6])
     torch.manual_seed(0)
     a, b = (calibrate.own_windows(model, tokenizer, 2, 32) for _ in range(2))
     torch.manual_seed(0)
     assert torch.equal(a, calibrate.own_windows(model, tokenizer, 2, 32)) and not torch.equal(a, b)
-    for value, message in ((1.5, "--own 1.5: want a share"), (-1, "--own -1.0: want a share")):
-        with pytest.raises(sta.UsageError, match=message):
-            calibrate.main(["--own", str(value)])
+    for bad, message in ((["--own", 1.5], "--own 1.5: want a share"),
+                         (["--tokens", 1], "--tokens 1: want 2 or more")):
+        assert script(calibrate, *bad) == 2
+        assert_one_line(capsys.readouterr().err, message)
 
 # ---------------------------------------------------------------- rivals.py
 @pytest.mark.parametrize("bits", [2, 4])
@@ -318,7 +304,7 @@ def test_quantise_against_a_loop(bits):
     x = rows_of(2 * 70 * 3, 64).view(2, 70, 3, 64) * torch.logspace(-1, 1, 64)
     live = torch.ones(2, 70, dtype=torch.bool)
     live[:, 0] = live[1, 50:] = False  # a sink; padding
-    found = {kind: rivals.quantise(x, live, kind, bits, 32) for kind in sta.KINDS}
+    quantised = {kind: rivals.quantise(x, live, kind, bits, 32) for kind in sta.KINDS}
     for b, t, h, d in [(0, 5, 0, 0), (0, 69, 2, 63), (1, 1, 1, 40), (1, 49, 2, 7)]:
         start = t - t % 32
         tokens = [s for s in range(start, min(70, start + 32)) if live[b, s]]
@@ -328,12 +314,14 @@ def test_quantise_against_a_loop(bits):
             low = np.float32(np.float16(group.min().item()))
             step = np.float32(np.float16((group.max().item() - low) / (2 ** bits - 1)))
             level = min(max(round(float((x[b, t, h, d] - low) / step)), 0), 2 ** bits - 1)
-            assert found[kind][b, t, h, d].item() == pytest.approx(low + level * step, abs=1e-4)
+            assert quantised[kind][b, t, h, d].item() == pytest.approx(low + level * step, abs=1e-4)
     other = torch.where(live[..., None, None], x, 1e6 * x)  # what is not live must not matter
     torch.testing.assert_close(rivals.quantise(other, live, "key", bits, 32)[live],
-                               found["key"][live])
-    size = rivals.Grouped((3, 64), 2, 32).bytes_per_token
-    assert size == 0.1875 * 2 * 3 * 64 * 2  # METHOD: 3 bits per number
+                               quantised["key"][live])
+    codec = rivals.Grouped((3, 64), 2, 32)
+    assert codec.bytes_per_token == 0.1875 * 2 * 3 * 64 * 2  # 3 bits per number
+    one, live = x[:, 5:6], live[:, 5:6]  # a token alone: a group without spread
+    torch.testing.assert_close(codec.roundtrip(one, one, live)[0], one, atol=0.01, rtol=1e-3)
 
 def test_levels_are_lloyd_and_maxs_and_come_back_from_packed_bytes():
     """Against the published distortions [Max 1960] and a loop over numbers."""
@@ -343,11 +331,11 @@ def test_levels_are_lloyd_and_maxs_and_come_back_from_packed_bytes():
     levels = rivals.Levels(bits)
     packed = levels.encode(y)
     assert packed.shape == (40, 5, 3) and packed.dtype == torch.uint8  # 19 bits
-    found = levels.decode(packed)
+    y_hat = levels.decode(packed)
     for i, b in enumerate(bits.tolist()):
         table = rivals.lloyd_max(b)[0].numpy() if b else np.zeros(1)
         nearest = table[np.abs(y[..., i, None].numpy() - table).argmin(-1)]
-        assert found[..., i].numpy() == pytest.approx(nearest, abs=1e-6)
+        assert y_hat[..., i].numpy() == pytest.approx(nearest, abs=1e-6)
 
 def test_rotated_against_numpy():
     k, v = rows_of(12).view(2, 3, 2, 16), rows_of(12, seed=1).view(2, 3, 2, 16)
@@ -389,26 +377,9 @@ def test_transform_spends_bits_as_a_loop_would_and_leaves_what_it_says():
     stored = codec.encode(k, v)
     assert stored[0].shape == (4000, 12) and stored[0].dtype == torch.uint8
     error = torch.stack(codec.decode(stored), 1).view(-1, 32).double() - x
-    found = ((error @ metric) * error).sum(-1).mean().item()
-    told = sum(variance * left[b] for variance, b in zip(variances.tolist(), bits.tolist()))
-    assert found == pytest.approx(told, rel=0.15)  # these rows are only nearly Gaussian
-
-def test_a_grouped_key_decoded_alone_is_exact():
-    """As its docstring says: hooks see one call at a time, and a group of one has no spread."""
-    codec, keys = rivals.Grouped((2, 16), 2, 32), rows_of(10).view(1, 5, 2, 16)
-    live = torch.ones(1, 5, dtype=torch.bool)
-    assert (codec.roundtrip(keys, keys, live)[0] - keys).abs().max() > 0.1
-    alone = codec.roundtrip(keys[:, :1], keys[:, :1], live[:, :1])[0]
-    torch.testing.assert_close(alone, keys[:, :1], atol=0.01, rtol=0)  # fp16
-
-def test_rows_of_one_layer_from_the_models_own_folder(calibrated, tmp_path, monkeypatch):
-    """Without SAEs: saes/tiny does for saes, and --layer says what is coded."""
-    monkeypatch.setattr(rivals, "SHARES", (0.125,))
-    layer = ["--model", "tiny", "--saes", calibrated / "tiny", "--rows", "rivals", "--layer", 3]
-    assert script(evaluate, *layer, "--only", "rotated 2", "--max-tokens", 256, "--limit", 2,
-                  "--out", tmp_path) == 0
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert list(result["rows"][1]["by_layer"]) == ["3"] and result["layers"] == [3]
+    cost = ((error @ metric) * error).sum(-1).mean().item()
+    expected = sum(variance * left[b] for variance, b in zip(variances.tolist(), bits.tolist()))
+    assert cost == pytest.approx(expected, rel=0.15)  # these rows are only nearly Gaussian
 
 def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(rivals, "SHARES", (0.125, 0.25))
@@ -424,11 +395,15 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
         assert rows[name]["settings"]["own"] == 0.25
     assert rows["transform 12.5"]["ce"] < rows["rotated 2 bits"]["ce"]
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    run[3] = calibrated / "tiny"  # the model's folder does, too; --layer says what is coded
+    assert script(evaluate, *run, "--layer", 3, "--only", "rotated 2") == 0
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert list(result["rows"][1]["by_layer"]) == ["3"] and result["layers"] == [3]
     run[3] = tmp_path
     assert script(evaluate, *run) == 2
     assert_one_line(capsys.readouterr().err, "layer0.safetensors: missing .*beyond.calibrate")
-    other = shutil.copytree(calibrated / "tiny", tmp_path / "tiny") / "calibration"
-    path = other / "layer3.safetensors"
+    path = shutil.copytree(calibrated / "tiny", tmp_path / "tiny") / "calibration" / "layer3"
+    path = path.with_suffix(".safetensors")
     write_atomic(path, calibrate.safetensors.torch.save(
         calibrate.safetensors.torch.load(path.read_bytes()), {"model_sha256": ""}))
     assert script(evaluate, *run) == 2
@@ -869,10 +844,10 @@ def learned_layer(n=9000):
     return x, additive.learn_layer(x, fitted, 10, seed=0)
 
 def test_beam_search_is_a_search_over_all_sums_where_it_can_be():
-    """As many candidates as sums of two stages: no sum is nearer; one candidate: greedy."""
-    y, atoms = rows_of(30, 8), rows_of(512, 8, seed=1).view(2, 256, 8) * torch.tensor([1, 0.3])[
-        :, None, None]
-    greedy, left = additive.beam_search(y, atoms, 1)
+    """One candidate: greedy. More: hardly ever is a sum of two stages nearer."""
+    y, atoms = rows_of(30, 8), rows_of(512, 8, seed=1).view(2, 256, 8)
+    atoms[1] *= 0.3
+    greedy, greedy_left = additive.beam_search(y, atoms, 1)
     for n, x in enumerate(y):
         first = (atoms[0] - x).square().sum(-1).argmin()
         second = (atoms[1] - (x - atoms[0][first])).square().sum(-1).argmin()
@@ -881,17 +856,16 @@ def test_beam_search_is_a_search_over_all_sums_where_it_can_be():
     total = sum(stage[codes[:, j].long()] for j, stage in enumerate(atoms))
     torch.testing.assert_close(left, y - total)
     sums = (atoms[0][:, None] + atoms[1]).flatten(0, 1)  # of all pairs
-    best = torch.cdist(y, sums).amin(1).square()
-    assert (left.square().sum(-1) <= additive.beam_search(y, atoms, 1)[1].square().sum(-1)
-            + 1e-4).all()
-    assert (left.square().sum(-1) < best + 1e-3).float().mean() > 0.9
+    best, error = torch.cdist(y, sums).amin(1).square(), left.square().sum(-1)
+    assert (error <= greedy_left.square().sum(-1) + 1e-4).all()
+    assert (error < best + 1e-3).float().mean() > 0.9
 
 def test_k_means_finds_clusters_and_fills_empty_atoms():
     x = 4 * rows_of(256, 8).repeat(40, 1) + rows_of(40 * 256, 8, seed=1) / 10
     atoms = additive.k_means(x, torch.Generator().manual_seed(0))
     assert len(set(additive.nearest(x, atoms).tolist())) > 200
-    found = (x - atoms[additive.nearest(x, atoms)]).norm(dim=1)
-    torch.testing.assert_close(found, torch.cdist(x.double(), atoms.double()).amin(1).float(),
+    distances = (x - atoms[additive.nearest(x, atoms)]).norm(dim=1)
+    torch.testing.assert_close(distances, torch.cdist(x.double(), atoms.double()).amin(1).float(),
                                atol=0, rtol=0.03)  # numbers live in the lowest bits
 
 def test_additive_code_of_a_layer():
@@ -961,24 +935,21 @@ def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
 def test_other_codes_through_the_cache():
     """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1 %."""
     model, tokenizer, _ = load_model("tiny")
-    windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 0,
-                                10_240)
-    rows, shape = sta.harvest(model, windows, [1, 2]), sta.kv_shape(model.config)
-    eye, fitted = torch.eye(2 * shape[0] * shape[1]), {}
-    x = {layer: calibrate.side_by_side(rows[layer, "key"], rows[layer, "value"])
-         for layer in (1, 2)}
+    windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 0, 10_240)
+    vectors, shape, fitted = sta.harvest(model, windows, [1, 2]), sta.kv_shape(model.config), {}
     for layer in (1, 2):
-        fitted[layer] = {"mean": x[layer].mean(0), "covariance": x[layer].T.cov(correction=0),
-                         "metric": eye}
-    learned = additive.learn_layer(x[1], fitted[1], 24, seed=0)
+        x = calibrate.side_by_side(vectors[layer, "key"], vectors[layer, "value"])
+        fitted[layer] = {"mean": x.mean(0), "covariance": x.T.cov(correction=0),
+                         "metric": torch.eye(x.shape[1])}
+        if layer == 1:
+            learned = additive.learn_layer(x, fitted[1], 24, seed=0)
     stages = {int(name[6:]): len(atoms) for name, atoms in learned.items() if name[:5] == "atoms"}
-    axes = calibrate.principal_axes(fitted[2]["covariance"], eye)
+    axes = calibrate.principal_axes(fitted[2]["covariance"], fitted[2]["metric"])
     codecs = {1: additive.Additive(learned, stages, shape),
               2: rivals.Transform(shape, fitted[2]["mean"], *axes, rivals.allocate(axes[0], 200))}
-    ids = windows[:2]
+    ids, row = windows[:2], evaluate.Row("both", codecs)
     with sta.reconstruct(model, codecs, sink=1):
         expected = model(ids).logits
-    row = evaluate.Row("both", codecs)
     with cache.through_cache(model, row, sink=1, recent=0, chunk=100) as forward:
         torch.testing.assert_close(forward(ids), expected, atol=1e-4, rtol=0)
     dense = 4 * 4 * 2 * shape[0] * shape[1]  # four layers in float32
@@ -1013,19 +984,21 @@ def test_index_and_scores_against_loops(monkeypatch):
     for t, h, g in itertools.product(range(6), range(2), range(2)):
         along, total = saes[1].W_dec @ (q[t, h, g] - mean[h, g]), np.zeros(40)
         for m in along.argsort(descending=True)[:saes[1].k].tolist():
-            has = np.array([64 * h + m in some for some in fired])
+            has = np.array([64 * h + m in latents for latents in fired])
             total += max(along[m].item(), 0) * math.log(40 / max(1, has.sum())) * has
         expected += total ** 2
     expected /= expected.mean()
-    found = s3.search(model, saes, index, asked, 40)["s3", 1]
-    assert found == pytest.approx(s3.of_spans(expected), rel=1e-3)
+    scores = s3.search(model, saes, index, asked, 40)["s3", 1]
+    assert scores == pytest.approx(s3.of_spans(expected), rel=1e-3)
     with_bos = torch.cat([torch.tensor([1]), asked])
-    q = s3.read(model, with_bos, [1])[1][1][1:]  # BOS is read, but does not search
-    by_hand = s3.search(model, saes, index, with_bos, 40, special=[1])["s3", 1]
+    q = s3.read(model, with_bos, [1])[1][1][1:]  # BOS is read, but its query is left out
+    scores = s3.search(model, saes, index, with_bos, 40, special=[1])["s3", 1]
     monkeypatch.setattr(s3, "read", lambda *args: {1: [None, q, None]})
-    assert by_hand == pytest.approx(s3.search(model, {1: saes[1]}, index, asked, 40)["s3", 1])
-    found = s3.bm25([["a", "b"] * 8, ["b"] * 8, ["a", "b", "c", "b"] * 4], ["b", "e"])
-    assert found == pytest.approx([math.log(1 + 0.5 / 3.5) * 8 * 2.2 / 9.2] * 3)
+    assert scores == pytest.approx(s3.search(model, {1: saes[1]}, index, asked, 40)["s3", 1])
+
+def test_spans_and_their_words():
+    scores = s3.bm25([["a", "b"] * 8, ["b"] * 8, ["a", "b", "c", "b"] * 4], ["b", "e"])
+    assert scores == pytest.approx([math.log(1 + 0.5 / 3.5) * 8 * 2.2 / 9.2] * 3)
     tokenizer = load_model("tiny")[1]
     text = "The Constitution, which we all revere, is the Constitution of the people. " * 4
     ids = torch.tensor(tokenizer(text).input_ids)
@@ -1068,11 +1041,11 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--out",
                   tmp_path) == 0
     result = json.loads((tmp_path / "tiny-s3.json").read_text())
-    found = {row["what"]: row["mean"][0] for row in result["table"] if row["passages"] == 8}
+    means = {row["what"]: row["mean"][0] for row in result["table"] if row["passages"] == 8}
     assert [len(x) for x in result["chosen"].values()] == [1] * 4
-    assert found["recall by bm25 at 10%"] > 2 * found["recall by chance at 10%"]
-    assert 0 <= found["recall by s3 at 5%"] <= found["recall by s3 at 10%"] < 1
-    assert found["loss after the right passage"] < found["loss after nothing"]
+    assert means["recall by bm25 at 10%"] > 2 * means["recall by chance at 10%"]
+    assert 0 <= means["recall by s3 at 5%"] <= means["recall by s3 at 10%"] < 1
+    assert means["loss after the right passage"] < means["loss after nothing"]
 
 # ---------------------------------------------------------------- report.py
 @pytest.fixture

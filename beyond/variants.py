@@ -1,25 +1,25 @@
-"""The same atoms, chosen or shaped otherwise: search, one SAE per layer, other budgets, L1.
+"""Other ways to choose atoms or to train them: search, one SAE per layer, other splits, L1.
 
-    python evaluate.py --rows variants                 # search; and those of the others that exist
+    python evaluate.py --rows variants                 # search, and the others that are trained
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
     python -m beyond.variants --what splits            # tiny: saes/splits/tiny/
     python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
 
 search     The encoder's one pass only guesses which atoms to use. Hard thresholding pursuit
            [Foucart 2011] solves for the coefficients of the chosen atoms by least squares, looks
-           for atoms in line with what is left, keeps the k best of all, and begins again: ROUNDS
+           for atoms in line with what is left, keeps the k best of all, and repeats this ROUNDS
            times. The dictionary, the bytes and the decoder are those of the dual budget.
-           Coefficients may be negative; those of the first j atoms are not the code at budget j.
+           Coefficients may be negative, and the first j atoms are not the code at budget j.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs.
 splits     SAEs trained for the other splits of the same bytes: as many atoms per key as per value,
            and the dual budget reversed. The controls of the dual budget, whose SAEs are trained
            for it.
-l1         A ReLU autoencoder with an L1 penalty, which follows the number of active latents until
-           that is the SAE's k on average: the rival of the paper's first claim. It needs three
-           times the tokens and four times the rate of the others (beyond/claims.py).
-Non-goals: search among the atoms of a layer's SAE.
+l1         A ReLU autoencoder with an L1 penalty, whose weight is adapted until k latents are active
+           on average: the rival of the paper's first claim. It needs three times the tokens and
+           four times the learning rate of the others (beyond/claims.py).
+Non-goal: search among the atoms of a layer's SAE.
 """
 import argparse
 import math
@@ -40,8 +40,8 @@ ROUNDS = 2  # of pursuit: each gains less than the one before
 # ------------------------------------------------------------------ search
 @torch.no_grad()
 def pursue(sae, x, k):
-    """TopKSAE.encode by hard thresholding pursuit: x (..., H, D) -> z (..., H, k), signed, and idx.
-    Begins with the encoder's atoms."""
+    """TopKSAE.encode by hard thresholding pursuit, which starts from the encoder's atoms:
+    x (..., H, D) -> z (..., H, k), signed, and idx (..., H, k)."""
     _, idx = sae.encode(x, k)
     target = ((x - sae.b_dec) / sae.scale).flatten(0, -2)  # (N, D)
     parts = zip(target.split(4096), idx.flatten(0, -2).split(4096))
@@ -49,7 +49,7 @@ def pursue(sae, x, k):
     return tuple(torch.cat(part).view(idx.shape) for part in zip(*codes))
 
 def pursue_rows(target, idx, atoms):
-    """target (N, D), first choice idx (N, k) of the unit atoms (M, D) -> z (N, k), idx (N, k)."""
+    """target (N, D), a first choice idx (N, k) of the unit atoms (M, D) -> z and idx (N, k)."""
     for _ in range(ROUNDS):
         z = solve(target, atoms[idx])
         left = target - F.embedding_bag(idx, atoms, per_sample_weights=z, mode="sum")
@@ -143,19 +143,6 @@ def other_splits(k_key, k_val):
     return {name: budget for name, budget in evaluate.splits(k_key, k_val).items()
             if name != "dual"}
 
-def split_rows(model, folder, layers, args):
-    """[Row]: uniform and reverse by SAEs trained for them."""
-    new_rows = []
-    for name, budget in other_splits(args.k_key, args.k_val).items():
-        names = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
-        loaded, metadata = load_saes(folder, model, layers, list(names))
-        saes = {(layer, names[name]): sae for (layer, name), sae in loaded.items()}
-        new_rows.append(evaluate.Row(
-            f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
-            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=metadata["settings"],
-            with_tasks=False))
-    return new_rows
-
 # ------------------------------------------------------------------ L1
 class L1SAE(sta.TopKSAE):
     """A ReLU autoencoder whose L1 weight follows the number of active latents until that is k."""
@@ -213,8 +200,12 @@ def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
     return folder.parent / what / folder.name
 
-def layer_rows(model, folder, layers):
-    """[Row] at the k that the SAEs of a layer were trained for, and at a half of it."""
+def settings_of(before):
+    """Those with which the SAEs of the rows before were trained."""
+    return next((row.settings for row in before if row.settings), None)
+
+def layer_rows(model, folder, layers, args):
+    """At the k that the SAEs of a layer were trained for, and at a half of it."""
     shape = sta.kv_shape(model.get_decoder().config)
     saes, metadata = load_saes(folder, model, layers, ["layer"])
     new_rows, once, most = [], evaluate.dictionary_bytes(saes, "layer"), saes[layers[0], "layer"].k
@@ -224,12 +215,27 @@ def layer_rows(model, folder, layers):
                                      settings=metadata["settings"]))
     return new_rows
 
-def settings_of(before):
-    """Those with which the SAEs of the rows before were trained."""
-    return next((row.settings for row in before if row.settings), None)
+def split_rows(model, folder, layers, args):
+    """Uniform and reverse, by SAEs trained for them."""
+    new_rows = []
+    for name, budget in other_splits(args.k_key, args.k_val).items():
+        kinds = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
+        loaded, metadata = load_saes(folder, model, layers, list(kinds))
+        saes = {(layer, kinds[sae_name]): sae for (layer, sae_name), sae in loaded.items()}
+        new_rows.append(evaluate.Row(
+            f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
+            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=metadata["settings"],
+            with_tasks=False))
+    return new_rows
+
+def l1_rows(model, folder, layers, args):
+    saes, metadata = load_saes(folder, model, layers)
+    codecs = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"]) for layer in layers}
+    return [evaluate.Row("l1", codecs, settings=metadata["settings"],
+                         once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS))]
 
 def rows(model, tokenizer, saes, args, before):
-    """For evaluate.py: [Row]."""
+    """For evaluate.py: [Row], of search and of the variants that were trained."""
     folder, new_rows = fitted_folder(args.saes, args.model), []
     layers = evaluate.coded_layers(model, saes, args)
     if saes:
@@ -237,16 +243,13 @@ def rows(model, tokenizer, saes, args, before):
         new_rows.append(evaluate.Row(
             "searched", codecs, (args.k_key, args.k_val), settings=settings_of(before),
             once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS)))
-    if (beside(folder, "layer") / f"layer{layers[0]}.layer").exists():
-        new_rows += layer_rows(model, beside(folder, "layer"), layers)
     uniform_key = evaluate.splits(args.k_key, args.k_val)["uniform"][0]
-    if (beside(folder, "splits") / f"layer{layers[0]}.key{uniform_key}").exists():
-        new_rows += split_rows(model, beside(folder, "splits"), layers, args)
-    if (beside(folder, "l1") / f"layer{layers[0]}.key").exists():
-        l1, metadata = load_saes(beside(folder, "l1"), model, layers)
-        codecs = {layer: ReluCode(l1[layer, "key"], l1[layer, "value"]) for layer in layers}
-        new_rows.append(evaluate.Row("l1", codecs, settings=metadata["settings"],
-                                     once_bytes=evaluate.dictionary_bytes(l1, *sta.KINDS)))
+    for what, sae_name, rows_of in (("layer", "layer", layer_rows),
+                                    ("splits", f"key{uniform_key}", split_rows),
+                                    ("l1", "key", l1_rows)):
+        trained = beside(folder, what)
+        if (trained / f"layer{layers[0]}.{sae_name}").exists():
+            new_rows += rows_of(model, trained, layers, args)
     if not new_rows:
         raise sta.UsageError("--rows variants: needs SAEs; first run: python train_sae.py")
     return new_rows
@@ -257,8 +260,8 @@ def main(argv=None):
         epilog="All other options are those of train_sae.py: see python train_sae.py -h")
     parser.add_argument("--what", choices=VARIANTS, default="layer", help="(default layer)")
     parser.add_argument("--out", type=pathlib.Path, default="saes", help="(default saes)")
-    own, rest = parser.parse_known_args(argv)
-    train_sae.main([*rest, "--out", str(own.out / own.what)], VARIANTS[own.what], __doc__)
+    args, rest = parser.parse_known_args(argv)
+    train_sae.main([*rest, "--out", str(args.out / args.what)], VARIANTS[args.what], __doc__)
 
 if __name__ == "__main__":
     run_main(main)
