@@ -25,7 +25,6 @@ import torch
 import transformers
 
 import evaluate
-import plots
 import sta
 import train_sae
 from support.files import ROOT, load_sae, run_main
@@ -461,22 +460,6 @@ def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, cap
     assert script(train_sae, *SHORT, "--out", tmp_path / "new", "--resume") == 2
     assert "unfinished.safetensors: corrupt; delete it" in capsys.readouterr().err
 
-def test_second_run_overwrites_nothing(trained, capsys):
-    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
-    assert script(train_sae, *SHORT, "--out", trained) == 0
-    assert "trained already" in capsys.readouterr().out
-    assert script(train_sae, *SHORT, "--seed", 1, "--out", trained) == 2
-    assert "trained with seed = 0, not 1" in capsys.readouterr().err
-    other_layer = [*SHORT[:-1], "4", "--n-latents", 32, "--out", trained]
-    assert script(train_sae, *other_layer) == 2  # one folder, one kind of SAEs
-    assert "trained with n_latents = 64, not 32" in capsys.readouterr().err
-    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
-
-def test_training_that_diverges(tmp_path, capsys):
-    assert script(train_sae, *SHORT, "--lr", "1e38", "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "an SAE is no longer finite; start again with a --lr")
-    assert not list(tmp_path.rglob("*.safetensors"))
-
 @pytest.fixture(scope="session")
 def evaluated(trained, tmp_path_factory):
     """The short run's results; made once for all files of tests."""
@@ -528,75 +511,6 @@ def test_paired_comparison():
     assert row["delta_ce_stderr"] == pytest.approx(stderr)
     assert np.log(row["ratio_ci95"]) == pytest.approx(
         [row["delta_ce"] - 1.96 * stderr, row["delta_ce"] + 1.96 * stderr])
-
-def test_a_loss_too_large_for_exp(tmp_path):
-    dense = torch.ones(4, dtype=torch.float64)
-    row = evaluate.compare(dense * 1000, dense)
-    assert row["perplexity"] == row["ratio"] == row["ratio_ci95"][1] == math.inf
-    assert json.loads(json.dumps(row)) == row
-
-def test_an_interrupted_evaluation_keeps_its_rows(trained, evaluated, tmp_path, monkeypatch):
-    """And those of the complete one before it."""
-    shutil.copy(evaluated / "tiny.json", tmp_path)
-    def stop(forward, windows, model, name, losses=evaluate.window_losses):
-        if name == "values":
-            raise KeyboardInterrupt
-        return losses(forward, windows, model, name)
-    monkeypatch.setattr(evaluate, "window_losses", stop)
-    monkeypatch.setenv("PATH", "")  # and where there is no git
-    assert script(evaluate, "--saes", trained / "tiny", "--max-tokens", 512, "--limit", 2, "--out",
-                  tmp_path) == 130
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["dense", "means", "keys"] and result["commit"] is None
-    assert len(json.loads((tmp_path / "tiny.json.previous").read_text())["rows"]) == 7
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
-
-def test_an_interrupted_evaluation_is_taken_up(trained, evaluated, tmp_path, monkeypatch, capsys):
-    whole, scored = json.loads((evaluated / "tiny.json").read_text()), []
-    (tmp_path / "tiny.json").write_text(json.dumps({**whole, "rows": whole["rows"][:4]}))
-    window_losses = evaluate.window_losses
-
-    def note(forward, windows, model, name):
-        scored.append(name)
-        return window_losses(forward, windows, model, name)
-
-    monkeypatch.setattr(evaluate, "window_losses", note)
-    argv = ("--saes", trained, "--max-tokens", 2048, "--limit", 20, "--out", tmp_path, "--resume")
-    assert script(evaluate, *argv) == 0
-    assert scored == ["dual", "uniform", "reverse"]
-    again = json.loads((tmp_path / "tiny.json").read_text())
-    for before, after in zip(whole["rows"], again["rows"]):
-        assert after["delta_ce"] == pytest.approx(before["delta_ce"], abs=1e-6)
-        assert after["tasks"] == before["tasks"] and after["by_layer"] == before["by_layer"]
-    capsys.readouterr()
-    assert script(evaluate, *argv, "--k-key", 4) == 2
-    assert_one_line(capsys.readouterr().err, "--resume cannot continue it.*k_key is 8 there, 4 here")
-    again["training"][0]["log"].pop()
-    (tmp_path / "tiny.json").write_text(json.dumps(again))
-    assert script(evaluate, *argv) == 2
-    assert_one_line(capsys.readouterr().err, "the SAEs have been trained anew since")
-
-def test_plots(evaluated, tmp_path, capsys):
-    assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
-    image = plots.plt.imread(tmp_path / "tiny-overview.png")
-    assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "no results; first run: python train_sae.py")
-    result = json.loads((evaluated / "tiny.json").read_text())
-    result["rows"][4] |= {"ratio": math.inf, "ratio_ci95": [math.inf, math.inf]}
-    for curves in result["curves"].values():  # of an SAE with six latents
-        for kind in sta.KINDS:
-            curves[kind] = [point for point in curves[kind] if point["k"] < 8]
-            curves[f"k_{kind}"], curves[f"elbow_{kind}"] = 6, 2
-    (tmp_path / "tiny.json").write_text(json.dumps(result))
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
-    capsys.readouterr()
-    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}))
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
-    (tmp_path / "tiny.json").write_text("{")
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
 
 def test_the_readmes_repl_prints_what_it_says(tmp_path, monkeypatch, capsys):
     """With SAEs of the quick start's settings: shapes are equal, figures close."""

@@ -6,6 +6,7 @@
 import collections
 import functools
 import json
+import math
 import os
 import pathlib
 import shutil
@@ -22,6 +23,7 @@ import torch
 import transformers
 
 import evaluate
+import plots
 import sta
 import support.text
 import train_sae
@@ -29,8 +31,8 @@ from support.files import ROOT, load_sae, load_saes, model_hash, save_sae, write
 from support.models import check_sites, load_model
 from support.tasks import TASKS, Question, encode_pair, load_task, loglikelihoods, score_task
 from support.text import encode_text, read_text, token_windows, tokenize
-from test_sta import (FAMILIES, SHORT, across, assert_one_line, script, small_model, small_sae,
-                      small_saes, through, tokens_of, trained, vectors_of)
+from test_sta import (FAMILIES, SHORT, across, assert_one_line, evaluated, script, small_model,
+                      small_sae, small_saes, through, tokens_of, trained, vectors_of)
 
 # ---------------------------------------------------------------- models
 TYPES = FAMILIES + [  # of the 77 that `python test_sta.py` finds to work
@@ -319,8 +321,8 @@ def test_any_terminal():
     """One that knows ASCII only; a reader that goes away, as `| head -1` does."""
     def start(statement):
         return subprocess.Popen(
-            [sys.executable, "-c", f"from support import files; files.run_main(lambda: {statement})"], cwd=ROOT,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            [sys.executable, "-c", f"from support import files\nfiles.run_main(lambda: {statement})"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONIOENCODING": "ascii"})
     ascii, plain, inside = map(start, (
         "print('±')", "[print('line') for _ in range(100_000)]",
@@ -403,6 +405,94 @@ def test_a_token_across_the_join_is_named(tmp_path):
     with pytest.raises(sta.UsageError, match=r"choices of \[0, 0\] tokens: want"):
         load_task(path, None, None, tokenizer, 256)
 
+# ---------------------------------------------------------------- results
+def test_second_run_overwrites_nothing(trained, capsys):
+    before = {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+    assert script(train_sae, *SHORT, "--out", trained) == 0
+    assert "trained already" in capsys.readouterr().out
+    assert script(train_sae, *SHORT, "--seed", 1, "--out", trained) == 2
+    assert "trained with seed = 0, not 1" in capsys.readouterr().err
+    other_layer = [*SHORT[:-1], "4", "--n-latents", 32, "--out", trained]
+    assert script(train_sae, *other_layer) == 2  # one folder, one kind of SAEs
+    assert "trained with n_latents = 64, not 32" in capsys.readouterr().err
+    assert before == {p: p.stat().st_mtime_ns for p in trained.rglob("*.safetensors")}
+
+def test_training_that_diverges(tmp_path, capsys):
+    assert script(train_sae, *SHORT, "--lr", "1e38", "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "an SAE is no longer finite; start again with a --lr")
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+def test_a_loss_too_large_for_exp(tmp_path):
+    dense = torch.ones(4, dtype=torch.float64)
+    row = evaluate.compare(dense * 1000, dense)
+    assert row["perplexity"] == row["ratio"] == row["ratio_ci95"][1] == math.inf
+    assert json.loads(json.dumps(row)) == row
+
+def test_an_interrupted_evaluation_keeps_its_rows(trained, evaluated, tmp_path, monkeypatch):
+    """And those of the complete one before it."""
+    shutil.copy(evaluated / "tiny.json", tmp_path)
+    def stop(forward, windows, model, name, losses=evaluate.window_losses):
+        if name == "values":
+            raise KeyboardInterrupt
+        return losses(forward, windows, model, name)
+    monkeypatch.setattr(evaluate, "window_losses", stop)
+    monkeypatch.setenv("PATH", "")  # and where there is no git
+    assert script(evaluate, "--saes", trained / "tiny", "--max-tokens", 512, "--limit", 2, "--out",
+                  tmp_path) == 130
+    result = json.loads((tmp_path / "tiny.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["dense", "means", "keys"]
+    assert result["commit"] is None
+    assert len(json.loads((tmp_path / "tiny.json.previous").read_text())["rows"]) == 7
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+
+def test_an_interrupted_evaluation_can_be_resumed(trained, evaluated, tmp_path, monkeypatch,
+                                                  capsys):
+    whole, scored = json.loads((evaluated / "tiny.json").read_text()), []
+    (tmp_path / "tiny.json").write_text(json.dumps({**whole, "rows": whole["rows"][:4]}))
+    window_losses = evaluate.window_losses
+
+    def record(forward, windows, model, name):
+        scored.append(name)
+        return window_losses(forward, windows, model, name)
+
+    monkeypatch.setattr(evaluate, "window_losses", record)
+    argv = ("--saes", trained, "--max-tokens", 2048, "--limit", 20, "--out", tmp_path, "--resume")
+    assert script(evaluate, *argv) == 0
+    assert scored == ["dual", "uniform", "reverse"]
+    again = json.loads((tmp_path / "tiny.json").read_text())
+    for before, after in zip(whole["rows"], again["rows"]):
+        assert after["delta_ce"] == pytest.approx(before["delta_ce"], abs=1e-6)
+        assert after["tasks"] == before["tasks"] and after["by_layer"] == before["by_layer"]
+    capsys.readouterr()
+    assert script(evaluate, *argv, "--k-key", 4) == 2
+    assert_one_line(capsys.readouterr().err, "--resume cannot continue it.*k_key is 8 there, 4 ")
+    again["training"][0]["log"].pop()
+    (tmp_path / "tiny.json").write_text(json.dumps(again))
+    assert script(evaluate, *argv) == 2
+    assert_one_line(capsys.readouterr().err, "the SAEs have been trained anew since")
+
+def test_plots(evaluated, tmp_path, capsys):
+    assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
+    image = plots.plt.imread(tmp_path / "tiny-overview.png")
+    assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "no results; first run: python train_sae.py")
+    result = json.loads((evaluated / "tiny.json").read_text())
+    result["rows"][4] |= {"ratio": math.inf, "ratio_ci95": [math.inf, math.inf]}
+    for curves in result["curves"].values():  # of an SAE with six latents
+        for kind in sta.KINDS:
+            curves[kind] = [point for point in curves[kind] if point["k"] < 8]
+            curves[f"k_{kind}"], curves[f"elbow_{kind}"] = 6, 2
+    (tmp_path / "tiny.json").write_text(json.dumps(result))
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    capsys.readouterr()
+    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}))
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
+    (tmp_path / "tiny.json").write_text("{")
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
+
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize("argv,message", [
     (["--model", "gpt5"], "--model gpt5: want a folder, one of tiny, yi-6b"),
@@ -448,13 +538,13 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "mmlu"], "--tasks mmlu: want path.jsonl or one of piqa, hellaswag"),
     (["--tasks", "piqa", "--task-dir", "{tmp}"], "cannot read .*piqa.jsonl"),
     (["--tasks", "boolq", "--task-dir", "{tmp}"], "boolq.jsonl line 2: .* .KeyError: 'question'"),
-    (["--tasks", "{tmp}/label.jsonl"], "label.jsonl line 1: .* label 2, choices of .1, 1. tokens: "),
+    (["--tasks", "{tmp}/label.jsonl"], "label.jsonl line 1: .* label 2, choices of .1, 1. tokens"),
     (["--tasks", "{tmp}/nothing.jsonl"], "nothing.jsonl line 1: .* choices of .1, 0. tokens: want"),
     (["--tasks", "{tmp}/long.jsonl"], "long.jsonl line 1: .* each of 1 to 256 tokens of its own"),
     (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
     (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
     (["--limit", "0"], "--limit 0: want 1 or more"),
-    (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: two of label, label have one name"),
+    (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: two of label, label have one"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
     (["--rows", "../sta"], "--rows ../sta: there is no beyond/../sta.py"),
     (["--only", "("], "--only .: no regular expression"),

@@ -1,7 +1,7 @@
 """A file or a hub data set -> windows of token ids.
 
-Perplexity is the GPTQ convention: one tokenizer call, disjoint windows, the tail dropped. Non-goals:
-formats other than UTF-8 text; shuffling.
+Windows are those of the GPTQ convention for perplexity: disjoint, special tokens at the beginning
+of the text only, the tail dropped. Non-goals: formats other than UTF-8 text; shuffling.
 """
 import itertools
 import os
@@ -79,8 +79,7 @@ def tokenize(pieces, tokenizer, n):
 
 def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=1):
     """Text in pieces -> token ids (n, seq_len): disjoint windows, the tail dropped, of about
-    max_tokens, but at least `least` of them. Special tokens stand at the beginning of the text
-    only: the GPTQ convention for perplexity. seq_len None: `default`, or the model's limit."""
+    max_tokens, but at least `least` of them. seq_len None: `default`, or the model's limit."""
     limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
     seq_len = min(default, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
