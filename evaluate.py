@@ -43,7 +43,8 @@ def parse_args(argv=None, description=__doc__):
     add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
     add("--saes", type=pathlib.Path, default="saes", help="of train_sae.py --out (default saes)")
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
-    add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache")
+    add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache; with "
+                                   "--model, these need no SAEs")
     add("--only", default="", help="keep dense and the rows whose names match this pattern")
     add("--text", help="UTF-8 file or hub data set (default: tiny's own, else WikiText-2 test)")
     add("--tasks", help=f"of {', '.join(TASKS)}, or .jsonl files with context, choices, label "
@@ -73,13 +74,14 @@ def parse_args(argv=None, description=__doc__):
 # ------------------------------------------------------------------ the rows of the table
 @dataclasses.dataclass
 class Row:
-    """One way to keep the cache: its codecs for sta.reconstruct, and what they take."""
+    """One row of the table, a way to keep the cache. A file of beyond/ adds rows by a function
+    rows(model, tokenizer, saes, args, rows_so_far) -> [Row]."""
     name: str
     codecs: dict  # {layer: codec}
     budget: tuple = (None, None)  # atoms per key and per value, where that means something
     once_bytes: int = 0  # kept once, whatever the number of tokens: dictionaries
     method: str | None = None  # a curve of the pictures; default: the name
-    settings: dict | None = None  # how the codec was fitted
+    settings: dict | None = None  # how the codec was fitted; --resume compares them
     with_tasks: bool = True
     make_forward: Callable | None = None  # (model) in place of through_hooks
     bytes_per_token: float | None = None  # of the whole model, if make_forward has measured them
@@ -113,10 +115,10 @@ def splits(k_key, k_val):
             "reverse": (k_val, k_key)}
 
 def paper_rows(saes, shape, k_key, k_val, settings=None):
-    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: dense; means
-    (no atom: each vector becomes its head's mean); keys, values (only these coded); dual; uniform
-    and reverse (k_key > k_val) of the same total. Tasks take longer than the text, and are scored
-    of dense and dual only."""
+    """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: the dense
+    model, the paper's dual budget and its controls: means (no atom: each vector becomes its head's
+    mean); keys, values (only these coded); uniform and reverse (k_key > k_val) of the same total.
+    Tasks take longer than the text, and are scored of dense and dual only."""
     if not saes:
         return [Row("dense", {})]
     most = min(sae.n_latents for sae in saes.values())

@@ -13,7 +13,8 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
              fp16 coefficients z and int16 indices idx
 
 Keys are coded before RoPE, which turns a key by its position: after it, one meaning would be a
-different vector at each position, and would need different atoms.
+different vector at each position, and would need different atoms. (not in paper, which only says
+"projections".)
 
 Legend: B batch, T tokens, H kv heads, D head dim, M latents (atoms), N vectors, k budget
 Use:    with reconstruct(model, {layer: DualBudget(key_sae, value_sae)}): model.generate(...)
@@ -110,9 +111,10 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def lift_silent(self, amount):
-        """Call after each step: raises the bias of latents that have not fired for 16 * n_latents
-        vectors, in which an average one fires up to 32 * k times, until they fire, and so learn,
-        again. not in paper: the alternative, AuxK [Gao], takes ten lines more."""
+        """Call after each step: raises the bias of latents that have not fired for 16 M vectors,
+        until they fire, and so learn, again. (16 M vectors make 2k choices each among M latents, so
+        an average one fires up to 32 k times.) not in paper: the alternative, AuxK [Gao], takes ten
+        lines more."""
         self.b_enc[self.since_fired > 16 * self.n_latents] += amount
 
 # ------------------------------------------------------------------ 2. fidelity and the elbow
@@ -327,8 +329,7 @@ PARTS = {"key": ("query_key_value", "qkv_proj", "k_proj", "k_norm", "k_layernorm
 def kv_sites(model):
     """{(layer, kind): {name: module}} of a Hugging Face decoder of any type: the modules, found by
     the names in PARTS, of which the last one's output is the layer's keys or values before RoPE.
-    not in paper, which says "projections": RoPE would turn one semantic key into one copy per
-    position. Raises UsageError where layers lack them."""
+    Raises UsageError where layers lack them."""
     decoder, by_layer = model.get_decoder(), []
     for module in decoder.modules():
         children = dict(module.named_children())

@@ -130,7 +130,8 @@ def learning_rate(peak, step, n_steps):
     return peak * min(1, (step + 1) / warm_up, (n_steps - step) / decay)
 
 def train_step(saes, optimizer, batches):
-    """One step of every SAE {site: SAE} on its vectors {site: (tokens, H, D)}."""
+    """One step of every SAE {site: SAE} on its vectors {site: (tokens, H, D)}. A site is a layer
+    and a name, "key" or "value"."""
     for site, sae in saes.items():  # forward, loss, backward
         sae.loss(batches[site]).backward()
     with torch.no_grad():
@@ -138,7 +139,7 @@ def train_step(saes, optimizer, batches):
         # them on, without a gradient, until they never fire again
         before = []
         for sae in saes.values():
-            unfired = sae.since_fired.nonzero().squeeze(1)
+            unfired = sae.since_fired.nonzero().squeeze(1)  # `loss` has reset the others to 0
             for part in (sae.W_enc.T, sae.b_enc, sae.W_dec):  # (M, ...)
                 before.append((part, unfired, part[unfired]))
         optimizer.step()
