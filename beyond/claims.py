@@ -216,8 +216,8 @@ def hierarchy(codes, windows, words, seed=0):
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
            "length of a key by Top-K minus that by L1, as a share of its own",
-           "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in part: "
-           "one of them"),
+           "Top-K's keys are clearly longer (over layers) and L1's loss is clearly higher; in "
+           "part: one of them"),
     "P2": ("8 atoms recover over 80 % of a key's direction",
            "cosine of a key and its reconstruction",
            "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly "
@@ -232,8 +232,8 @@ CLAIMS = {
            "for it; in part: the second is, and equal atoms are not clearly better"),
     "P5": ("dropping weak atoms removes noise and improves perplexity, in all layers",
            "nats by which the best of k/2, k and 2k beats dense, on half of the text",
-           "the best on half of the windows is clearly better than dense on the other half; in "
-           "part: it is clearly better there than 2k"),
+           "the best of k/2, k and 2k on half of the windows is clearly better than dense on the "
+           "other half; in part: it is clearly better there than 2k"),
     "P5 one layer": ("the same in one layer", "nats by which the best beats dense",
                      "the best layer on half of the windows clearly beats dense on the other"),
     "P6 one layer": ("one layer coded: perplexity is comparable to the dense model's",
@@ -249,7 +249,8 @@ CLAIMS = {
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
            "share of atoms that keys of one word have in common, less that of keys of different "
            "words; shallow minus deep",
-           "lexical and ngram clearly fall and sense clearly grows; in part: some of them do")}
+           "lexical and ngram clearly fall, sense clearly grows, for keys and values; in part: "
+           "some of them do")}
 CHOOSE, TEST = slice(0, None, 2), slice(1, None, 2)  # every other window
 
 def clear(mean, stderr):
