@@ -3,18 +3,17 @@
     python -m beyond.claims                       # tiny: ten minutes, with the SAEs of the controls
 
 Runs evaluate.py with --rows variants,claims. The rows added here are single layers, for P6, and the
-dual budget with half and twice its atoms, for P5. Controls come from beyond/variants.py: SAEs that
-are trained for (12, 12) and (16, 8) atoms, for P3 and P4, and autoencoders with an L1 penalty, for
-P1. For tiny they are trained if they are missing; for other models, a claim without its control
-gets no verdict. Writes evaluate.py's <model>.json and, beside it, <model>-claims.json. *Clear*
+dual budget with half and twice its atoms, for P5. The controls of P1, P3 and P4 are SAEs of
+beyond/variants.py. For tiny they are trained if they are missing; for other models, a claim without
+its control gets no verdict. Writes evaluate.py's <model>.json and <model>-claims.json. *Clear*
 means more than two standard errors. An error over layers says how layers vary, not how runs would.
 
 P8 says that shallow layers are lexical and that deep layers tell senses apart. It is judged by the
 share of atoms that two occurrences have in common. *Lexical* is this share for the same token
 after different ones, minus that of different tokens. *Ngram* is how much it grows if the token
-before is the same, too. *Sense* is how much it shrinks if a word is a verb once and a noun once,
-by the word before it. From the shallow to the deep third of the layers, lexical and ngram should
-fall, and sense should grow: on the same pairs in all thirds, with errors by a bootstrap over words.
+before is the same, too. *Sense* is how much it shrinks if a word is a verb once and a noun once.
+From the shallow to the deep third of the layers, lexical and ngram should fall, and sense should
+grow: on the same pairs in all thirds, with errors by a bootstrap over words.
 """
 import collections
 import json
@@ -41,8 +40,7 @@ SEARCHED = ", searched"  # ends the names of rows and claims whose atoms are fou
 FACTORS = {"splits": {}, "l1": {"tokens": 3, "lr": 4}}
 
 def train_controls(variant, folder, model_name, layers):
-    """Train a variant's SAEs beside those of a folder, with their settings times FACTORS, unless
-    they are there."""
+    """Train a variant's SAEs beside a folder's, with their settings times FACTORS, if missing."""
     there = beside(folder, variant)
     if all(list(there.glob(f"layer{layer}.value*")) for layer in layers):
         return
@@ -78,8 +76,8 @@ def rows(model, tokenizer, saes, args, before):
 
 @torch.no_grad()
 def stream_change(model, codecs, windows, sink):
-    """How coding one layer changes the residual stream after it -> {layer: change / spread}, both
-    as norms over tokens, those kept exact left out."""
+    """How coding one layer changes the residual stream after it -> {layer: change / spread}, as
+    norms over tokens, less the exact ones."""
     def streams():  # of each layer (tokens, width): its output; of the last, after the final norm
         states = model.get_decoder()(input_ids=windows.to(model.device), use_cache=False,
                                      output_hidden_states=True).hidden_states[1:]
@@ -111,10 +109,10 @@ def read_codes(model, saes, windows, ks):
     return {site: torch.cat(parts) for site, parts in codes.items()}
 
 def find_senses(words):
-    """-> (words with two senses, (tokens,): where a token is one of them, its number, negative if
-    it is a noun; else 0). A verb stands after will, to, ..., a noun after the, our, ...; a word
-    counts if it is five of each or more, one after a modal verb, whole, and not one of the 50 most
-    common."""
+    """-> (words with two senses, (tokens,): the number of such a word where it is a verb, minus it
+    where it is a noun, else 0). A verb stands after will, to, ..., a noun after the, our, ... . A
+    word counts if it is five of each or more, one of them after a modal verb, whole, and not one of
+    the 50 most common."""
     bare = [word.strip().lower() for word in words]
     before = ["", *bare[:-1]]
     role = [1 if a in MODALS or a == "to" else -1 if a in NOUNS_AFTER else 0 for a in before]
@@ -148,37 +146,33 @@ def draw_pairs(windows, words, generator):
     before, window, inside = ids.roll(1), places // windows.shape[1], places % windows.shape[1] > 0
     senses, sense = find_senses(words)
     sense = sense * inside
+    drawn = {"other": torch.randint(len(ids), (2, N_PAIRS), generator=generator),
+             "lexical": equal_pairs(ids, places, generator),
+             "ngram": equal_pairs(ids * (ids.max() + 1) + before, places, generator),
+             "sense": equal_pairs(sense.abs(), sense.nonzero().squeeze(1), generator)}
+    drawn["two"] = drawn["sense"]
+    pairs = {}
+    for name, (i, j) in drawn.items():
+        usable = (window[i] != window[j]) & inside[i] & inside[j]
+        if name != "ngram":
+            usable &= before[i] != before[j]
+        if name == "other":
+            usable &= ids[i] != ids[j]
+        if name in ("sense", "two"):
+            usable &= (sense[i] == sense[j]) == (name == "sense")
+        if usable.sum() > 1:
+            pairs[name] = drawn[name][:, usable]
+    return pairs, senses
 
-    def differ(labels, pairs):
-        return labels[pairs[0]] != labels[pairs[1]]
-
-    def select(pairs, chosen=True):
-        return pairs[:, differ(window, pairs) & inside[pairs].all(0) & chosen]
-
-    any_two = torch.randint(len(ids), (2, N_PAIRS), generator=generator)
-    same = equal_pairs(ids, places, generator)
-    same_two = equal_pairs(ids * (ids.max() + 1) + before, places, generator)
-    same_word = equal_pairs(sense.abs(), sense.nonzero().squeeze(1), generator)
-    pairs = {
-        "other": select(any_two, differ(ids, any_two) & differ(before, any_two)),
-        "lexical": select(same, differ(before, same)),
-        "ngram": select(same_two),
-        "sense": select(same_word, differ(before, same_word) & ~differ(sense, same_word)),
-        "two": select(same_word, differ(before, same_word) & differ(sense, same_word))}
-    return {name: p for name, p in pairs.items() if p.shape[1] > 1}, senses
-
-def shared_atoms(codes, kind, layers, pairs):
-    """{name: (2, n) places} -> {name: (n,)}: the share of one place's atoms that the other place's
-    code has as well, mean over heads and layers."""
-    shares = {}
-    for name, (i, j) in pairs.items():
-        by_layer = []
-        for layer in layers:
-            a, b = codes[layer, kind][i], codes[layer, kind][j]  # (n, H, k)
-            in_both = (a[..., None] == b[..., None, :]).any(-1) & (a >= 0)
-            by_layer.append(in_both.float().mean((1, 2)))
-        shares[name] = torch.stack(by_layer).mean(0)
-    return shares
+def shared_atoms(codes, kind, layers, i, j):
+    """Places i and j (n,) -> (n,): the share of the one's atoms that the other's code has as well,
+    mean over heads and layers."""
+    shares = []
+    for layer in layers:
+        a, b = codes[layer, kind][i], codes[layer, kind][j]  # (n, H, k)
+        in_both = (a[..., None] == b[..., None, :]).any(-1) & (a >= 0)
+        shares.append(in_both.float().mean((1, 2)))
+    return torch.stack(shares).mean(0)
 
 def bootstrap(values, words, generator):
     """{name: numbers (n,)}, {name: the word (n,) that each belongs to} -> {name: (N_BOOTSTRAP,)}:
@@ -201,18 +195,19 @@ def hierarchy(codes, windows, words, seed=0):
     generator = torch.Generator().manual_seed(seed)
     pairs, senses = draw_pairs(windows, words, generator)
     labels = torch.unique(windows.flatten(), return_inverse=True)[1]
-    of_word, kinds = {name: labels[p[0]] for name, p in pairs.items()}, {}
+    of_word, kinds = {name: labels[i] for name, (i, _) in pairs.items()}, {}
     for kind in sta.KINDS:
-        shares = {third: shared_atoms(codes, kind, some, pairs) for third, some in thirds.items()}
-        fall = {name: x - shares["deep"][name] for name, x in shares["shallow"].items()}
+        shares = {third: {name: shared_atoms(codes, kind, some, *pair)
+                          for name, pair in pairs.items()} for third, some in thirds.items()}
+        fall = {name: shares["shallow"][name] - shares["deep"][name] for name in pairs}
         samples, kinds[kind] = bootstrap(fall, of_word, generator), {}
         for gap, (a, b, sign) in GAPS.items():
             if a in pairs and b in pairs:
                 change = sign * (fall[a].mean() - fall[b].mean()).item()
                 stderr = (samples[a] - samples[b]).std().item()
-                means = {third: (x[a].mean() - x[b].mean()).item() for third, x in shares.items()}
-                kinds[kind][gap] = {"change": change, "stderr": stderr,
-                                    "holds": clear(change, stderr), **means}
+                kinds[kind][gap] = {
+                    "change": change, "stderr": stderr, "holds": clear(change, stderr),
+                    **{third: (x[a].mean() - x[b].mean()).item() for third, x in shares.items()}}
     return {"layers": layers, "words": senses, "kinds": kinds,
             "pairs": {name: p.shape[1] for name, p in pairs.items()}}
 
@@ -226,26 +221,24 @@ CLAIMS = {
     "P2": ("8 atoms recover over 80 % of a key's direction",
            "cosine of a key and its reconstruction",
            "a cosine of at least 0.8 in every layer; in part: in the mean over layers; nearly "
-           "free: the head's mean alone has as much, in the mean"),
+           "free: the head's mean alone has as much"),
     "P3": ("values need more atoms than keys",
            "FVU of values minus that of keys, by SAEs trained for 12 atoms",
-           "at each of three budgets, of SAEs trained for it, clearly more variance within heads "
-           "is left of values than of keys (over layers); in part: at some budget"),
+           "the FVU of values is clearly higher (over layers) at each of three budgets, of SAEs "
+           "trained for it; in part: at some budget"),
     "P4": ("fewer atoms for keys than for values is the better split",
            "nats by which 12 and 12 atoms are worse",
            "equal atoms for both, and more for keys, are both clearly worse, each by SAEs trained "
            "for it; in part: the second is, and equal atoms are not clearly better"),
     "P5": ("dropping weak atoms removes noise and improves perplexity, in all layers",
            "nats by which the best of k/2, k and 2k beats dense, on half of the text",
-           "of k/2, k and 2k, the best budget by half of the windows is clearly better than dense "
-           "on the other half; in part: clearly better there than the largest of them"),
+           "the best of k/2, k and 2k on half of the windows is clearly better than dense on the "
+           "other half; in part: it is clearly better there than 2k"),
     "P5 one layer": ("the same in one layer", "nats by which the best beats dense",
-                     "the layer that gains most on half of the windows is clearly better than "
-                     "dense on the other half"),
+                     "the best layer on half of the windows clearly beats dense on the other"),
     "P6 one layer": ("one layer coded: perplexity is comparable to the dense model's",
                      "ratio to dense perplexity, of the median layer",
-                     "each measured layer alone raises perplexity by at most 1 %; in part: the "
-                     "median one does"),
+                     "each measured layer alone costs at most 1 %; in part: the median one"),
     "P6 all layers": ("all layers coded: perplexity and accuracy are comparable to dense",
                       "ratio to dense perplexity",
                       "at most 2 % more perplexity (upper bound), tasks measured, none clearly "
@@ -270,13 +263,11 @@ def grade(holds, partly=False):
 def spell(figure):
     """A number, (a mean, its standard error) or a text -> text."""
     if isinstance(figure, tuple):
-        mean, stderr = figure
-        return f"{mean:+.4f} ±{math.nan if stderr is None else stderr:.4f}"
+        return "{:+.4f} ±{:.4f}".format(*(math.nan if x is None else x for x in figure))
     return figure if isinstance(figure, str) else f"{figure:.4g}"
 
 def verdict(claim, estimate, word, measured):
-    """Prints and returns it. estimate: (figure, its standard error); measured: {name: figure}, what
-    it is judged by."""
+    """Prints and returns it. estimate: (figure, its standard error); measured: {name: figure}."""
     statement, _, rule = CLAIMS[claim.removesuffix(SEARCHED)]
     measured = "; ".join(f"{name} {spell(figure)}" for name, figure in measured.items())
     print(f"{claim} {word}: {statement}: {measured}\n   rule: {rule}")
@@ -284,10 +275,8 @@ def verdict(claim, estimate, word, measured):
             "measured": measured}
 
 def worse(a, b, windows=slice(None)):
-    """(nats per token by which row a is worse than row b, its standard error), paired over some
-    of the windows."""
-    pairs = zip(a["window_ce"][windows], b["window_ce"][windows])
-    return mean_stderr([x - y for x, y in pairs])
+    """(nats per token by which row a is worse than b, its standard error), paired over windows."""
+    return mean_stderr([x - y for x, y in zip(a["window_ce"][windows], b["window_ce"][windows])])
 
 def over_layers(a, column_a, b, column_b):
     """(mean over layers of a column of row a less one of row b, its standard error)."""
@@ -315,11 +304,11 @@ def judge_direction(curves):
         "FVU of 8 atoms": statistics.mean(point["fvu"] for point in at[8])})
 
 def judge_asymmetry(splits):
-    """P3 from [(k, row whose keys, row whose values are of SAEs trained for k atoms)]."""
-    gaps = {k: over_layers(of_values, "fvu_val", of_keys, "fvu_key")
-            for k, of_keys, of_values in splits}
+    """P3 from [(row whose keys, row whose values are of SAEs trained for one number of atoms)]."""
+    gaps = {of_keys["k_key"]: over_layers(of_values, "fvu_val", of_keys, "fvu_key")
+            for of_keys, of_values in splits}
     higher = [clear(*gap) for gap in gaps.values()]
-    return verdict("P3", gaps[splits[1][0]], grade(all(higher), any(higher)), {
+    return verdict("P3", list(gaps.values())[1], grade(all(higher), any(higher)), {
         f"FVU of values less that of keys at {k} atoms": gap for k, gap in gaps.items()})
 
 def judge_split(dual, uniform, reverse):
@@ -355,7 +344,7 @@ def judge_parity(claim, row):
     return verdict(claim, (row["ratio"], (high - low) / 3.92), word, {
         "ratio to dense perplexity": f"{row['ratio']:.3f} (95 %: {low:.3f} to {high:.3f})",
         **{f"change of accuracy in {name}": (x["delta_acc"], x["delta_acc_stderr"])
-           for name, x in tasks.items()}, **({} if tasks else {"no tasks": "(--tasks)"})})
+           for name, x in tasks.items()}})
 
 def judge_memory(dual, context):
     """P7 from a row and the model's context in tokens."""
@@ -382,29 +371,26 @@ def judge_depth(depth):
 def judge(result, measured):
     """[Verdict] from what evaluate.py wrote and what `measure` returned. A claim whose rows are not
     there is left out."""
-    rows, verdicts = {row["name"]: row for row in result["rows"]}, []
+    rows, by_method, verdicts = {}, {}, []
+    for row in result["rows"]:
+        rows[row["name"]] = row
+        by_method.setdefault(row["method"], []).append(row)
     dense, dual = rows["dense"], rows["dual"]
     if "l1" in rows:
         verdicts.append(judge_shrinkage(dual, rows["l1"]))
     verdicts.append(judge_direction(result["curves"]))
     if "uniform, trained for it" in rows:
-        uniform, reverse = (rows[f"{name}, trained for it"] for name in ("uniform", "reverse"))
-        verdicts += [
-            judge_asymmetry([(dual["k_key"], dual, reverse), (uniform["k_key"], uniform, uniform),
-                             (reverse["k_key"], reverse, dual)]),
-            judge_split(dual, uniform, reverse)]
-
-    def of_method(method):
-        return [row for row in rows.values() if row["method"] == method]
-
-    by_budget = sorted(of_method("dual"), key=lambda row: row["k_key"])
+        uniform, reverse = rows["uniform, trained for it"], rows["reverse, trained for it"]
+        verdicts.append(judge_asymmetry([(dual, reverse), (uniform, uniform), (reverse, dual)]))
+        verdicts.append(judge_split(dual, uniform, reverse))
+    by_budget = sorted(by_method["dual"], key=lambda row: row["k_key"])
     verdicts.append(judge_noise("P5", dense, by_budget))
-    if of_method("one layer"):
-        verdicts.append(judge_noise("P5 one layer", dense, of_method("one layer")))
+    if "one layer" in by_method:
+        verdicts.append(judge_noise("P5 one layer", dense, by_method["one layer"]))
     for ending, row in (("", dual), (SEARCHED, rows["searched"])):
-        if of_method(f"one layer{ending}"):
-            verdicts.append(judge_parity_alone(f"P6 one layer{ending}",
-                                               of_method(f"one layer{ending}")))
+        alone = by_method.get(f"one layer{ending}")
+        if alone:
+            verdicts.append(judge_parity_alone(f"P6 one layer{ending}", alone))
         verdicts.append(judge_parity(f"P6 all layers{ending}", row))
     verdicts.append(judge_memory(dual, measured["context"]))
     return verdicts + ([judge_depth(measured["depth"])] if measured["depth"] else [])
@@ -428,9 +414,8 @@ def main(argv=None):
     args = parse_args(
         __doc__, argv, "model saes layer text seq-len k-key k-val sink device dtype out",
         max_tokens=dict(type=int, default=32_768, help="tokens to score (default 32,768)"),
-        tasks=dict(help="as for evaluate.py"), task_dir=dict(help="as for evaluate.py"),
-        limit=dict(type=int, help="rows of each task (default all)"),
-        resume=dict(action="store_true", help="as for evaluate.py"))
+        resume=dict(action="store_true", help="as for evaluate.py"),
+        **{name: dict(help="as for evaluate.py") for name in ("tasks", "task_dir", "limit")})
     n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
     run = begin_look(args, "-claims")
     if run.name == "tiny":
