@@ -41,7 +41,7 @@ def parse_args(argv=None, description=__doc__):
     add = parser.add_argument
     # what
     add("--model", help="short name, hub id or folder (default: the newest SAEs' model)")
-    add("--saes", type=pathlib.Path, default="saes", help="of train_sae.py --out (default saes)")
+    add("--saes", type=pathlib.Path, default="saes", help="folder of SAEs (default saes)")
     add("--layer", help="layers to reconstruct: 12, 0-7, 3,9 (default all trained)")
     add("--rows", default="", help="files of beyond/ that add rows, such as rivals,cache; with "
                                    "--model, these need no SAEs")
@@ -80,7 +80,7 @@ class Row:
     codecs: dict  # {layer: codec}
     budget: tuple = (None, None)  # atoms per key and per value, where that means something
     once_bytes: int = 0  # kept once, whatever the number of tokens: dictionaries
-    method: str | None = None  # a curve of the pictures; default: the name
+    method: str | None = None  # the curve to which it belongs in pictures; default: the name
     settings: dict | None = None  # how the codec was fitted; --resume compares them
     with_tasks: bool = True
     make_forward: Callable | None = None  # (model) in place of through_hooks
@@ -98,7 +98,7 @@ class OneKind:
         return (keys_hat, values) if self.kind == "key" else (keys, values_hat)
 
 def dictionary_bytes(saes, *kinds):
-    """Of all that is learned or measured once: the weights and the heads' means."""
+    """Bytes of what is kept once: the SAEs' weights and the heads' means."""
     return sum(x.nbytes for (_, kind), sae in saes.items() if kind in kinds
                for x in (sae.W_enc, sae.b_enc, sae.W_dec, sae.b_dec))
 
@@ -118,7 +118,7 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: the dense
     model, the paper's dual budget and its controls: means (no atom: each vector becomes its head's
     mean); keys, values (only these coded); uniform and reverse (k_key > k_val) of the same total.
-    Tasks take longer than the text, and are scored of dense and dual only."""
+    Tasks are slow, so only dense and dual are scored on them."""
     if not saes:
         return [Row("dense", {})]
     most = min(sae.n_latents for sae in saes.values())
@@ -130,7 +130,7 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
                                   settings=settings, with_tasks=False)]
     dual, (H, D) = dual_codecs(saes, k_key, k_val), shape
     for kind, k, budget in (("key", k_key, (k_key, None)), ("value", k_val, (None, k_val))):
-        size = H * (4 * k + 2 * D)  # bytes of the code, and of the other kind in bf16
+        size = H * (k * (2 + 2) + D * 2)  # fp16 z and int16 idx; the other kind in bf16
         codecs = {layer: OneKind(kind, codec, size) for layer, codec in dual.items()}
         rows.append(Row(f"{kind}s", codecs, budget, dictionary_bytes(saes, kind),
                         settings=settings, with_tasks=False))
@@ -174,8 +174,8 @@ def window_losses(forward, windows, model, name):
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
         logits = forward(batch.to(model.device))  # (B, T, V)
-        for row, ids in zip(logits, batch.to(logits.device)):
-            losses.append(F.cross_entropy(row[:-1].float(), ids[1:]).double())
+        for of_window, ids in zip(logits, batch.to(logits.device)):  # (T, V), (T,)
+            losses.append(F.cross_entropy(of_window[:-1].float(), ids[1:]).double())
     return torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
 
 def exp(x):
@@ -211,8 +211,9 @@ def fidelity_and_bytes(row, vectors, config):
     """{bytes_per_token of the cache, in which layers that are not coded stay in bf16; bytes_share
     of bf16; once_bytes, kept whatever the number of tokens; break_even_tokens; fvu_key, fvu_val,
     cos_*, rel_norm_*, means over by_layer} of a row. vectors: {(layer, kind): (B, T, H, D)}."""
-    n_layers, dense = config.num_hidden_layers, 4 * math.prod(sta.kv_shape(config))  # K, V, bf16
-    total, by_layer = (n_layers - len(row.codecs)) * dense, {}
+    n_layers = config.num_hidden_layers
+    dense_bytes = 4 * math.prod(sta.kv_shape(config))  # of a layer: keys and values in bf16
+    total, by_layer = (n_layers - len(row.codecs)) * dense_bytes, {}
     for layer, codec in row.codecs.items():
         keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
         size, by_layer[layer] = measure_codec(codec, keys, values)
@@ -224,8 +225,8 @@ def fidelity_and_bytes(row, vectors, config):
                    for name in columns}
     if row.bytes_per_token is not None:
         total = row.bytes_per_token
-    saved = n_layers * dense - total
-    return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense),
+    saved = n_layers * dense_bytes - total
+    return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense_bytes),
             "once_bytes": row.once_bytes,
             "break_even_tokens": round(row.once_bytes / saved) if saved > 0 else None,
             **columns, "by_layer": by_layer}
@@ -264,8 +265,8 @@ def print_dictionaries(rows):
     """The number of tokens from which on each row's dictionaries pay."""
     for row in rows:
         if row["break_even_tokens"]:
-            print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; with "
-                  f"them smaller than bf16 from {row['break_even_tokens']:,} tokens on")
+            print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; "
+                  f"including them, smaller than bf16 from {row['break_even_tokens']:,} tokens on")
 
 def print_tasks(rows, width):
     for task in rows[0]["tasks"]:

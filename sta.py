@@ -1,4 +1,4 @@
-"""STA-Attention: the key-value cache of a language model in semantic atoms. The method, in order.
+"""STA-Attention: a language model's key-value cache as semantic atoms. The method, in order.
 
 Source: "Unlocking the Address Book: Dissecting the Sparse Semantic Structure of LLM Key-Value
 Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arXiv 2601.17702.
@@ -302,7 +302,7 @@ def live_tokens(arguments, sink):
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     cache = arguments.get("cache", arguments.get("past_key_values"))
-    past = 0 if cache is None else int(cache.get_seq_length())  # a copy: static caches count on
+    past = 0 if cache is None else int(cache.get_seq_length())  # int: static caches count in place
     (B, T), position = tokens.shape[:2], arguments.get("position_ids")
     mask = arguments.get("attention_mask")
     if isinstance(mask, dict):  # by type of layer

@@ -26,7 +26,7 @@ from support.text import read_text, token_windows
 
 # The recipe; --lr and --batch-tokens belong to it.
 BETAS = (0.9, 0.99)  # of Adam; its default of 0.999 gives the same error, within the spread
-WARM_UP, DECAY = 0.05, 0.3  # shares of the steps: the first, at which the rate rises; the last
+WARM_UP, DECAY = 0.05, 0.3  # shares of the steps in which the rate rises, and in which it falls
 LIFT = 10  # the biases of silent latents rise by 10 learning rates per step: 60 steps to firing
 BUFFER_TOKENS = 32_768  # shuffled together, because neighbouring tokens are similar
 
@@ -189,7 +189,7 @@ def train(model, saes, windows, args, folder, settings, variant):
                 entry = held_out_error(saes, held_vectors, step, step * args.batch_tokens)
                 progress["log"].append(entry)
                 bar.write(log_line(entry, all_steps, lr, seconds, batches))
-        # keep what was learned
+        # after each buffer, keep what was learned
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
