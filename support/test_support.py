@@ -322,7 +322,8 @@ def test_any_terminal():
     def start(statement):
         return subprocess.Popen(
             [sys.executable, "-c",
-             f"from support import files\nfiles.run_main(lambda: {statement})"], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+             f"from support import files\nfiles.run_main(lambda: {statement})"],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
             env={**os.environ, "PYTHONIOENCODING": "ascii"})
     ascii, plain, inside = map(start, (
         "print('±')", "[print('line') for _ in range(100_000)]",
