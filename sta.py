@@ -362,7 +362,7 @@ def per_head(config, name, kind, x, y):
         return y.unflatten(-1, (H, D))
     # A norm's output is (B, T, H, D) or (B, H, T, D). With as many tokens as heads, only strides
     # tell: in x, a view of the projection's output, a token's heads lie side by side in memory.
-    heads_first = y.shape[2] != H or (y.shape[1] == H and x.stride(1) < x.stride(2))
+    heads_first = y.shape[1] == H and (y.shape[2] != H or x.stride(1) < x.stride(2))
     return y.transpose(1, 2) if heads_first else y
 
 # ------------------------------------------------------------------ 5. the fast path
