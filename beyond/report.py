@@ -48,7 +48,7 @@ def lines_of(result, experiment=None):
                   for claim in result.get("claims", [])]
     new_lines += [{"kind": kind, "name": kind, kind: result[kind],
                    "example": result.get("example")}
-                  for kind in ("stream", "check", "caches", "peers") if kind in result]
+                  for kind in ("stream", "check", "caches", "peers", "retrieval") if kind in result]
     if not new_lines:
         raise ValueError("neither rows nor claims")
     if experiment:
@@ -271,9 +271,21 @@ def rules(lines):
     return table("claim", {(claim, "holds if; and in part if"): rule
                            for claim, (_, _, rule) in CLAIMS.items()})
 
+def retrieval(lines):
+    """Recall of the right passage in 5 % of a context's tokens, by method and size of context."""
+    cells = {}
+    for line in pick(lines, kind="retrieval")[-1:]:
+        for row in line["retrieval"]:
+            words = row["what"].split(" by ")
+            if words[0] == "recall" and words[1].endswith(" at 5%"):
+                mean, stderr = row["mean"]
+                cells[words[1].removesuffix(" at 5%"), f"{row['passages']} passages"] = (
+                    f"{mean:.2f}" + (f" ± {stderr:.2f}" if stderr else ""))
+    return table("recall by", cells)
+
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "describable": describable, "one key": one_key,
-          "paired": paired,
+          "paired": paired, "retrieval": retrieval,
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))}}

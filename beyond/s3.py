@@ -269,7 +269,7 @@ def evaluate_on(model, tokenizer, saes, rows):
                 f"{name} {mean:.3f} ±{np.nan if error is None else error:.3f}"
                 for name, (mean, error) in columns.items()))
             table.append({"passages": n, "what": what, "contexts": len(x), **columns})
-    return {"chosen": chosen, "table": table}
+    return {"chosen": chosen, "retrieval": table}
 
 @torch.no_grad()
 def main(argv=None):

@@ -1041,7 +1041,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--out",
                   tmp_path) == 0
     result = json.loads((tmp_path / "tiny-s3.json").read_text())
-    means = {row["what"]: row["mean"][0] for row in result["table"] if row["passages"] == 8}
+    means = {row["what"]: row["mean"][0] for row in result["retrieval"] if row["passages"] == 8}
     assert [len(x) for x in result["chosen"].values()] == [1] * 4
     assert means["recall by bm25 at 10%"] > 2 * means["recall by chance at 10%"]
     assert 0 <= means["recall by s3 at 5%"] <= means["recall by s3 at 10%"] < 1
