@@ -30,10 +30,10 @@ import sta
 from support.files import ROOT, explain, run_main, sha256
 from support.models import parse_layers
 from support.results import check_pattern, finished_rows, load_run, save_result
-from support.tasks import TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
+from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
 from support.text import read_text, text_name, token_windows
 
-BATCH_TOKENS = FIDELITY_TOKENS = 4096
+FIDELITY_TOKENS = 4096
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(

@@ -225,7 +225,7 @@ def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
     codec = sta.DualBudget(*saes, sta.Budget(3, 5))
     stored = codec.encode(k.view(5, 3, 2, 16), v.view(5, 3, 2, 16))  # (B, T, H, D)
     assert [x.shape for x in stored] == [(5, 3, 6), (5, 3, 6), (5, 3, 10), (5, 3, 10)]
-    assert sum(x.nbytes for x in stored) == 15 * 2 * 4 * (3 + 5)  # METHOD: 4 k bytes a vector
+    assert sum(x.nbytes for x in stored) == 15 * 2 * 4 * (3 + 5)  # METHOD: 4 k bytes per vector
     for x, sae, n, found in zip((k, v), saes, (3, 5), codec.decode(stored)):
         z, idx = sae.encode(x, n)
         expected = sae.decode(z.half().float(), idx)

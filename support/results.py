@@ -4,7 +4,6 @@ evaluate.py and the commands of beyond/ begin with `load_run`, and write one JSO
 """
 import importlib.metadata
 import json
-import pathlib
 import platform
 import re
 import subprocess
@@ -81,9 +80,8 @@ def provenance(model):
             "date": time.ctime()}
 
 def result_path(out, name, about, ending=""):
-    """The path of a model's result, asked for before anything is computed. Raises UsageError if it
-    cannot be written, or is there already, of another model. about: what `provenance` returned."""
-    check_out(out)
+    """The path of a model's result, asked for before anything is computed. Raises UsageError if one
+    is there already, of another model. about: what `provenance` returned."""
     path = out / f"{slug(name)}{ending}.json"
     if path.exists():
         with explain(f"{path}: no result of this version; delete it or choose another --out"):
@@ -111,4 +109,4 @@ def finished_rows(path, result):
         return {row["name"]: row for row in there["rows"]}
 
 def save_result(path, result):
-    write_atomic(pathlib.Path(path), json.dumps(result, indent=1, default=str) + "\n")
+    write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")

@@ -17,7 +17,7 @@ from sta import UsageError
 from support.files import explain
 from support.text import encode_text
 
-BATCH_TOKENS = 4096
+BATCH_TOKENS = 4096  # in a call of the model
 
 def hellaswag(row):
     def clean(text):
