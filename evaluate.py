@@ -7,9 +7,9 @@
 Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
 lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
-Writes results/<model>.json, after every row: what was run; the rows, with the columns that
-`compare`, `fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs. What
-was there before is kept as <model>.json.previous.
+Writes results/<model>.json: what was run; the rows, with the columns that `compare`,
+`fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs. Until it is
+complete, it is <model>.json.unfinished, written after every row.
 Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs in sta.reconstruct.
 """
 import argparse
@@ -27,9 +27,9 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-from support.files import ROOT, explain, run_main, sha256
-from support.models import parse_layers
-from support.results import check_pattern, finished_rows, load_run, save_result
+from support.files import ROOT, explain, run_main, sha256, write_atomic
+from support.models import context_length
+from support.results import check_pattern, finished_rows, inputs_hash, load_run
 from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
 from support.text import read_text, text_name, token_windows
 
@@ -62,7 +62,8 @@ def parse_args(argv=None, description=__doc__):
     add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default="results", help="(default results)")
-    add("--resume", action="store_true", help="keep the rows that an interrupted run left in --out")
+    add("--resume", action="store_true", help="keep the rows in --out that were made from the same "
+                                               "inputs, by an interrupted run for example")
     args = parser.parse_args(argv)
     for name, least in (("sink", 0), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -140,11 +141,6 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
                         with_tasks=name == "dual"))
     return rows
 
-def coded_layers(model, saes, args):
-    """The layers that rows of beyond/ code: those of the SAEs, else those of --layer."""
-    n_layers = model.get_decoder().config.num_hidden_layers
-    return sorted({layer for layer, _ in saes}) or parse_layers(args.layer or "all", n_layers)
-
 def more_rows(rows, model, tokenizer, saes, args):
     """[Row], and those that the files of beyond/ named by --rows add to them."""
     rows = list(rows)
@@ -178,17 +174,14 @@ def window_losses(forward, windows, model, name):
             losses.append(F.cross_entropy(of_window[:-1].float(), ids[1:]).double())
     return torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
 
-def exp(x):
-    """e to the x; infinity where math.exp raises OverflowError."""
-    return torch.as_tensor(x, dtype=torch.float64).exp().item()
-
 def compare(losses, dense):
     """Columns of a row that come from window losses, paired with dense's over windows."""
     mean, stderr = mean_stderr(losses - dense)
-    low, ratio, high = (exp(mean + factor * (stderr or 0)) for factor in (-1.96, 0, 1.96))
-    return {"perplexity": exp(losses.mean()), "ce": losses.mean().item(), "delta_ce": mean,
-            "delta_ce_stderr": stderr, "ratio": ratio, "ratio_ci95": [low, high],
-            "window_ce": losses.tolist()}
+    ce, margin = losses.mean().item(), 1.96 * (stderr or 0)
+    exponents = torch.tensor([ce, mean, mean - margin, mean + margin], dtype=torch.float64)
+    perplexity, ratio, low, high = exponents.exp().tolist()  # infinite rather than an OverflowError
+    return {"perplexity": perplexity, "ce": ce, "delta_ce": mean, "delta_ce_stderr": stderr,
+            "ratio": ratio, "ratio_ci95": [low, high], "window_ce": losses.tolist()}
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
@@ -290,10 +283,11 @@ def score_row(row, dense, model, windows, tasks, vectors, sink):
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
     dense_losses = torch.tensor(dense["window_ce"]).double() if dense else losses
-    if not dense_losses.isfinite().all():
-        raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
     scores = {name: score_task(tasks[name], totals[name], dense and dense["tasks"][name])
               for name in totals}
+    figures = [losses.sum(), *(score["acc"] for score in scores.values())]
+    if not dense and not all(map(math.isfinite, figures)):
+        raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
     return {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
             "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense_losses),
             "tasks": scores, **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
@@ -312,9 +306,8 @@ def read_input(run, args):
     if args.sink >= windows.shape[1]:
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
     specs = args.tasks or (str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else "")
-    config = run.model.get_decoder().config
-    max_length = getattr(config, "max_position_embeddings", 2048)  # BLOOM has no limit
-    return windows, load_tasks(specs, args.task_dir, args.limit, run.tokenizer, max_length)
+    return windows, load_tasks(specs, args.task_dir, args.limit, run.tokenizer,
+                               context_length(run.model))
 
 def main(argv=None):
     """Evaluate as `argv` says; returns the path of the JSON."""
@@ -325,32 +318,30 @@ def main(argv=None):
     print(f"{run.name}{f' with the SAEs of {run.folder}' if run.saes else ''}: {len(run.layers)} "
           f"of {n_layers} layers reconstructed, {windows.numel():,} tokens in windows of "
           f"{windows.shape[1]}")
-    logs = sorted(run.folder.glob("run-*.json")) if run.saes else []
     result = {
         "model": run.name, "saes": run.folder, "layers": run.layers, "n_layers": n_layers,
         "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
         "text": text_name(args.text, "valid", run.name), "text_sha256": sha256(windows),
-        "config": vars(args), "training": [json.loads(log.read_text()) for log in logs],
-        **run.about, "rows": [], "curves": {}}
-    finished = finished_rows(run.path, result) if args.resume else {}
-    if run.path.exists():  # an interrupted run must not cost the last complete one
-        run.path.replace(run.path.with_name(f"{run.path.name}.previous"))
+        "config": vars(args), **run.about, "rows": []}
+    unfinished = run.path.with_name(f"{run.path.name}.unfinished")
+    finished = finished_rows(run.path) | finished_rows(unfinished) if args.resume else {}
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
     part = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
     vectors = {site: x.unflatten(0, (len(part), -1))  # (B, T, H, D)
                for site, x in sta.harvest(run.model, part, run.layers, args.sink).items()}
-    dense = None  # the first row's columns
+    result["curves"], dense = find_curves(run.saes, vectors), None  # the first row's columns
     for row in rows:
-        columns = finished.get(row.name)
-        if not columns or columns["settings"] != row.settings:
+        inputs = inputs_hash(run.about, args, row, windows, repr(tasks))
+        columns = finished.get(row.name, {})
+        if columns.get("inputs") != inputs:
             columns = score_row(row, dense, run.model, windows, tasks, vectors, args.sink)
+            columns["inputs"] = inputs
         dense = dense or columns
         result["rows"].append(columns)
-        save_result(run.path, result)  # at once, so that an interruption loses nothing
+        write_atomic(unfinished, json.dumps(result, indent=1, default=str) + "\n")
         print(format_row(columns, width), flush=True)
-    result["curves"] = find_curves(run.saes, vectors)
-    save_result(run.path, result)
+    unfinished.replace(run.path)
     print_dictionaries(result["rows"])
     print_tasks(result["rows"], width)
     print_elbows(result["curves"])

@@ -9,6 +9,7 @@ apart in grey. beyond/report.py calls draw_bytes for the rivals, in the same col
 Non-goals: styling options, several models in one picture.
 """
 import argparse
+import io
 import json
 import math
 import pathlib
@@ -21,7 +22,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import LogLocator, NullFormatter
 
 import sta
-from support.files import check_out, explain, run_main
+from support.files import check_out, explain, run_main, write_atomic
 
 # Of every method, in all pictures: its name in legends, colour, marker, dash.
 STYLE = {
@@ -50,8 +51,8 @@ def draw_budget(panel, result):
             panel.plot([p["k"] for p in some], [p["fvu"] for p in some], color=colour, ls=dash,
                        marker=marker, ms=4, label=label if dash == "-" else None)
         at = sta.elbow(curve, most)
-        panel.plot(at, next(p["fvu"] for p in curve if p["k"] == at), marker="o", ms=14, mfc="none",
-                   mec=colour, ls="", label=f"elbow, k = {at}")
+        panel.plot(at, next((p["fvu"] for p in curve if p["k"] == at), at), marker="o", ms=14,
+                   mfc="none", mec=colour, ls="", label=f"elbow, k = {at}")
     panel.set_xticks([p["k"] for p in curve if p["k"] in (0, 8, 16, 32, 64)])
     panel.set_xlabel("k, atoms per vector")
     panel.set_ylabel("variance left within heads (FVU)")
@@ -83,7 +84,7 @@ def draw_perplexity(panel, result):
                 panel.bar(len(ticks), 100 * rise, yerr=100 * high, color=STYLE[row["name"]][1],
                           capsize=3)
             budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
-            ticks.append(f"{row['name']}\n{budget if math.isfinite(high) else 'infinite'}")
+            ticks.append(f"{row['name']}\n{budget if math.isfinite(high) else 'not finite'}")
     panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xlabel("what is coded, and its atoms per vector")
@@ -97,7 +98,7 @@ def draw_overview(result):
     figure, panels = plt.subplots(1, 3, layout="constrained", figsize=(10, 3.6))
     for panel, draw in zip(panels, (draw_budget, draw_asymmetry, draw_perplexity)):
         draw(panel, result)
-    figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10)
+    figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10, parse_math=False)
     return figure
 
 def draw_bytes(curves, title):
@@ -120,13 +121,15 @@ def draw_bytes(curves, title):
     panel.set_xlim(left=0)
     panel.set_xlabel("bytes of the KV cache, % of bf16")
     panel.set_ylabel("perplexity above dense")
-    panel.set_title(title)
+    panel.set_title(title, parse_math=False)
     panel.legend()
     return figure
 
 def save(figure, path):
-    figure.savefig(path, dpi=130)
+    image = io.BytesIO()
+    figure.savefig(image, dpi=130)
     plt.close(figure)
+    write_atomic(path, image.getvalue())
     print(f"wrote {path}")
 
 def main(argv=None):
@@ -138,9 +141,11 @@ def main(argv=None):
     results = {}
     for path in sorted(args.results.glob("*.json")):
         with explain(f"{path}: not a result of evaluate.py; run that again"):
-            content = json.loads(path.read_text())
-            if "rows" in content:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content.get("rows"):
                 results[path.stem] = content
+    for path in args.results.glob("*.unfinished"):
+        print(f"{path}: not complete, and not drawn; complete it with evaluate.py --resume")
     if not results:
         raise sta.UsageError(f"{args.results}: no results; first run: python train_sae.py && "
                              "python evaluate.py")

@@ -148,11 +148,13 @@ def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
 def elbow(curve, most):
     """The semantic elbow: the k from 1 to `most` whose FVU lies furthest below the chord between
     the curve's ends there. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends
-    on `most`, so state that. not in paper: the readable text gives no rule for its elbow."""
+    on `most`, so state that; nan if an FVU is. not in paper: the readable text gives no rule."""
     curve = [point for point in curve if 1 <= point["k"] <= most]
     first, last = curve[0], curve[-1]
     fall, k_range = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
     depths = [(first["fvu"] - p["fvu"]) / fall - (p["k"] - first["k"]) / k_range for p in curve]
+    if torch.tensor(depths).isnan().any():
+        return torch.nan
     return curve[depths.index(max(depths))]["k"]
 
 # ------------------------------------------------------------------ 3. the dual budget
@@ -172,8 +174,8 @@ class DualBudget:
     def encode(self, keys, values):
         """Keys before RoPE and values, (..., H, D) each -> the tensors (..., n) to be stored: fp16
         coefficients and int16 indices of the keys, then of the values; n = H times the budget."""
-        return (*pack(*self.key_sae.encode(keys, self.budget.k_key)),
-                *pack(*self.value_sae.encode(values, self.budget.k_val)))
+        return (*pack(*self.key_sae.encode(keys, self.budget.k_key), self.key_sae.n_latents),
+                *pack(*self.value_sae.encode(values, self.budget.k_val), self.value_sae.n_latents))
 
     def decode(self, stored):
         """What encode returned -> keys, values (..., H, D), float32."""
@@ -183,8 +185,10 @@ class DualBudget:
         return (self.key_sae.decode(z_key.float(), idx_key.int()),
                 self.value_sae.decode(z_val.float(), idx_val.int()))
 
-def pack(z, idx):
+def pack(z, idx, n_latents):
     """A code (..., H, k) as it is stored: fp16 and int16, (..., H * k) each."""
+    if n_latents > 1 << 15:
+        raise UsageError(f"n_latents = {n_latents}: an int16 index names at most 32,768")
     return z.flatten(-2).half(), idx.flatten(-2).short()
 
 def roundtrip(codec, keys, values, live):
@@ -215,13 +219,13 @@ def reconstruct(model, codecs, sink=1):
         for x, x_hat in zip((keys, values), decoded):
             x.copy_(torch.where(live[..., None, None], x_hat.to(x.dtype), x))
 
-    with watch(model, codecs, replace, lambda arguments: live_tokens(arguments, sink)):
+    with watch(model, codecs, replace, lambda arguments: live_tokens(arguments, sink), writes=True):
         yield
 
 @contextlib.contextmanager
 def capture(model, layers):
     """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind] to the keys or
-    values of the call, (B, T, H, D)."""
+    values of the call, (B, T, H, D): with `reconstruct`, inside or outside of it, decoded ones."""
     vectors = {}
 
     def keep(layer, keys, values, _):
@@ -250,11 +254,12 @@ def harvest(model, windows, layers, sink=1):
 
 # ------------------------------------------------------------------ the hooks (safe to skip)
 @contextlib.contextmanager
-def watch(model, layers, on_vectors, on_call=lambda arguments: None):
+def watch(model, layers, on_vectors, on_call=lambda arguments: None, writes=False):
     """Inside, whenever the decoder is called: context = on_call({argument: value}), and then, once
     per layer, as soon as its keys and values are both there, on_vectors(layer, keys, values,
-    context); these are writable views (B, T, H, D). Raises UsageError if there is no such layer, if
-    a call missed the keys or values of one, or if there was no call: torch.compile does either."""
+    context); these are writable views (B, T, H, D). A watch that `writes` comes before those that
+    read. Raises UsageError if there is no such layer, if a call missed the keys or values of one,
+    or if there was no call: torch.compile does either."""
     decoder, sites = model.get_decoder(), kv_sites(model)
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     absent = wanted - sites.keys()
@@ -272,23 +277,26 @@ def watch(model, layers, on_vectors, on_call=lambda arguments: None):
             if (layer, kind) not in state.missing:
                 return  # outside a call of the decoder, or captured already in this one
             state.missing.remove((layer, kind))
+            if writes and (output._is_view() or output.is_leaf and output.requires_grad):
+                output = output.clone()  # autograd forbids to write in those, as 4-bit layers make
             state.vectors[kind] = per_head(decoder.config, name, kind, args[0], output)
             if len(state.vectors) == 2:  # which of them comes first depends on the type of model
                 keys, values = state.vectors.pop("key"), state.vectors.pop("value")
                 on_vectors(layer, keys, values, state.context)
+            return output
         return hook
 
     def after_call(decoder, args, output):
         if state.missing:
             raise UsageError(f"layer {min(state.missing)[0]}: keys or values were not captured; "
-                             "is the model compiled?")
+                             "the model is compiled, or this is no self-attention")
 
     with contextlib.ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(before_call, with_kwargs=True).remove)
         for layer, kind in sorted(wanted):
             name, module = list(sites[layer, kind].items())[-1]
             hook = after_module(layer, kind, name)
-            hooks.callback(module.register_forward_hook(hook).remove)
+            hooks.callback(module.register_forward_hook(hook, prepend=writes).remove)
         hooks.callback(decoder.register_forward_hook(after_call).remove)
         yield
     if wanted and state.n_calls == 0:
@@ -324,9 +332,11 @@ def live_tokens(arguments, sink):
 
 # The modules that make a key or a value: a projection, and a norm after it where there is one.
 PARTS = {"key": ("query_key_value", "qkv_proj", "k_proj", "k_norm", "k_layernorm", "key_layernorm"),
-         "value": ("query_key_value", "qkv_proj", "v_proj", "v_norm")}
+         "value": ("query_key_value", "qkv_proj", "v_proj", "v_norm"),
+         "query": ("query_key_value", "qkv_proj", "q_proj", "q_norm", "q_layernorm",
+                   "query_layernorm")}
 
-def kv_sites(model):
+def kv_sites(model, kinds=KINDS):
     """{(layer, kind): {name: module}} of a Hugging Face decoder of any type: the modules, found by
     the names in PARTS, of which the last one's output is the layer's keys or values before RoPE.
     Raises UsageError where layers lack them."""
@@ -334,14 +344,14 @@ def kv_sites(model):
     for module in decoder.modules():
         children = dict(module.named_children())
         parts = {kind: {name: children[name] for name in PARTS[kind] if name in children}
-                 for kind in KINDS}
+                 for kind in kinds}
         if all(parts.values()):
             by_layer.append(parts)
     if len(by_layer) != decoder.config.num_hidden_layers:
         raise UsageError(
             f"model type {decoder.config.model_type!r} is not supported: {len(by_layer)} of its "
             f"modules, for {decoder.config.num_hidden_layers} layers, make keys and values")
-    return {(layer, kind): parts[kind] for layer, parts in enumerate(by_layer) for kind in KINDS}
+    return {(layer, kind): parts[kind] for layer, parts in enumerate(by_layer) for kind in kinds}
 
 def kv_shape(config):
     """(n_kv_heads, head_dim) of a Hugging Face text config."""
@@ -350,13 +360,14 @@ def kv_shape(config):
     return getattr(config, "num_key_value_heads", None) or n_heads, head_dim
 
 def per_head(config, name, kind, x, y):
-    """The keys or values in the output y of the module called name, of which x is the input: a view
-    (B, T, H, D), writable in place."""
-    (H, D), kind_number = kv_shape(config), ("query", "key", "value").index(kind)
+    """The keys, values or queries in the output y of the module called name, of which x is the
+    input: a view (B, T, H, D), writable in place."""
+    n_queries, (n_kv_heads, D) = config.num_attention_heads, kv_shape(config)
+    H = n_queries if kind == "query" else n_kv_heads
     if name == "query_key_value":  # GPT-NeoX: each head's query, key, value
-        return y.unflatten(-1, (H, 3, D))[..., kind_number, :]
+        return y.unflatten(-1, (H, 3, D))[..., ("query", "key", "value").index(kind), :]
     if name == "qkv_proj":  # Phi-3: the queries of all heads, all keys, all values
-        first = (config.num_attention_heads + (kind_number - 1) * H) * D
+        first = {"query": 0, "key": n_queries, "value": n_queries + n_kv_heads}[kind] * D
         return y[..., first:first + H * D].unflatten(-1, (H, D))
     if y.dim() == 3:  # (B, T, H*D)
         return y.unflatten(-1, (H, D))

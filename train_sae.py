@@ -159,7 +159,7 @@ def train(model, saes, windows, args, folder, settings, variant):
     # where an interrupted run stopped, and the order in which the text is read
     state = folder / "unfinished.safetensors"
     progress = load_state(state, saes, optimizer, settings)
-    step, saved = progress["step"], time.time()
+    step, saved = progress["step"], time.perf_counter()
     held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, args.seed)
     held_vectors = read_vectors(model, windows[held_out], layers, variant)
     n_tokens = [len(buffer) * (seq_len - 1) for buffer in buffers]  # without first tokens
@@ -178,14 +178,14 @@ def train(model, saes, windows, args, folder, settings, variant):
         generator = torch.Generator().manual_seed(1_000_003 * args.seed + b)
         order = torch.randperm(n_tokens[b], generator=generator)
         for batch in order.split(args.batch_tokens)[:n_steps[b]]:
-            began = time.time()
+            began = time.perf_counter()
             lr = optimizer.param_groups[0]["lr"] = learning_rate(args.lr, step, all_steps)
             batches = {site: x[batch.to(x.device)].float() for site, x in vectors.items()}
             train_step(saes, optimizer, batches)
             step += 1
             bar.update()
             if step % LOG_STEPS == 0 or step == all_steps:
-                seconds = time.time() - began
+                seconds = max(time.perf_counter() - began, 1e-9)  # a clock may be coarse
                 entry = held_out_error(saes, held_vectors, step, step * args.batch_tokens)
                 progress["log"].append(entry)
                 bar.write(log_line(entry, all_steps, lr, seconds, batches))
@@ -193,9 +193,9 @@ def train(model, saes, windows, args, folder, settings, variant):
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
-        if time.time() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
+        if time.perf_counter() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
             save_state(state, saes, optimizer, {**progress, "buffers": b + 1, "step": step})
-            saved = time.time()
+            saved = time.perf_counter()
     bar.close()
     return held_vectors, progress["log"]
 

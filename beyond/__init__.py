@@ -9,7 +9,8 @@ import pathlib
 
 import sta
 from support.files import sha256
-from support.results import load_run
+from support.models import parse_layers
+from support.results import find_saes, load_run
 from support.text import read_text, text_name, token_windows
 
 OPTIONS = {  # arguments of add_argument, and `least`, below which a number is refused
@@ -66,23 +67,31 @@ def begin_look(args, ending):
         "seq_len": run.windows.shape[1], "settings": run.settings}
     return run
 
+def fitted_folder(root, model_name):
+    """The folder of all that is fitted to a model: that of its SAEs, or, where it has none, root if
+    it holds something else that was fitted, or saes/<model>."""
+    folder, _ = find_saes(root, model_name)
+    return folder or (root if any(root.glob("*/layer*.safetensors")) else root / slug(model_name))
+
+def coded_layers(model, saes, args):
+    """The layers that rows of beyond/ code: those of the SAEs, else those of --layer."""
+    n_layers = model.get_decoder().config.num_hidden_layers
+    return sorted({layer for layer, _ in saes}) or parse_layers(args.layer or "all", n_layers)
+
 @contextlib.contextmanager
 def capture_queries(model, layers):
     """`with capture_queries(model, layers) as queries: model(ids)` sets queries[layer] to the
-    queries of the call before RoPE, (B, T, query heads, D). Llama, Mistral, Qwen2 and Qwen3 have
-    modules of these names; a layer of another type is left out."""
-    queries, D = {}, sta.kv_shape(model.get_decoder().config)[1]
+    queries of the call before RoPE, (B, T, query heads, D). Raises UsageError at a type of model
+    whose queries are not found."""
+    queries, config = {}, model.get_decoder().config
+    sites = sta.kv_sites(model, ("query", *sta.KINDS))
 
-    def keep(layer, module, args, y):
-        queries[layer] = y.detach().flatten(2).unflatten(2, (-1, D))
+    def keep(layer, name, module, args, y):
+        queries[layer] = sta.per_head(config, name, "query", args[0], y).detach().clone()
 
     with contextlib.ExitStack() as hooks:
         for layer in layers:
-            try:
-                attention = model.get_decoder().layers[layer].self_attn
-                last = getattr(attention, "q_norm", attention.q_proj)
-            except AttributeError:
-                continue
-            hook = functools.partial(keep, layer)
-            hooks.callback(last.register_forward_hook(hook).remove)
+            name, module = list(sites[layer, "query"].items())[-1]
+            hook = functools.partial(keep, layer, name)
+            hooks.callback(module.register_forward_hook(hook).remove)
         yield queries

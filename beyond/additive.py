@@ -28,12 +28,12 @@ from tqdm import tqdm
 
 import evaluate
 import sta
-from beyond import parse_args
+from beyond import coded_layers, fitted_folder, parse_args
 from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted, read_settings,
                               side_by_side, write_fitted)
 from support.files import check_out, run_main
 from support.models import load_model, pick_device
-from support.results import find_saes, fitted_folder
+from support.results import find_saes
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16's bytes per token: a row for each
@@ -169,7 +169,7 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], at those of SHARES for which enough was learned."""
     shape, learned, curves, new_rows = sta.kv_shape(model.get_decoder().config), {}, {}, []
     folder = fitted_folder(args.saes, args.model) / "additive"
-    for layer in evaluate.coded_layers(model, saes, args):
+    for layer in coded_layers(model, saes, args):
         learned[layer] = read_fitted(folder, model, layer)
         curves |= {(layer, int(name[5:])): left.cpu() for name, left in learned[layer].items()
                    if name.startswith("left.")}
@@ -210,7 +210,7 @@ def main(argv=None):
     for layer in tqdm(todo, desc="layers", disable=None):
         x = side_by_side(vectors.pop((layer, "key")), vectors.pop((layer, "value")))
         write_fitted(folder, model, layer, learn_layer(x, fitted[layer], n_stages, args.seed))
-    print(f"{folder} is complete; next: python evaluate.py --rows additive --model {name}")
+    print(f"{folder} is complete")
 
 if __name__ == "__main__":
     run_main(main)

@@ -212,11 +212,11 @@ def find_readers(run, windows, n_fired):
     found = {}
     for (layer, kind), sae in run.saes.items():
         heads = n_fired[layer, kind].argmax(0)  # (M,): in which an atom fires most
-        if kind == "key" and layer in queries:
+        if kind == "key":
             H = len(sae.b_dec)
             mean = queries[layer].unflatten(2, (H, -1)).mean(3).flatten(0, 1).float()
             found[layer, kind] = {"queries": readers(mean, windows.flatten(), sae.W_dec, heads)}
-        elif kind == "value":
+        else:
             both = promoted(run.model, layer, sae.W_dec, heads)
             found[layer, kind] = dict(zip(("promoted", "suppressed"), both)) if both else {}
     decode = functools.lru_cache(None)(lambda i: run.tokenizer.decode([i]))
@@ -266,7 +266,7 @@ def example(page, words, codes):
             rows[site] = [{"atom": m, "z": z, "fired": shown["fired"][m],
                            "strongest": [words[i] for i, _ in shown["strongest"][m]],
                            "sample": [words[i] for i, _ in shown["sample"][m]],
-                           "queries": shown["queries"][m] if "queries" in shown else []}
+                           "queries": shown["queries"][m]}
                           for m, z in codes[site][-1][0] if z > 0]
     return rows
 

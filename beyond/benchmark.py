@@ -16,6 +16,7 @@ Writes results/<model>-peers.json. Non-goal: tuning more than the rate.
 """
 import functools
 import json
+import math
 import statistics
 import time
 
@@ -152,7 +153,7 @@ def compare_at(site, trainers, parts, k, args):
     (held_out, choose, train), results = parts, {}
     for name, make in trainers.items():
         by_rate = {lr: fvu_of(fit(make, train, k, lr, 9, args), choose) for lr in LEARNING_RATES}
-        lr = min(by_rate, key=by_rate.get)
+        lr = min(by_rate, key=lambda lr: (math.isnan(by_rate[lr]), by_rate[lr]))  # nan comes last
         fvu = [fvu_of(fit(make, train, k, lr, seed, args), held_out) for seed in range(3)]
         results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu}
         print(f"{site:14} {name:19} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "

@@ -308,7 +308,7 @@ def main(argv=None):
         if can_be_stored(row) and re.search(args.only, row.name)]
     generator, costs = torch.Generator().manual_seed(0), []
     for context in args.contexts:
-        ids = torch.randint(run.model.config.vocab_size, (1, context + 1), generator=generator)
+        ids = torch.randint(run.tokenizer.n_known, (1, context + 1), generator=generator)
         for row in rows:
             costs += time_tokens(run.model, row, ids.to(run.model.device), args)
     result = {"model": run.name, "caches": costs, **run.about}

@@ -74,7 +74,8 @@ def statistics(model, windows, layers, sink=1, seed=0):
                 logits = model(input_ids=ids[None].to(model.device), use_cache=False).logits[0]
                 targets = draw(logits.detach(), generator)
                 loss = F.cross_entropy(logits.float(), targets, reduction="sum")
-                grads = torch.autograd.grad(loss, [probe.error for probe in probes.values()])
+                with explain("no gradient passes through this model's layers"):  # 4 bits on a CPU
+                    grads = torch.autograd.grad(loss, [probe.error for probe in probes.values()])
             for (layer, probe), g in zip(probes.items(), grads):
                 x = probe.x.detach()
                 # about the first window's mean, where float32 does not lose the spread
@@ -110,7 +111,8 @@ def own_windows(model, tokenizer, n, length):
     token drawn from the whole vocabulary, and what the model makes of that at temperature 1."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     start = torch.tensor(start, dtype=torch.long)
-    ordinary = torch.tensor(sorted(set(range(len(tokenizer))) - set(tokenizer.all_special_ids)))
+    n_known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
+    ordinary = torch.tensor(sorted(set(range(n_known)) - set(tokenizer.all_special_ids)))
     drawn, windows = ordinary[torch.randint(len(ordinary), (n,))], []
     for first in tqdm(drawn.split(SAMPLES), desc="samples", disable=None):
         ids = torch.cat([start.expand(len(first), -1), first[:, None]], 1)  # (B, 1 or 2)
@@ -137,7 +139,7 @@ def keep_settings(folder, settings):
     path = folder / "settings.json"
     if path.exists():
         with explain(f"{path}: corrupt; delete the folder"):
-            stored = json.loads(path.read_text())
+            stored = json.loads(path.read_text(encoding="utf-8"))
         expect_same(folder, stored, settings)
     write_atomic(path, json.dumps(settings, indent=1) + "\n")
 
@@ -160,7 +162,7 @@ def read_fitted(folder, model, layer):
 
 def read_settings(folder):
     with explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
-        return json.loads((folder / "settings.json").read_text())
+        return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
 
 def settings_of_fit(args, model, windows):
     layers = range(model.get_decoder().config.num_hidden_layers)
@@ -194,8 +196,7 @@ def main(argv=None):
         if not all(tensor.isfinite().all() for tensor in tensors.values()):
             raise sta.UsageError(f"layer {layer}: a gradient is not finite; use --dtype float32")
         write_fitted(folder, model, layer, tensors)
-    print(f"{folder}: {len(layers)} layers, {windows.numel():,} tokens; next: python -m "
-          f"beyond.additive --model {args.model}, or evaluate.py --rows rivals")
+    print(f"{folder}: {len(layers)} layers, {windows.numel():,} tokens")
 
 if __name__ == "__main__":
     run_main(main)

@@ -31,6 +31,7 @@ from beyond import begin_look, parse_args
 from beyond.atoms import words_of
 from beyond.variants import VARIANTS, beside, search, settings_of
 from support.files import load_sae, run_main, write_atomic
+from support.models import context_length
 from support.tasks import mean_stderr
 
 SEARCHED = ", searched"  # ends the names of rows and claims whose atoms are found by search
@@ -373,6 +374,8 @@ def judge(result, measured):
     there is left out."""
     rows, by_method, verdicts = {}, {}, []
     for row in result["rows"]:
+        if math.isnan(row["ce"]):
+            raise sta.UsageError(f"row {row['name']}: its loss is nan, of which no verdict is made")
         rows[row["name"]] = row
         by_method.setdefault(row["method"], []).append(row)
     dense, dual = rows["dense"], rows["dual"]
@@ -405,9 +408,8 @@ def measure(run, args):
     if len(run.layers) >= 3:
         codes = read_codes(run.model, run.saes, run.windows, ks)
         depth = hierarchy(codes, run.windows, words_of(run.tokenizer, run.windows))
-    config = run.model.get_decoder().config
     return {"stream": stream_change(run.model, codecs, windows, args.sink), "depth": depth,
-            "context": getattr(config, "max_position_embeddings", 2048)}
+            "context": context_length(run.model)}
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -422,7 +424,7 @@ def main(argv=None):
         for variant in FACTORS:
             train_controls(variant, run.folder, run.name, run.layers)
     path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", "variants,claims"])
-    result, measured = json.loads(path.read_text()), measure(run, args)
+    result, measured = json.loads(path.read_text(encoding="utf-8")), measure(run, args)
     about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}
     verdicts = judge(result, measured)
     for claim in verdicts:

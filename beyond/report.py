@@ -14,6 +14,7 @@ import argparse
 import functools
 import itertools
 import json
+import math
 import pathlib
 import re
 import statistics
@@ -49,8 +50,8 @@ def lines_of(result, experiment=None):
     new_lines += [{"kind": kind, "name": kind, kind: result[kind],
                    "example": result.get("example")}
                   for kind in ("stream", "check", "caches", "peers", "retrieval") if kind in result]
-    if not new_lines:
-        raise ValueError("neither rows nor claims")
+    if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
+        raise ValueError("neither rows nor claims, or a row whose loss is nan")
     if experiment:
         new_lines = [{**line, "kind": "experiment", "name": experiment} for line in new_lines
                      if line["name"] == "dual"]
@@ -82,7 +83,7 @@ def add(paths, file=FILE, experiment=None):
     lines = {key_of(line): line for line in read(file)} if file.exists() else {}
     for path in paths:
         with explain(f"{path}: no result of a model by this version; leave it out"):
-            new_lines = lines_of(json.loads(path.read_text()), experiment)
+            new_lines = lines_of(json.loads(path.read_text(encoding="utf-8")), experiment)
         for new in new_lines:
             for old in lines.values():
                 check_together(old, new)
@@ -92,7 +93,7 @@ def add(paths, file=FILE, experiment=None):
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
 def read(file=FILE):
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 # ------------------------------------------------------------------ which lines, and how they look
 def pick(lines, **wanted):
@@ -361,7 +362,7 @@ def main(argv=None):
         return add(args.results, experiment=args.experiment)
     lines = read()
     for path in READMES:
-        write_atomic(path, filled(path.read_text(), lines))
+        write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
     figure = plots.draw_bytes(curves_by_bytes(lines, SMOLLM2), OTHERS[SMOLLM2])
     plots.save(figure, FILE.with_name("smollm2-135m-instruct-bytes.png"))
 

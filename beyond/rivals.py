@@ -25,10 +25,9 @@ import torch.nn.functional as F
 
 import evaluate
 import sta
-from beyond import parse_args
+from beyond import coded_layers, fitted_folder, parse_args
 from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
 from support.files import run_main
-from support.results import fitted_folder
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 
@@ -162,7 +161,7 @@ class Transform:
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
     shape = sta.kv_shape(model.get_decoder().config)
-    layers = evaluate.coded_layers(model, saes, args)
+    layers = coded_layers(model, saes, args)
     folder = fitted_folder(args.saes, args.model) / "calibration"
     fitted = {layer: read_fitted(folder, model, layer) for layer in layers}
     settings, new_rows = read_settings(folder), []

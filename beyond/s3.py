@@ -29,6 +29,7 @@ import torch.nn.functional as F
 import sta
 from beyond import capture_queries, parse_args
 from support.files import run_main, write_atomic
+from support.models import context_length
 from support.results import load_run
 from support.tasks import Question, loglikelihoods, mean_stderr, task_rows
 from support.text import encode_text, read_text, tokenize
@@ -48,8 +49,6 @@ def read(model, ids, layers):
         streams = decoder(input_ids=ids[None].to(model.device), use_cache=False,
                           output_hidden_states=True).hidden_states
     for layer in layers:
-        if layer not in queries:
-            raise sta.UsageError("no projection of queries; want llama, mistral, qwen2 or qwen3")
         q = queries[layer][0].unflatten(1, (H, -1))  # (T, H, group, D)
         parts[layer] = [x.float() for x in (keys[layer, "key"][0], q, streams[layer][0])]
     return parts
@@ -57,8 +56,7 @@ def read(model, ids, layers):
 def chunks(model, ids, layers):
     """Token ids (n,) -> yields (position, what `read` returns) chunk by chunk; none is longer, with
     the tokens before it, than the model's context."""
-    limit = model.get_decoder().config.max_position_embeddings
-    length = min(CHUNK, limit - OVERLAP)
+    length = min(CHUNK, context_length(model) - OVERLAP)
     for at in range(0, len(ids), length):
         before = min(at, OVERLAP)
         by_layer = read(model, ids[at - before:at + length], layers)
@@ -157,7 +155,7 @@ def answer(model, tokenizer, saes, ids, question, budget):
     for i in spans:
         print(f"  {SPAN * i:,}:", *(f"{name} {x[i]:.3g}," for name, x in scores.items()),
               repr(tokenizer.decode(ids[SPAN * i:SPAN * (i + 1)])))
-    end = tokenizer(f"\n\nQuestion: {question}\nAnswer:", add_special_tokens=False).input_ids
+    end = encode_text(tokenizer, f"\n\nQuestion: {question}\nAnswer:", special=False)
     for name, context in (("spans", ids[places]), ("last tokens", ids[-budget:])):
         prompt = torch.cat([context, torch.tensor(end)])[None].to(model.device)
         written = model.generate(input_ids=prompt, max_new_tokens=40, do_sample=False)[0]
@@ -167,7 +165,7 @@ def answer(model, tokenizer, saes, ids, question, budget):
 def boolq_contexts(rows, n, tokenizer):
     """BoolQ's rows -> yields (token ids (T,) of n passages without their last sentences; each
     token's passage (T,); the n questions, as text; as ids; the n last sentences, as ids)."""
-    def encode(text): return torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
+    def encode(text): return torch.tensor(encode_text(tokenizer, text, special=False))
     for group in (rows[i:i + n] for i in range(0, len(rows) - n + 1, n)):
         sentences = [re.split(r"(?<=[.!?])\s+", row["passage"].strip()) for row in group]
         bodies = [encode(" ".join(parts[:-1]) + "\n\n") for parts in sentences]
@@ -205,7 +203,7 @@ def recall_and_hit(scores, right):
 
 def losses_after(model, contexts, sentence):
     """{name: token ids} -> {what: mean loss (nats) of a sentence's tokens after that context}."""
-    room = model.get_decoder().config.max_position_embeddings - len(sentence)
+    room = context_length(model) - len(sentence)
     requests = [(ids[-room:].tolist(), sentence.tolist()) for ids in contexts.values()]
     totals = loglikelihoods(lambda ids: model(input_ids=ids, use_cache=False).logits,
                             [Question(requests, [], 0)], model, "losses")

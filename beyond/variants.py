@@ -31,9 +31,9 @@ import torch.nn.functional as F
 import evaluate
 import sta
 import train_sae
+from beyond import coded_layers, fitted_folder
 from beyond.calibrate import apart, side_by_side
 from support.files import load_saes, run_main
-from support.results import fitted_folder
 
 ROUNDS = 2  # of pursuit: each gains less than the one before
 
@@ -68,8 +68,9 @@ class Searched(sta.DualBudget):
     """The dual budget with searched codes; decoding is the same."""
 
     def encode(self, keys, values):
-        return (*sta.pack(*pursue(self.key_sae, keys, self.budget.k_key)),
-                *sta.pack(*pursue(self.value_sae, values, self.budget.k_val)))
+        parts = (keys, self.key_sae, self.budget.k_key), (values, self.value_sae, self.budget.k_val)
+        codes = [sta.pack(*pursue(sae, x, k), sae.n_latents) for x, sae, k in parts]
+        return codes[0] + codes[1]
 
 def search(codecs):
     """{layer: dual budget} -> the same with searched codes."""
@@ -116,7 +117,7 @@ class LayerBudget:
     def encode(self, keys, values):
         """-> coefficients fp16 and indices int16, (..., k) each."""
         z, idx = self.sae.encode(side_by_side(keys, values)[..., None, :], self.k)  # (..., 1, k)
-        return z.flatten(-2).half(), idx.flatten(-2).short()
+        return sta.pack(z, idx, self.sae.n_latents)
 
     def decode(self, stored):
         z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]
@@ -181,7 +182,9 @@ class ReluCode:
         stored = []
         for x, sae in zip((keys, values), self.saes):
             z = (x - sae.b_dec) / sae.scale @ sae.W_enc + sae.b_enc  # (..., H, M)
-            stored += [z[z > 0].half(), (z > 0).nonzero()[:, -1].short(), (z > 0).sum(-1).short()]
+            fires = z > 0
+            stored += [*sta.pack(z[fires][:, None], fires.nonzero()[:, -1:], sae.n_latents),
+                       fires.sum(-1).short()]
         return tuple(stored)
 
     def decode(self, stored):
@@ -237,7 +240,7 @@ def l1_rows(model, folder, layers, args):
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], of search and of the variants that were trained."""
     folder, new_rows = fitted_folder(args.saes, args.model), []
-    layers = evaluate.coded_layers(model, saes, args)
+    layers = coded_layers(model, saes, args)
     if saes:
         codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
         new_rows.append(evaluate.Row(

@@ -90,7 +90,7 @@ def tasks(data):
 def write(folder, suffix, texts):
     folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        (folder / f"{name}{suffix}").write_text(text, "utf-8")
+        (folder / f"{name}{suffix}").write_text(text, encoding="utf-8")
 
 def main():
     out, qwen = pathlib.Path(sys.argv[1]), "qwen2.5-coder-1.5b-instruct"

@@ -5,10 +5,10 @@ pickled. Non-goal: files of SAELens itself, which have one mean for all heads.
 """
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import pathlib
+import platform
 import re
 import sys
 import tempfile
@@ -24,18 +24,22 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent  # the project's folder
 
 # ------------------------------------------------------------------ errors, and writing
 def run_main(main):
-    """Run a script's main: bad input ends in one line and exit status 2, Ctrl-C in 130; a reader of
-    its output that went away, as `| head` does, in 141."""
+    """Run a script's main: bad input, or a full disk, ends in one line and exit status 2, Ctrl-C in
+    130; a reader of its output that went away, as `| head` does, in 141."""
+    nowhere = open(os.devnull, "w", encoding="utf-8")  # in place of what `>&-` has closed
+    sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     sys.stdout.reconfigure(line_buffering=True, errors="replace")  # logs; terminals without ±
     try:
+        if sys.version_info < (3, 11):
+            raise UsageError(f"Python {platform.python_version()}: want 3.11 or newer")
         main()
-    except (UsageError, KeyboardInterrupt) as error:
-        message = str(error) or "interrupted; the last checkpoint, if any, is kept"
-        print("error:", " ".join(message.split())[:500], file=sys.stderr)
-        sys.exit(2 if isinstance(error, UsageError) else 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
         sys.exit(141)
+    except (UsageError, OSError, KeyboardInterrupt) as error:
+        message = str(error) or "interrupted; the last checkpoint, if any, is kept"
+        print("error:", " ".join(message.split())[:500], file=sys.stderr)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
 
 @contextlib.contextmanager
 def explain(message):
@@ -48,13 +52,15 @@ def explain(message):
         raise UsageError(f"{message} ({type(error).__name__}: {error})") from None
 
 def write_atomic(path, data):
-    """Write bytes or str under a temporary name, then rename: the file is the old or the new."""
+    """Write bytes or str under a temporary name of its own, then rename: the file is the old or the
+    new, even if two processes write it."""
     path = pathlib.Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
     with explain(f"cannot write {path}; nothing was replaced"):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-        os.replace(temporary, path)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+            temporary = pathlib.Path(folder) / path.name
+            temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+            os.replace(temporary, path)
 
 def check_out(out):
     """Raises UsageError now, rather than after hours, if nothing can be written in --out."""
@@ -64,26 +70,27 @@ def check_out(out):
 
 # ------------------------------------------------------------------ hashes
 def sha256(data):
-    """The first 12 digits of the hash of bytes, or of token ids."""
-    data = data.numpy().tobytes() if isinstance(data, torch.Tensor) else data
+    """The first 12 digits of the hash of bytes, or of a tensor's."""
+    if isinstance(data, torch.Tensor):
+        data = data.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
     return hashlib.sha256(data).hexdigest()[:12]
 
 def kv_tensors(model, layer):
     """The parameters and buffers of the modules that make a layer's keys and values."""
     sites = sta.kv_sites(model)
     modules = [module for kind in sta.KINDS for module in sites[layer, kind].values()]
-    return [x for module in modules for x in itertools.chain(module.parameters(), module.buffers())]
+    return [x for module in modules for x in (*module.parameters(), *module.buffers())]
 
 def device_of(model, layer):
     return kv_tensors(model, layer)[0].device
 
 @torch.no_grad()
 def model_hash(model, layers):
-    """What tells models apart: a hash of all `kv_tensors` of the layers, rounded to bfloat16. So a
-    model is the same in float32 and bfloat16; in float16, which rounds otherwise, it is another."""
-    parts = [x.bfloat16().cpu().contiguous().view(torch.int16).numpy().tobytes()
-             for layer in layers for x in kv_tensors(model, layer)]
-    return sha256(b"".join(parts))
+    """What tells models apart: a hash of all `kv_tensors` of the layers, with floats in bfloat16. So
+    a model is the same in float32 and bfloat16; in float16, which rounds otherwise, another."""
+    tensors = [x.bfloat16() if x.is_floating_point() else x
+               for layer in layers for x in kv_tensors(model, layer)]
+    return sha256(torch.cat([x.cpu().flatten().view(torch.uint8) for x in tensors]))
 
 # ------------------------------------------------------------------ SAEs
 def save_sae(folder, sae, metadata):
@@ -105,14 +112,16 @@ def save_sae(folder, sae, metadata):
 def load_sae(folder):
     """(TopKSAE, metadata) from a folder that `save_sae` wrote."""
     with explain(f"{folder}: missing, truncated or corrupt, or of an older version; train again"):
-        cfg = json.loads((folder / "cfg.json").read_text())
+        cfg = json.loads((folder / "cfg.json").read_text(encoding="utf-8"))
         weights = safetensors.torch.load((folder / "sae_weights.safetensors").read_bytes())
         offsets = safetensors.torch.load((folder / "head_offsets.safetensors").read_bytes())
         weights["b_dec"] = offsets["head_offsets"]
         sae = sta.TopKSAE(*weights["b_dec"].shape, cfg["d_sae"], cfg["k"])
         sae.load_state_dict({**dict(sae.named_buffers()), **weights})
-        cfg["metadata"]["model_sha256"]  # older versions told models apart otherwise
-        return sae.requires_grad_(False), cfg["metadata"]
+        range(1, cfg["d_sae"] + 1).index(cfg["k"])  # raises ValueError at another k
+        metadata = cfg["metadata"]
+        metadata["model"], metadata["settings"]["dtype"], metadata["model_sha256"]  # must be there
+        return sae.requires_grad_(False), metadata
 
 def load_saes(folder, model, layers=None, names=sta.KINDS):
     """({(layer, name): TopKSAE}, each on the device of its layer; the metadata of one of them).
@@ -179,6 +188,6 @@ def check_folder(folder, sites, settings, resume):
     done = [path for path in paths if (path / "cfg.json").exists()]
     general = {name: x for name, x in settings.items() if name not in ("layers", "model_sha256")}
     for path in sorted(folder.glob("layer*.*/cfg.json")):
-        there = load_sae(path.parent)[1].get("settings", {})
+        there = load_sae(path.parent)[1]["settings"]
         expect_same(path.parent, there, settings if path.parent in done else general)
     return len(done) == len(paths) and not unfinished

@@ -5,13 +5,12 @@ and values per head (`python -m support.test_support` tries all types). Non-goal
 """
 import logging
 import pathlib
-import re
 
 import torch
 
 import sta
 from sta import UsageError
-from support.files import ROOT, explain
+from support.files import ROOT, explain, kv_tensors
 
 MODELS = {"tiny": str(ROOT / "tiny"), "yi-6b": "01-ai/Yi-6B",
           "mistral-7b": "mistralai/Mistral-7B-v0.1", "llama-2-7b": "meta-llama/Llama-2-7b-hf",
@@ -24,14 +23,19 @@ def slug(name):
 
 def pick_device(device=None, dtype=None):
     """--device and --dtype -> ("cpu", "cuda:0" or "auto", torch.dtype), printed with the reason."""
-    best = "cuda:0" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch("cpu" if best == "cpu" else r"cpu|auto|cuda(:\d+)?", device or best):
+    gpus = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    best = (gpus or ["cpu"])[0]
+    if (device or best) not in ["cpu", *gpus, *(["cuda", "auto"] if gpus else [])]:
         raise UsageError(f"--device {device}: not on this machine; leave it out to use {best}")
     picked = best if device in (None, "", "cuda") else device
     dtype = dtype or ("float32" if picked == "cpu" else "bfloat16")
     print(f"device {picked} ({'asked for' if device else 'the best that was found'}); model in "
           f"{dtype}, SAEs in float32")
     return picked, getattr(torch, dtype)
+
+def context_length(model, default=2048):
+    """The number of tokens that a model can read; `default` if its config has no limit (BLOOM)."""
+    return getattr(model.get_decoder().config, "max_position_embeddings", None) or default
 
 def parse_layers(spec, n_layers):
     """'all', '12', '0-7' or '3,9' -> sorted layer numbers, each below n_layers."""
@@ -56,19 +60,22 @@ def load_model(name, device="cpu", dtype=torch.float32, layers="all", no_deeper=
         config = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False)
         text = config.get_text_config()
         layers = parse_layers(layers, text.num_hidden_layers)
-        if no_deeper:
-            text.num_hidden_layers = layers[-1] + 1
-            text.layer_types = (getattr(text, "layer_types", None) or [])[:layers[-1] + 1] or None
         tokenizer = transformers.AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    n_layers = layers[-1] + 1 if no_deeper else text.num_hidden_layers
+    with explain(f"--model {name}: cannot be loaded" + "; try --layer all" * no_deeper):
+        text.num_hidden_layers = n_layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:n_layers]
         model, info = transformers.AutoModelForCausalLM.from_pretrained(
             source, config=config, dtype=dtype, output_loading_info=True, trust_remote_code=False,
             device_map="auto" if device == "auto" else None)  # auto needs the package accelerate
-    if info["missing_keys"]:
-        raise UsageError(f"--model {name}: its files lack {sorted(info['missing_keys'])[0]}")
+        if info["missing_keys"]:
+            raise ValueError(f"its files lack {sorted(info['missing_keys'])[0]}")
     if any(p.is_meta for p in model.parameters()):
         raise UsageError(f"--model {name}: its layers do not fit into memory; choose a smaller one")
     model = (model if device == "auto" else model.to(device)).eval().requires_grad_(False)
     check_sites(model)
+    tokenizer.n_known = model.get_input_embeddings().num_embeddings  # for support/text.py
     return model, tokenizer, layers
 
 @torch.no_grad()
@@ -98,5 +105,7 @@ def check_sites(model):
         for (layer, kind), x in written.items():
             kept = getattr(cache.layers[layer], f"{kind}s").transpose(1, 2).float()  # (B, T, H, D)
             ratio = kept.norm(dim=-1) / x.norm(dim=-1)  # RoPE may stretch all keys alike
+            if not kv_tensors(model, layer):
+                raise ValueError("its projections hold no tensors by which to know the model")
             if kept.shape != x.shape or (ratio / ratio.mean() - 1).abs().max() > 0.02:
                 raise ValueError(f"layer {layer}: attention reads other {kind}s than are seen")

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import platform
 import re
+import shlex
 import subprocess
 import sys
 import time
@@ -14,8 +15,7 @@ import types
 import torch
 
 from sta import UsageError
-from support.files import (ROOT, check_out, explain, load_sae, load_saes, model_hash, sha256,
-                           write_atomic)
+from support.files import ROOT, check_out, explain, load_sae, load_saes, model_hash, sha256
 from support.models import load_model, pick_device, slug
 
 def check_pattern(only):
@@ -33,12 +33,6 @@ def find_saes(root, model_name):
     newest = max(paths, key=lambda path: path.stat().st_mtime).parent
     return newest.parent, model_name or load_sae(newest)[1]["model"]
 
-def fitted_folder(root, model_name):
-    """The folder of all that is fitted to a model: that of its SAEs, or, where it has none, root if
-    it holds something else that was fitted, or saes/<model>."""
-    folder, _ = find_saes(root, model_name)
-    return folder or (root if any(root.glob("*/layer*.safetensors")) else root / slug(model_name))
-
 def load_run(args, ending="", needs_saes=True):
     """--model, --saes, --layer, --out, ... -> a namespace: model, tokenizer, name; folder, saes
     {(layer, kind): SAE} and their settings; layers, those that have SAEs, or else those of --layer;
@@ -46,8 +40,9 @@ def load_run(args, ending="", needs_saes=True):
     they are not needed and the model is named."""
     folder, name = find_saes(args.saes, args.model)
     if folder is None and (needs_saes or name is None):
-        raise UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: python "
-                         f"train_sae.py --model {name or 'tiny'} --out {args.saes}")
+        command = shlex.join(["train_sae.py", "--model", name or "tiny", "--out", str(args.saes)])
+        raise UsageError(f"{args.saes}: no SAEs of {name or 'any model'}; first run: "
+                         f"python {command}")
     check_out(args.out)
     device, dtype = pick_device(args.device, args.dtype)
     model, tokenizer, layers = load_model(name, device, dtype, args.layer or "all")
@@ -63,17 +58,20 @@ def load_run(args, ending="", needs_saes=True):
 
 # ------------------------------------------------------------------ which result
 def provenance(model):
-    """What a reader needs to run it again."""
+    """What a reader needs to run it again. The commit is that of a repository of our own, never of
+    one around it, and says where files differ from it."""
+    git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "status", "--branch",
+           "--porcelain=v2"]  # a line "# branch.oid <commit>", more with a #, one per change
     try:
-        commit = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], text=True,
-                                capture_output=True).stdout.strip()
+        lines = subprocess.run(git, cwd=ROOT, encoding="utf-8",
+                               capture_output=True).stdout.splitlines()
     except OSError:
-        commit = None  # no git on this machine
+        lines = []  # no git on this machine
+    changed = "-dirty" * any(not line.startswith("#") for line in lines)
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    words = [word if len(word) <= 200 else f"sha256:{sha256(word.encode())}"  # a prompt
-             for word in sys.orig_argv[1:]]
     layers = range(model.get_decoder().config.num_hidden_layers)
-    return {"command": "python " + " ".join(words), "commit": commit or None,
+    return {"command": f"python {shlex.join(sys.orig_argv[1:])}",
+            "commit": lines[0].split()[-1] + changed if lines else None,
             "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
@@ -85,28 +83,30 @@ def result_path(out, name, about, ending=""):
     path = out / f"{slug(name)}{ending}.json"
     if path.exists():
         with explain(f"{path}: no result of this version; delete it or choose another --out"):
-            there = json.loads(path.read_text())["model_sha256"]
+            there = json.loads(path.read_text(encoding="utf-8"))["model_sha256"]
         if there != about["model_sha256"]:
             raise UsageError(f"{path}: of another model of that name, or one of the two is in "
                              "float16; choose another --out")
     return path
 
-def finished_rows(path, result):
-    """{name: row of the JSON} that an interrupted run left at path. Raises UsageError if it was run
-    with other options, on another text, or with SAEs that have been trained anew since."""
+def inputs_hash(about, args, row, *others):
+    """What a row is made from, as a hash: the program's files, libraries, model, device and dtype,
+    the options, its codecs with all their tensors, and others, such as the windows of the text."""
+    def content(x):  # of what json does not know
+        if isinstance(x, torch.Tensor):
+            return sha256(x)
+        return vars(x) if hasattr(x, "__dict__") else repr(x)
+
+    files = [path.read_bytes() for folder in ("", "support", "beyond")
+             for path in sorted((ROOT / folder).glob("*.py")) if not path.match("test_*")]
+    free = "command", "commit", "date", "rows", "only", "resume", "out"
+    options = {name: x for name, x in {**vars(args), **about}.items() if name not in free}
+    text = json.dumps([options, row, others], default=content)
+    return sha256(b"".join(files) + text.encode())
+
+def finished_rows(path):
+    """{name: row} of the result at path; none without a file there."""
     if not path.exists():
         return {}
-    config = json.loads(json.dumps(result["config"], default=str))
-    with explain(f"{path}: --resume cannot continue it; choose another --out"):
-        there = json.loads(path.read_text())
-        for name in config.keys() - {"rows", "only", "resume", "out"}:
-            if there["config"][name] != config[name]:
-                raise ValueError(f"{name} is {there['config'][name]} there, {config[name]} here")
-        if there["text_sha256"] != result["text_sha256"]:
-            raise ValueError("it is of another text")
-        if there["training"] != result["training"]:
-            raise ValueError("the SAEs have been trained anew since")
-        return {row["name"]: row for row in there["rows"]}
-
-def save_result(path, result):
-    write_atomic(path, json.dumps(result, indent=1, default=str) + "\n")
+    with explain(f"{path}: --resume cannot continue it; delete it"):
+        return {row["name"]: row for row in json.loads(path.read_text(encoding="utf-8"))["rows"]}

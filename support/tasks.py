@@ -35,7 +35,7 @@ def arc(row):
 def winogrande(row):  # the options are in the contexts; what follows them is scored
     before, after = row["sentence"].split("_", 1)
     contexts = [before + row["option1"], before + row["option2"]]
-    return contexts, [after.strip()] * 2, int(row["answer"]) - 1
+    return contexts, [after.strip()] * 2, int(str(row["answer"])) - 1
 
 # name: (data set, config, split, row -> (context, or one per choice; choices; label))
 TASKS = {
@@ -66,7 +66,7 @@ def task_rows(spec, task_dir, limit):
         return
     path = task_dir / f"{spec}.jsonl" if spec in TASKS else pathlib.Path(spec)
     with explain(f"--tasks {spec}: cannot read {path}"):
-        lines = path.read_text(encoding="utf-8").split("\n")
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # without a byte order mark
     for number, line in [(i, line) for i, line in enumerate(lines, 1) if line.strip()][:limit]:
         with explain(f"{path} line {number}: not JSON"):
             row = json.loads(line)
@@ -79,6 +79,8 @@ def encode_pair(tokenizer, context, continuation):
     continuation = context[len(bare):] + continuation
     if not bare:
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        if start is None:
+            raise ValueError("an empty context, and a tokenizer with neither BOS nor EOS")
         return [start], encode_text(tokenizer, continuation, special=False)
     ids = encode_text(tokenizer, bare)
     return ids, encode_text(tokenizer, bare + continuation)[len(ids):]
@@ -91,12 +93,13 @@ def make_question(spec, row, tokenizer, max_length):
     contexts = [contexts] * len(choices) if isinstance(contexts, str) else contexts
     requests = [encode_pair(tokenizer, context, " " + choice)
                 for context, choice in zip(contexts, choices)]
+    label = int(str(label))  # str: int alone makes 1 of 1.9
     lengths = [len(rest) if choice.strip() else 0 for choice, (_, rest) in zip(choices, requests)]
     if len(choices) < 2 or min(lengths) < 1 or max(lengths) > max_length or not (
-            0 <= int(label) < len(choices)):
+            0 <= label < len(choices)):
         raise ValueError(f"label {label}, choices of {lengths} tokens: want the number, from 0, of "
                          f"one of two or more, each of 1 to {max_length} tokens of its own")
-    return Question(requests, [len(choice) for choice in choices], int(label))
+    return Question(requests, [len(choice) for choice in choices], label)
 
 def load_task(spec, task_dir, limit, tokenizer, max_length):
     """--tasks entry -> [Question]. A context loses its left end where the whole is longer than
@@ -148,14 +151,15 @@ def loglikelihoods(forward, questions, model, name):
 def score_task(questions, totals, dense):
     """Columns of a task: n; acc, whether the choice of the largest log-likelihood is right;
     acc_norm, the same per character; delta_acc, from dense; each with _stderr; right, acc by row.
-    totals: of `loglikelihoods`; dense: dense's columns, or None."""
+    All are nan if one total is. totals: of `loglikelihoods`; dense: dense's columns, or None."""
     right, norm, rest = [], [], iter(totals)
     for question in questions:
         sums = list(itertools.islice(rest, len(question.lengths)))
         per_character = [total / n for total, n in zip(sums, question.lengths)]
-        right.append(sums.index(max(sums)) == question.label)
-        norm.append(per_character.index(max(per_character)) == question.label)
-    gain = [int(a) - int(b) for a, b in zip(right, dense["right"] if dense else right)]
+        for scores, hits in ((sums, right), (per_character, norm)):
+            is_hit = scores.index(max(scores)) == question.label
+            hits.append(math.nan if math.isnan(sum(scores)) else is_hit)
+    gain = [a - b for a, b in zip(right, dense["right"] if dense else right)]
     columns = {"n": len(right), "right": right}
     for metric, values in (("acc", right), ("acc_norm", norm), ("delta_acc", gain)):
         columns[metric], columns[f"{metric}_stderr"] = mean_stderr(values)

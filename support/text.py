@@ -4,6 +4,7 @@ Windows are those of the GPTQ convention for perplexity: disjoint, special token
 of the text only, the tail dropped. Non-goals: formats other than UTF-8 text; shuffling.
 """
 import itertools
+import math
 import os
 import re
 
@@ -11,6 +12,7 @@ import torch
 
 from sta import UsageError
 from support.files import ROOT, explain
+from support.models import context_length
 
 WIKITEXT = {"train": "Salesforce/wikitext:wikitext-103-raw-v1:train",
             "valid": "Salesforce/wikitext:wikitext-2-raw-v1:test"}
@@ -32,7 +34,7 @@ def read_text(spec, split, model_name):
     if not (os.path.isfile(spec) or like_a_file):
         yield from hub_documents(spec)
         return
-    with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8") as file:
+    with explain(f"--text {spec}: no UTF-8 file"), open(spec, encoding="utf-8-sig") as file:
         while piece := file.read(PIECE):
             yield piece
 
@@ -50,10 +52,13 @@ def hub_documents(spec):
 
 def encode_text(tokenizer, text, special=True):
     """Token ids of a text; special tokens before it, unless it begins with BOS, as in lm-eval, and
-    none after it."""
+    none after it. Raises UsageError at a token that the model does not know."""
     bos, eos = tokenizer.bos_token or tokenizer.eos_token, tokenizer.eos_token
     special = special and not (bos and text.startswith(bos))
     ids = tokenizer(text, add_special_tokens=special, verbose=False).input_ids
+    n_known = getattr(tokenizer, "n_known", math.inf)  # set by load_model
+    if max(ids, default=0) >= n_known:
+        raise UsageError(f"the tokenizer makes token {max(ids)}, but the model has {n_known}")
     appended = special and len(ids) > 1 and ids[-1] == tokenizer.eos_token_id
     return ids[:-1] if appended and not text.endswith(eos) else ids
 
@@ -80,14 +85,12 @@ def tokenize(pieces, tokenizer, n):
 def token_windows(pieces, tokenizer, model, seq_len, default, max_tokens, least=1):
     """Text in pieces -> token ids (n, seq_len): disjoint windows, the tail dropped, of about
     max_tokens, but at least `least` of them. seq_len None: `default`, or the model's limit."""
-    limit = getattr(model.get_decoder().config, "max_position_embeddings", default)
+    limit = context_length(model, default)
     seq_len = min(default, limit) if seq_len is None else seq_len
     if not 2 <= seq_len <= limit:
         raise UsageError(f"--seq-len {seq_len}: want 2 to the model's limit of {limit}")
     ids = tokenize(pieces, tokenizer, max(max_tokens, least * seq_len))
-    n, n_known = len(ids) // seq_len, model.get_input_embeddings().num_embeddings
-    if len(ids) and ids.max() >= n_known:
-        raise UsageError(f"the tokenizer makes token {ids.max()}, but the model has {n_known}")
+    n = len(ids) // seq_len
     if n < least:
         raise UsageError(f"text of {len(ids)} tokens: too short for {least} windows of {seq_len}; "
                          "give more text or a smaller --seq-len")

@@ -185,7 +185,7 @@ def main():
         "perplexity": round(perplexity(model.float(), held_out), 2),
         "perplexity_trigram": round(trigram_perplexity(tokens, held_out), 2),
         "torch": torch.__version__, "machine": "2 cores (x86-64 with bf16 instructions), no GPU"}
-    (args.out / "make.json").write_text(json.dumps(figures, indent=1) + "\n")
+    (args.out / "make.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(figures, indent=1))
 
 
