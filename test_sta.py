@@ -86,6 +86,9 @@ def dual(saes, *budget):
 def tokens_of(batch, length, seed=0):
     return torch.randint(3, 128, (batch, length), generator=torch.Generator().manual_seed(seed))
 
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
 def script(module, *argv):
     """Run a script's main in this process; returns its exit status."""
     try:
@@ -218,6 +221,8 @@ def test_curve_and_elbow():
     kinked[32]["fvu"] = 5  # nor is what lies beyond the budgets trained for
     assert sta.elbow(kinked, 31) == 9
     assert sta.elbow([{"k": 0, "fvu": 1}, {"k": 1, "fvu": 0.2}], 2) == 1
+    for n in (1, 7, 31):
+        assert math.isnan(sta.elbow([*kinked[:n], {"k": n, "fvu": math.nan}, *kinked[n + 1:]], 31))
 
 # ---------------------------------------------------------------- 3. the dual budget
 def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
@@ -230,6 +235,14 @@ def test_dual_budget_stores_fp16_and_int16_and_decodes_to_that():
         z, idx = sae.encode(x, n)
         expected = sae.decode(z.half().float(), idx)
         torch.testing.assert_close(found, expected.view(5, 3, 2, 16), atol=1e-6, rtol=1e-6)
+
+def test_a_dictionary_that_int16_cannot_index():
+    saes = [sta.TopKSAE(1, 4, 1 << 15 | late, 2) for late in (0, 1)]
+    x = torch.zeros(3, 1, 4)
+    assert len(sta.DualBudget(saes[0], saes[0]).encode(x, x)) == 4
+    for pair in (saes, saes[::-1]):
+        with pytest.raises(sta.UsageError, match="n_latents = 32769: an int16 index names at most"):
+            sta.DualBudget(*pair, sta.Budget(1, 1)).encode(x, x)
 
 # ---------------------------------------------------------------- 4. in the model
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "olmo2", "gpt_neox", "phi3"]
@@ -286,6 +299,15 @@ def test_packed_texts_have_a_sink_each():
         model(tokens_of(1, 7), position_ids=positions)
     assert lives == [[[0, 0, 1, 1, 0, 0, 1]]]
 
+def test_a_window_narrower_than_the_sinks():
+    lives = []
+    window = torch.ones(7, 7).tril().triu(-1).bool()[None, None]  # each token sees itself and one
+    for mask in (window, {"sliding_attention": window, "full_attention": None}):
+        arguments = {"input_ids": tokens_of(1, 7), "attention_mask": mask,
+                     "position_ids": torch.arange(7)[None]}
+        lives.append(sta.live_tokens(arguments, 4).int().tolist())
+    assert lives == [[[0, 0, 0, 0, 1, 1, 1]]] * 2
+
 @pytest.mark.parametrize("mask", [torch.ones(2, 9, 9), torch.ones(9), torch.ones(2, 3),
                                   torch.ones(2, 1, 9, 9)])  # 4D without position_ids
 def test_a_mask_that_cannot_be_read(mask):
@@ -312,6 +334,21 @@ def test_hooks_are_gone_after_an_exception(context):
             1 / 0
     assert torch.equal(model(ids).logits, before)
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("grad", [False, True])
+def test_what_is_captured_is_what_the_model_computes_with(family, grad):
+    """Decoded keys beside decoded values: in either order, and in `harvest`, which captures."""
+    model, ids = small_model(family), tokens_of(2, 9)
+    codecs = {1: across(lambda keys, values, live: (0 * keys + 2, 0 * values + 3))}
+    with torch.set_grad_enabled(grad):
+        with sta.capture(model, [1]) as before, sta.reconstruct(model, codecs, 0), \
+                sta.capture(model, [1]) as after:
+            cache = model(ids, use_cache=True).past_key_values.layers[1]
+            both = sta.harvest(model, ids, [1])
+    for vectors in (before, after, both):
+        assert (vectors[1, "key"] == 2).all() and (vectors[1, "value"] == 3).all()
+    assert (cache.values == 3).all()
 
 def test_absent_layer():
     with pytest.raises(sta.UsageError, match="layer 5: the model has layers 0 to 1"):
@@ -353,7 +390,7 @@ codec = sta.DualBudget(key_sae, value_sae, sta.Budget(2, 4))
 with torch.no_grad(), sta.reconstruct(model, {1: codec}):
     print(model(ids).logits.shape)
 """
-    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, text=True,
+    result = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, encoding="utf-8",
                             capture_output=True, env={**os.environ, "PYTHONPATH": ""})
     assert result.stdout.endswith("[1, 12, 99])\n"), result.stderr
 
@@ -427,7 +464,7 @@ def trained(tmp_path_factory):
     assert not (out / "tiny" / "unfinished.safetensors").exists()
     norms = load_sae(out / "tiny" / "layer1.key")[0].W_dec.norm(dim=-1)
     torch.testing.assert_close(norms, torch.ones(64), atol=1e-5, rtol=0)
-    assert json.loads((out / "tiny" / "run-1-2.json").read_text())["log"][-1]["fvu"]["key"] < 0.8
+    assert read_json(out / "tiny" / "run-1-2.json")["log"][-1]["fvu"]["key"] < 0.8
     return out
 
 def run_script(statement, *argv):
@@ -435,7 +472,7 @@ def run_script(statement, *argv):
     code = f"import train_sae; train_sae.BUFFER_TOKENS = 2048; {statement}; " \
            "train_sae.run_main(train_sae.main)"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
 
 def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_sae, "BUFFER_TOKENS", 2048)
@@ -470,7 +507,7 @@ def evaluated(trained, tmp_path_factory):
     return out
 
 def test_evaluation_table(evaluated):
-    result = json.loads((evaluated / "tiny.json").read_text())
+    result = read_json(evaluated / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows) == ["dense", "means", "keys", "values", "dual", "uniform", "reverse"]
     assert result["layers"] == [1, 2] and result["n_layers"] == 6 and result["tokens"] == 2048
@@ -495,7 +532,7 @@ def test_evaluation_table(evaluated):
 
 def test_perplexity_is_that_of_hugging_face(evaluated):
     """The dense row against transformers' own labels= loss on windows cut here."""
-    rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
+    rows = read_json(evaluated / "tiny.json")["rows"]
     model = transformers.AutoModelForCausalLM.from_pretrained(ROOT / "tiny").float()
     tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "tiny")
     text = (ROOT / "tiny" / "valid.txt").read_text(encoding="utf-8")

@@ -9,11 +9,11 @@ import pathlib
 
 import sta
 from support.files import sha256
-from support.models import parse_layers
+from support.models import parse_layers, slug
 from support.results import find_saes, load_run
 from support.text import read_text, text_name, token_windows
 
-OPTIONS = {  # arguments of add_argument, and `least`, below which a number is refused
+OPTIONS = {  # arguments of add_argument, and `least` and `most`: numbers beyond them are refused
     "model": dict(help="short name, hub id or folder (default: that of the newest SAEs)"),
     "saes": dict(type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)"),
     "layer": dict(help="12, 0-7 or 3,9 (default all, or all that have SAEs)"),
@@ -35,20 +35,21 @@ LOOK = "model saes layer text seq-len max-tokens k-key k-val device dtype out"  
 
 def parse_args(doc, argv, names, **more):
     """Parse the options of the table that `names` lists, and more: {name: entry}, which the table
-    lacks, or has with other values. Raises UsageError at a number below the `least` of its
-    option."""
+    lacks, or has with other values. Raises UsageError at a number below the `least` of its option
+    or above its `most`, 2^40 if it has none."""
     parser = argparse.ArgumentParser(
         description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    least_values = {}
+    limits = {}
     for name in (*names.replace("-", "_").split(), *more):
         entry = OPTIONS.get(name, {}) | more.get(name, {})
-        least_values[name] = entry.pop("least", None)
+        limits[name] = entry.pop("least", None), entry.pop("most", 1 << 40)
         parser.add_argument(f"--{name.replace('_', '-')}", **entry)
     args = parser.parse_args(argv)
-    for name, least in least_values.items():
+    for name, (least, most) in limits.items():
         value = getattr(args, name)
-        if None not in (value, least) and value < least:
-            raise sta.UsageError(f"--{name.replace('_', '-')} {value}: want {least} or more")
+        if None not in (value, least) and not least <= value <= most:
+            raise sta.UsageError(f"--{name.replace('_', '-')} {value}: want {least} or more, up to "
+                                 f"{most:,}")
     return args
 
 def begin_look(args, ending):

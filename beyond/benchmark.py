@@ -202,7 +202,7 @@ def main(argv=None):
         model=dict(default="tiny", help="short name, hub id or folder (default tiny)"),
         dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of the model"),
         tokens=dict(type=int, default=132_000, least=2, help="of the text (default 132,000)"),
-        n_latents=dict(type=int, default=1024, least=1, help="(default 1024)"),
+        n_latents=dict(type=int, default=1024, least=1, most=1 << 15, help="(default 1024)"),
         batch=dict(type=int, default=1024, least=1, help="vectors per step (default 1024)"))
     check_out(args.out)
     trainers = installed_trainers()

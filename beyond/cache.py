@@ -285,8 +285,8 @@ def time_tokens(model, row, ids, args):
 def token_counts(text):
     """--contexts: "64,128" -> [64, 128]."""
     counts = [int(word) for word in text.split(",")]
-    if min(counts) < 1:
-        raise ValueError("want 1 or more")
+    if not 1 <= min(counts) <= max(counts) < 1 << 24:
+        raise ValueError("want 1 or more, and what memory can hold")
     return counts
 
 def main(argv=None):

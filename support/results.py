@@ -63,8 +63,7 @@ def provenance(model):
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "status", "--branch",
            "--porcelain=v2"]  # a line "# branch.oid <commit>", more with a #, one per change
     try:
-        lines = subprocess.run(git, cwd=ROOT, encoding="utf-8",
-                               capture_output=True).stdout.splitlines()
+        lines = subprocess.run(git, encoding="utf-8", capture_output=True).stdout.splitlines()
     except OSError:
         lines = []  # no git on this machine
     changed = "-dirty" * any(not line.startswith("#") for line in lines)
@@ -94,7 +93,7 @@ def inputs_hash(about, args, row, *others):
     the options, its codecs with all their tensors, and others, such as the windows of the text."""
     def content(x):  # of what json does not know
         if isinstance(x, torch.Tensor):
-            return sha256(x)
+            return sha256(x), x.shape
         return vars(x) if hasattr(x, "__dict__") else repr(x)
 
     files = [path.read_bytes() for folder in ("", "support", "beyond")

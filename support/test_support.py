@@ -3,15 +3,21 @@
     python -m pytest -q support
     python -m support.test_support      # which model types of transformers work: a minute
 """
+import ast
 import collections
+import contextlib
 import functools
+import io
 import json
 import math
 import os
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import types
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when transformers is imported
@@ -27,23 +33,39 @@ import plots
 import sta
 import support.text
 import train_sae
+from support import results
 from support.files import ROOT, load_sae, load_saes, model_hash, save_sae, write_atomic
-from support.models import check_sites, load_model
+from support.models import check_sites, context_length, load_model, pick_device
+from support.results import inputs_hash
 from support.tasks import TASKS, Question, encode_pair, load_task, loglikelihoods, score_task
 from support.text import encode_text, read_text, token_windows, tokenize
-from test_sta import (FAMILIES, SHORT, across, assert_one_line, evaluated, script, small_model,
-                      small_sae, small_saes, through, tokens_of, trained, vectors_of)
+from test_sta import (FAMILIES, SHORT, across, assert_one_line, evaluated, read_json, script,
+                      small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
 
 # ---------------------------------------------------------------- models
-TYPES = FAMILIES + [  # of the 77 that `python test_sta.py` finds to work
+TYPES = FAMILIES + [  # of the 77 that `python -m support.test_support` finds to work
     "afmoe", "apertus", "bloom", "cohere", "exaone4", "gemma2", "glm4", "gpt_oss", "granite",
-    "hy_v3", "lfm2", "minimax_m2", "mixtral", "nemotron", "olmo3", "olmoe", "opt", "persimmon",
-    "phimoe", "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2"]
+    "hy_v3", "lfm2", "minimax_m2", "mixtral", "moshi", "nemotron", "olmo3", "olmoe", "opt",
+    "persimmon", "phimoe", "qwen2_moe", "qwen3_moe", "smollm3", "stablelm", "starcoder2"]
+
+def check_training(model):
+    """Ten steps, and the SAEs come back from their files."""
+    args = train_sae.parse_args("--tokens 640 --batch-tokens 63 --n-latents 32 --k-key 2 --k-val 4 "
+                                "--layer 0-1 --lr 0.01".split())
+    saes = train_sae.make_saes(model, [0, 1], args, train_sae.KeysAndValues())
+    settings = {"layers": [0, 1], "dtype": "float32"}
+    with tempfile.TemporaryDirectory() as folder:
+        run = args, pathlib.Path(folder), settings, train_sae.KeysAndValues()
+        held_out, log = train_sae.train(model, saes, tokens_of(12, 64), *run)
+        train_sae.save_trained(run[1], model, saes, held_out, settings, "small")
+        assert log[-1]["step"] == 10 and load_saes(folder, model)[0].keys() == saes.keys()
 
 def check_type(model):
     """Captured keys and values are those of Hugging Face's cache; what a codec returns is what
-    attention gets, keys and values apart, for as many tokens as heads, too; a codec sees both."""
+    attention gets, keys and values apart, for as many tokens as heads, too; a codec sees both. SAEs
+    can be trained on them."""
     check_sites(model)
+    check_training(model)
     H, D = sta.kv_shape(model.get_decoder().config)
     for T in (H, 12):
         ids = tokens_of(2, T)
@@ -99,6 +121,43 @@ def test_a_model_that_goes_on_in_place():
     with pytest.raises(sta.UsageError, match="layer 0: attention reads other keys than are seen"):
         check_sites(model)
     check_sites(small_model("olmo"))
+
+def test_a_layer_without_self_attention_is_called_so():
+    config = transformers.models.mllama.MllamaTextConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0)
+    with pytest.raises(sta.UsageError, match="layer 1: .* or this is no self-attention"):
+        check_sites(transformers.MllamaForCausalLM(config).eval())
+
+def test_a_model_is_loaded_up_to_a_layer_where_it_can_be(tmp_path):
+    """A config without layer types, and a type whose last layer differs from the others."""
+    for family in ("stablelm", "gpt_neox_japanese"):
+        folder = model_folder(tmp_path / family, family=family)
+        whole = load_model(folder)[0]
+        assert len(whole.get_decoder().layers) == 2
+        if family == "stablelm":
+            assert len(load_model(folder, layers="0", no_deeper=True)[0].get_decoder().layers) == 1
+    with pytest.raises(sta.UsageError, match="cannot be loaded; try --layer all .*files lack"):
+        load_model(folder, layers="0", no_deeper=True)
+
+def test_devices_that_are_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for device in ("cuda:2", "cuda:-1", "cuda:01", "gpu", "cuda:99999999999"):
+        with pytest.raises(sta.UsageError, match=f"--device {device}: not on this machine"):
+            pick_device(device)
+    assert pick_device("cuda:1") == ("cuda:1", torch.bfloat16) and pick_device()[0] == "cuda:0"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert pick_device() == ("cpu", torch.float32)
+
+def test_a_tokenizer_with_more_tokens_than_the_model(tmp_path):
+    """Every text says so, not only --text."""
+    model, tokenizer, _ = load_model(model_folder(tmp_path, vocab_size=100))
+    row = {"context": "The", "choices": ["a", "b"], "label": 0}
+    task = write_jsonl(tmp_path / "t.jsonl", [row])
+    for read in (lambda: load_task(task, None, None, tokenizer, 64),
+                 lambda: tokenize(["The year"], tokenizer, 9)):
+        with pytest.raises(sta.UsageError, match="makes token .*, but the model has 100"):
+            read()
 
 # ---------------------------------------------------------------- text
 def test_windows_are_the_text_cut_once():
@@ -176,6 +235,14 @@ def test_a_text_that_begins_with_bos_has_one():
     assert encode_pair(tokenizer, "<s>The year", " 1862")[0][:2][1] != 0  # lm-eval 0.4.13
     assert tokenize(["<s>The year"], tokenizer, 9)[1] != 0
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    row = {"context": "The", "choices": ["a", "b"], "label": 0}
+    for mark in ("", "\ufeff"):
+        (tmp_path / "t.txt").write_text(mark + "The year", encoding="utf-8")
+        assert "".join(read_text(str(tmp_path / "t.txt"), "valid", "tiny")) == "The year"
+        (tmp_path / "t.jsonl").write_text(mark + json.dumps(row), encoding="utf-8")
+        assert len(load_task(str(tmp_path / "t.jsonl"), None, None, make_tokenizer("gpt2"), 9)) == 1
+
 def test_documents_of_the_hub(monkeypatch):
     rows = [{"text": f"document {i}", "id": i} for i in range(6)]
     hub = types.SimpleNamespace(load_dataset=lambda name, config, split, streaming: rows)
@@ -204,6 +271,14 @@ def test_saved_sae_is_the_same_function(tmp_path):
     save_sae(folder, sae, {"model": "small", "marks": {}})  # as told models apart before
     with pytest.raises(sta.UsageError, match="or of an older version; train again"):
         load_sae(folder)
+
+@pytest.mark.parametrize("k", [0, -1, 41, 8.5, "8", None])
+def test_an_sae_without_a_budget(tmp_path, k):
+    save_sae(tmp_path, small_sae(), METADATA)
+    cfg = read_json(tmp_path / "cfg.json")
+    write_atomic(tmp_path / "cfg.json", json.dumps({**cfg, "k": k}))
+    with pytest.raises(sta.UsageError, match="missing, truncated or corrupt"):
+        load_sae(tmp_path)
 
 def test_saved_sae_is_one_of_saelens(tmp_path):
     """Its formula, on vectors less the mean of their head: pip install sae-lens==6.54.0 to try."""
@@ -259,14 +334,56 @@ def test_the_hash_tells_models_apart_but_not_dtypes(change):
 
 def test_failed_write_loses_nothing(tmp_path):
     write_atomic(tmp_path / "file", "old")
-    (tmp_path / ".file.tmp").mkdir()  # in the way of the new file
     with pytest.raises(sta.UsageError, match="cannot write .*; nothing was replaced"):
-        write_atomic(tmp_path / "file", "new")
-    assert (tmp_path / "file").read_text() == "old"
+        write_atomic(tmp_path / "file", "\ud800 is no character")
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "old"
+    assert os.listdir(tmp_path) == ["file"]
 
-def model_folder(folder, seed):
-    """A small random Llama with tiny's tokenizer, as users save their own."""
-    model = small_model("llama", vocab_size=2048)
+def test_two_processes_write_one_file(tmp_path, monkeypatch):
+    """Each replaces it as a whole, though one begins and ends while the other is at it."""
+    path, replace, there = tmp_path / "file", os.replace, []
+    def meet(*names):
+        monkeypatch.setattr(os, "replace", replace)
+        write_atomic(path, "short")
+        there.append(path.read_text(encoding="utf-8"))
+        replace(*names)
+    monkeypatch.setattr(os, "replace", meet)
+    write_atomic(path, "a longer one")
+    assert there == ["short"] and path.read_text(encoding="utf-8") == "a longer one"
+    assert os.listdir(tmp_path) == ["file"]
+
+class Packed(torch.nn.Module):
+    """A projection as GPTQ or BitNet have it: integers in buffers, and no parameter."""
+    def __init__(self, linear):
+        super().__init__()
+        self.register_buffer("scales", linear.weight.abs().amax(1) / 127)
+        self.register_buffer("qweight", (linear.weight / self.scales[:, None]).round().int())
+
+    def forward(self, x):
+        return x @ (self.qweight * self.scales[:, None]).T
+
+def test_projections_without_a_weight():
+    """They are told apart by whatever tensors they have, to the last bit; without any, refused."""
+    model = small_model("llama")
+    for layer in model.model.layers:
+        for name in ("k_proj", "v_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    check_type(model)
+    packed, before = model.model.layers[1].self_attn.v_proj, model_hash(model, [1])
+    packed.qweight += 1 << 20
+    assert model_hash(model, [1]) != before
+    large = model_hash(model, [1])
+    packed.qweight[0, 0] ^= 1  # which bfloat16 would not see
+    assert model_hash(model, [1]) != large
+    for packed in (model.model.layers[1].self_attn.k_proj, model.model.layers[1].self_attn.v_proj):
+        packed.forward = functools.partial(torch.matmul, other=packed(torch.eye(64)))
+        del packed.qweight, packed.scales
+    with pytest.raises(sta.UsageError, match="its projections hold no tensors by which to know"):
+        check_sites(model)
+
+def model_folder(folder, seed=0, family="llama", vocab_size=2048, **options):
+    """A small random model with tiny's tokenizer, as users save their own."""
+    model = small_model(family, vocab_size=vocab_size, **options)
     torch.manual_seed(seed)
     for p in model.parameters():
         p.normal_(0, 0.05)
@@ -323,7 +440,7 @@ def test_any_terminal():
         return subprocess.Popen(
             [sys.executable, "-c",
              f"from support import files\nfiles.run_main(lambda: {statement})"],
-            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
             env={**os.environ, "PYTHONIOENCODING": "ascii"})
     ascii, plain, inside = map(start, (
         "print('±')", "[print('line') for _ in range(100_000)]",
@@ -333,6 +450,46 @@ def test_any_terminal():
         assert run.stdout.readline() == "line\n"
         run.stdout.close()
         assert run.wait() == 141 and run.stderr.read() == ""
+
+SOURCES = [path for folder in ("", "support", "beyond", "tiny", "figures")
+           for path in sorted((ROOT / folder).glob("*.py"))]
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_any_machine(path):
+    """Each file is Python 3.10's, so that this is told the version; imports nothing that Windows
+    lacks; and reads and writes text as UTF-8, whatever the locale."""
+    tree = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 10))
+    imported = {name.name for node in ast.walk(tree) if isinstance(node, ast.Import)
+                for name in node.names}
+    assert not imported & {"resource", "fcntl", "pwd", "grp", "termios", "posix"}
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        function = ast.unparse(call.func)
+        named = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        text = function == "open" and not any("b" in ast.unparse(x) for x in call.args[1:])
+        if text or function.endswith(("read_text", "write_text")) and "." in function:
+            assert "utf-8" in named.get("encoding", ""), f"{path.name}:{call.lineno}"
+        assert "text" not in named or function != "subprocess.run", f"{path.name}:{call.lineno}"
+
+def test_other_versions_of_python(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "version_info", (3, 10, 4))
+    assert script(plots) == 2
+    assert_one_line(capsys.readouterr().err, "Python .*: want 3.11 or newer")
+
+@pytest.mark.skipif(os.name == "nt", reason="a POSIX shell")
+@pytest.mark.parametrize("closed,status", [(">&-", 2), ("2>&-", 2), (">&- 2>&-", 2),
+                                           ("> /dev/full", 2)])
+def test_output_that_goes_nowhere(closed, status, tmp_path):
+    program = "print('x'); raise files.UsageError('told')"
+    result = subprocess.run(
+        ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable,
+         f"from support import files\ndef main(): {program}\nfiles.run_main(main)"],
+        cwd=ROOT, capture_output=True)
+    assert result.returncode == status and b"Traceback" not in result.stderr
+    assert ("2>&-" in closed) == (result.stderr == b"")
+
+def test_a_step_shorter_than_the_clocks_tick(tmp_path, monkeypatch):
+    monkeypatch.setattr(train_sae.time, "perf_counter", lambda: 1.0)
+    assert script(train_sae, *SHORT[:-1], "1", "--tokens", 2048, "--out", tmp_path) == 0
 
 # ---------------------------------------------------------------- tasks
 ARC = {"question": "Why?", "choices": {"text": ["a", "bc"], "label": ["1", "2"]}, "answerKey": "2"}
@@ -357,13 +514,13 @@ def test_format(task):
     assert list(TASKS[task][3](row)) == expected
 
 def write_jsonl(path, rows):
-    path.write_text("\n".join(json.dumps(row) for row in rows))
+    path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
     return str(path)
 
 def test_loglikelihoods_are_those_of_one_request_at_a_time(tmp_path, capsys):
     """Against Hugging Face on each request alone; with cut contexts, spaces, an empty context."""
     model, tokenizer, _ = load_model("tiny")
-    rows = [json.loads(line) for line in open(ROOT / "tiny" / "cloze.jsonl")][:6]
+    rows = [json.loads(line) for line in open(ROOT / "tiny" / "cloze.jsonl", encoding="utf-8")][:6]
     rows[0]["context"] += "  "
     rows[1]["context"] = ""
     rows[2]["context"] = " ".join(row["context"] for row in rows) * 2  # over 256 tokens
@@ -385,6 +542,26 @@ def test_loglikelihoods_are_those_of_one_request_at_a_time(tmp_path, capsys):
             expected.append(log_p[range(n - 1, len(whole) - 1), whole[n:]].sum().item())
     totals = loglikelihoods(lambda ids: model(ids).logits, task, model, "test")
     assert totals == pytest.approx(expected, abs=2e-4)
+
+def test_an_empty_context_needs_a_token_to_begin_with(tmp_path):
+    tokenizer = make_tokenizer.__wrapped__("gpt2")
+    row = {"context": " ", "choices": ["a", "b"], "label": 0}
+    path = write_jsonl(tmp_path / "t.jsonl", [row])
+    assert load_task(path, None, None, tokenizer, 9)[0].requests[0][0] == [0]
+    tokenizer.bos_token = None
+    with pytest.raises(sta.UsageError, match="t.jsonl line 1: .* with neither BOS nor EOS"):
+        load_task(path, None, None, tokenizer, 9)
+
+@pytest.mark.parametrize("task,row", [
+    ("t", {"context": "c", "choices": ["a", "b"], "label": 0.5}),
+    ("t", {"context": "c", "choices": ["a", "b"], "label": "1.0"}),
+    ("t", {"context": "c", "choices": ["a", "b"], "label": math.nan}),
+    ("winogrande", {**FORMATS["winogrande"][0], "answer": 1.9}),
+    ("boolq", {**FORMATS["boolq"][0], "label": None})])
+def test_a_label_is_a_whole_number(task, row, tmp_path):
+    path = write_jsonl(tmp_path / f"{task}.jsonl", [row])
+    with pytest.raises(sta.UsageError, match=f"{task}.jsonl line 1: not a row of"):
+        load_task(path if task == "t" else task, tmp_path, None, make_tokenizer("gpt2"), 99)
 
 def test_scores():
     task = [Question([None] * 2, lengths, label)
@@ -429,48 +606,154 @@ def test_a_loss_too_large_for_exp(tmp_path):
     assert row["perplexity"] == row["ratio"] == row["ratio_ci95"][1] == math.inf
     assert json.loads(json.dumps(row)) == row
 
-def test_an_interrupted_evaluation_keeps_its_rows(trained, evaluated, tmp_path, monkeypatch):
-    """And those of the complete one before it."""
-    shutil.copy(evaluated / "tiny.json", tmp_path)
-    def stop(forward, windows, model, name, losses=evaluate.window_losses):
-        if name == "values":
-            raise KeyboardInterrupt
-        return losses(forward, windows, model, name)
-    monkeypatch.setattr(evaluate, "window_losses", stop)
-    monkeypatch.setenv("PATH", "")  # and where there is no git
-    assert script(evaluate, "--saes", trained / "tiny", "--max-tokens", 512, "--limit", 2, "--out",
-                  tmp_path) == 130
-    result = json.loads((tmp_path / "tiny.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["dense", "means", "keys"]
-    assert result["commit"] is None
-    assert len(json.loads((tmp_path / "tiny.json.previous").read_text())["rows"]) == 7
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
-
-def test_an_interrupted_evaluation_can_be_resumed(trained, evaluated, tmp_path, monkeypatch,
-                                                  capsys):
-    whole, scored = json.loads((evaluated / "tiny.json").read_text()), []
-    (tmp_path / "tiny.json").write_text(json.dumps({**whole, "rows": whole["rows"][:4]}))
-    window_losses = evaluate.window_losses
+@pytest.fixture
+def interrupted(monkeypatch):
+    """A function that makes evaluate.py stop at the row of a name, and lists the rows it scored."""
+    scored, stop_at, window_losses = [], [], evaluate.window_losses
 
     def record(forward, windows, model, name):
+        if name in stop_at:
+            raise KeyboardInterrupt
         scored.append(name)
         return window_losses(forward, windows, model, name)
 
+    def run(*argv, stop=None):
+        scored.clear()
+        stop_at[:] = [stop]
+        return script(evaluate, "--max-tokens", 512, "--limit", 2, *argv), list(scored)
+
     monkeypatch.setattr(evaluate, "window_losses", record)
-    argv = ("--saes", trained, "--max-tokens", 2048, "--limit", 20, "--out", tmp_path, "--resume")
-    assert script(evaluate, *argv) == 0
-    assert scored == ["dual", "uniform", "reverse"]
-    again = json.loads((tmp_path / "tiny.json").read_text())
-    for before, after in zip(whole["rows"], again["rows"]):
-        assert after["delta_ce"] == pytest.approx(before["delta_ce"], abs=1e-6)
-        assert after["tasks"] == before["tasks"] and after["by_layer"] == before["by_layer"]
-    capsys.readouterr()
-    assert script(evaluate, *argv, "--k-key", 4) == 2
-    assert_one_line(capsys.readouterr().err, "--resume cannot continue it.*k_key is 8 there, 4 ")
-    again["training"][0]["log"].pop()
-    (tmp_path / "tiny.json").write_text(json.dumps(again))
-    assert script(evaluate, *argv) == 2
-    assert_one_line(capsys.readouterr().err, "the SAEs have been trained anew since")
+    return run
+
+def rows_at(path):
+    return [row["name"] for row in read_json(path)["rows"]]
+
+def test_interruptions_lose_nothing(trained, evaluated, tmp_path, interrupted, monkeypatch, capsys):
+    """Neither the complete result nor what was computed since, however often one stops."""
+    shutil.copy(evaluated / "tiny.json", tmp_path)
+    monkeypatch.setenv("PATH", "")  # and where there is no git
+    argv = "--saes", trained / "tiny", "--out", tmp_path
+    for stop, names in (("values", ["dense", "means", "keys"]), ("keys", ["dense", "means"])):
+        assert interrupted(*argv, stop=stop)[0] == 130
+        assert len(rows_at(tmp_path / "tiny.json")) == 7
+        unfinished = tmp_path / "tiny.json.unfinished"
+        assert rows_at(unfinished) == names
+    assert read_json(unfinished)["commit"] is None
+    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    assert "tiny.json.unfinished: not complete, and not drawn" in capsys.readouterr().out
+    assert interrupted(*argv, "--resume") == (0, ["keys", "values", "dual", "uniform", "reverse"])
+    assert len(rows_at(tmp_path / "tiny.json")) == 7 and not unfinished.exists()
+    assert interrupted(*argv, "--resume") == (0, [])
+
+def test_rows_are_joined_only_if_they_belong_together(trained, tmp_path, interrupted):
+    """Rows of other labels, another text or SAEs trained anew are computed again: the result is
+    that of a fresh run."""
+    saes, text = tmp_path / "saes", tmp_path / "text.txt"
+    shutil.copytree(trained, saes)
+    questions = [{"context": "The", "choices": ["year", "sea"], "label": i % 2} for i in range(2)]
+    def write_input(labels=1, word="year"):
+        write_jsonl(tmp_path / "t.jsonl", [{**row, "label": labels * row["label"]}
+                                           for row in questions])
+        text.write_text(f"The {word} was cold. " * 200, encoding="utf-8")
+    def change_sae():
+        sae, metadata = load_sae(saes / "tiny" / "layer1.key")
+        sae.W_dec[3] *= -1
+        save_sae(saes / "tiny" / "layer1.key", sae, metadata)
+    write_input()
+    argv = ["--saes", saes, "--out", tmp_path, "--text", text, "--tasks", tmp_path / "t.jsonl"]
+    every = ["dense", "means", "keys", "values", "dual", "uniform", "reverse"]
+    assert interrupted(*argv, stop="dual")[0] == 130
+    for change, anew in ((lambda: write_input(labels=0), every), (change_sae, every[1:]),
+                         (lambda: write_input(labels=0, word="sea"), every)):
+        change()
+        assert interrupted(*argv, "--resume") == (0, anew)
+        joined = read_json(tmp_path / "tiny.json")["rows"]
+        assert interrupted(*argv) == (0, every)
+        fresh = read_json(tmp_path / "tiny.json")["rows"]
+        assert joined == fresh
+
+def test_what_rows_are_made_from(tmp_path, monkeypatch):
+    """The program's files, libraries, device, options and codecs; not the commit or the date."""
+    about = {name: "x" for name in ("commit", "date", "command", "device", "dtype", "torch")}
+    codecs = {0: sta.DualBudget(small_sae(), small_sae(seed=1))}
+    row, args = evaluate.Row("dual", codecs), types.SimpleNamespace(k_key=8, only="", resume=False)
+    windows = tokens_of(2, 8)
+    def made(about=about, args=args, row=row, *others):
+        return inputs_hash(about, args, row, *(others or [windows]))
+    first = made()
+    for same in ("commit", "date", "command"):
+        assert made({**about, same: "y"}) == first
+    assert made(args=types.SimpleNamespace(k_key=8, only="d", resume=True)) == first
+    others = [made({**about, name: "y"}) for name in ("device", "dtype", "torch")]
+    others += [made(args=types.SimpleNamespace(k_key=9, only="")),
+               made(about, args, row, windows.view(4, 4)), made(about, args, row, windows + 1),
+               made(about, args, evaluate.Row("dual", {})),
+               made(about, args, evaluate.Row("dual", codecs, (8, 16))),
+               made(about, args, evaluate.Row("dual", codecs, settings={"seed": 1}))]
+    codecs[0].value_sae.b_enc.data[3] += 1
+    first, others = made(), [first, *others]
+    shutil.copytree(ROOT / "support", tmp_path / "support")
+    monkeypatch.setattr(results, "ROOT", tmp_path)
+    others.append(made())
+    with open(tmp_path / "support" / "test_support.py", "a", encoding="utf-8") as file:
+        file.write("\n")
+    assert made() == others[-1]
+    with open(tmp_path / "support" / "tasks.py", "a", encoding="utf-8") as file:
+        file.write("\n")
+    others.append(made())
+    assert len({first, *others}) == 1 + len(others)
+
+@pytest.mark.skipif(not shutil.which("git"), reason="no git on this machine")
+def test_the_commit_is_our_own_and_says_what_changed(tmp_path, monkeypatch):
+    def git(folder, *words):
+        subprocess.run(["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x", *words],
+                       check=True, capture_output=True)
+    ours, model = tmp_path / "around" / "ours", small_model("llama")
+    ours.mkdir(parents=True)
+    monkeypatch.setattr(results, "ROOT", ours)
+    (tmp_path / "around" / "file").write_text("1", encoding="utf-8")
+    def commit_all(folder):
+        for words in (("init",), ("add", "-A"), ("commit", "-m", "all")):
+            git(folder, *words)
+    commit_all(tmp_path / "around")
+    assert results.provenance(model)["commit"] is None  # a copy inside another repository
+    (ours / "file").write_text("1", encoding="utf-8")
+    commit_all(ours)
+    clean = results.provenance(model)["commit"]
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (ours / "new.py").write_text("1", encoding="utf-8")  # which git does not track
+    assert results.provenance(model)["commit"] == f"{clean}-dirty"
+    (ours / "new.py").unlink()
+    (ours / "file").write_text("2", encoding="utf-8")
+    assert results.provenance(model)["commit"] == f"{clean}-dirty"
+
+def test_a_command_can_be_run_again(monkeypatch):
+    words = ["python", "evaluate.py", "--out", "my results", "--model", "a$b'c"]
+    monkeypatch.setattr(sys, "orig_argv", words)
+    assert shlex.split(results.provenance(small_model("llama"))["command"]) == words
+
+def test_nan_is_no_choice():
+    """Of a row, accuracies with nan in them are nan; of the dense model, nan is an error."""
+    model, tokenizer, _ = load_model("tiny")
+    questions = [Question([((5, 6), (7,)), ((5, 6, 8), (9, 10))], [1, 2], 0)] * 3
+    windows = tokens_of(2, 64)
+    def broken(length):
+        @contextlib.contextmanager
+        def forward(model):
+            yield lambda ids: model(ids).logits * (torch.nan if ids.shape[1] == length else 1)
+        return evaluate.Row("broken", {}, make_forward=forward)
+    scored = windows, {"t": questions}, {}, 1
+    with torch.no_grad():
+        dense = evaluate.score_row(evaluate.Row("dense", {}), None, model, *scored)
+        for length in (2, 4):  # the first choice's tokens; the second's
+            row = evaluate.score_row(broken(length), dense, model, *scored)
+            for column in ("acc", "acc_norm", "delta_acc"):
+                assert math.isfinite(dense["tasks"]["t"][column])
+                assert math.isnan(row["tasks"]["t"][column]), (length, column)
+            assert math.isfinite(row["perplexity"])
+        for length in (2, 4, 64):
+            with pytest.raises(sta.UsageError, match="the model's own loss is not finite"):
+                evaluate.score_row(broken(length), None, model, *scored)
 
 def test_plots(evaluated, tmp_path, capsys):
     assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
@@ -478,19 +761,23 @@ def test_plots(evaluated, tmp_path, capsys):
     assert image.shape[1] > 600 and image[..., :3].std() > 0.05  # something is drawn
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no results; first run: python train_sae.py")
-    result = json.loads((evaluated / "tiny.json").read_text())
+    result = read_json(evaluated / "tiny.json")
     result["rows"][4] |= {"ratio": math.inf, "ratio_ci95": [math.inf, math.inf]}
     for curves in result["curves"].values():  # of an SAE with six latents
         for kind in sta.KINDS:
             curves[kind] = [point for point in curves[kind] if point["k"] < 8]
             curves[f"k_{kind}"], curves[f"elbow_{kind}"] = 6, 2
-    (tmp_path / "tiny.json").write_text(json.dumps(result))
+    (tmp_path / "tiny.json").write_text(json.dumps(result), encoding="utf-8")
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     capsys.readouterr()
-    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}))
+    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}), encoding="utf-8")
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
-    (tmp_path / "tiny.json").write_text("{")
+    for other in ('"rows"', "[]", "3", "null"):  # JSON, but no object
+        (tmp_path / "tiny.json").write_text(other, encoding="utf-8")
+        assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
+        assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
+    (tmp_path / "tiny.json").write_text("{", encoding="utf-8")
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
 
@@ -523,7 +810,7 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (tmp_path / "latin1.txt").write_bytes(b"caf\xe9")
     (tmp_path / "short.txt").write_bytes(b"too little")
     (tmp_path / "code").mkdir()
-    (tmp_path / "code" / "config.json").write_text(json.dumps(
+    write_atomic(tmp_path / "code" / "config.json", json.dumps(
         {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.Own"}}))
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
     assert script(train_sae, "--tokens", 1000, "--out", tmp_path / "out", *argv) == 2
@@ -545,7 +832,7 @@ def test_bad_training_input(argv, message, tmp_path, capsys):
     (["--tasks", "{tmp}/short.txt.jsonl"], "short.txt.jsonl line 1: not JSON"),
     (["--tasks", "openbookqa", "--task-dir", "{tmp}"], "line 1: not a row of openbookqa"),
     (["--limit", "0"], "--limit 0: want 1 or more"),
-    (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: two of label, label have one"),
+    (["--tasks", "{tmp}/label.jsonl,{tmp}/../label.jsonl"], "--tasks: two of label, label have"),
     (["--rows", "int8"], "--rows int8: there is no beyond/int8.py"),
     (["--rows", "../sta"], "--rows ../sta: there is no beyond/../sta.py"),
     (["--only", "("], "--only .: no regular expression"),
@@ -562,7 +849,7 @@ def test_bad_evaluation_input(argv, message, trained, tmp_path, capsys):
     for name, choices in (("label", ["a", "b"]), ("nothing", ["a", ""]), ("long", ["a " * 300])):
         label = 2 if name == "label" else 0
         (tmp_path / "older").mkdir(exist_ok=True)
-        (tmp_path / "older" / "tiny.json").write_text('{"rows": []}')
+        write_atomic(tmp_path / "older" / "tiny.json", '{"rows": []}')
         write_jsonl(tmp_path / f"{name}.jsonl", [
             {"context": "c", "choices": choices, "label": label}])
     argv = [a.replace("{tmp}", str(tmp_path)) for a in argv]
@@ -579,7 +866,8 @@ if __name__ == "__main__":
             verdict, reason = "not built", f"{type(error).__name__}: {error}"
         else:
             try:
-                verdict, reason = "works", check() or ""
+                with contextlib.redirect_stdout(io.StringIO()):  # of training
+                    verdict, reason = "works", check() or ""
             except Exception as error:
                 verdict, reason = "refused", error
                 verdict = "refused" if isinstance(error, sta.UsageError) else "FAILS"
