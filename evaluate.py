@@ -62,8 +62,7 @@ def parse_args(argv=None, description=__doc__):
     add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
         choices=["float32", "bfloat16", "float16"])
     add("--out", type=pathlib.Path, default="results", help="(default results)")
-    add("--resume", action="store_true", help="keep the rows in --out that were made from the same "
-                                               "inputs, by an interrupted run for example")
+    add("--resume", action="store_true", help="keep the rows in --out whose inputs were the same")
     args = parser.parse_args(argv)
     for name, least in (("sink", 0), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:

@@ -90,11 +90,13 @@ def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
 
 def script(module, *argv):
-    """Run a script's main in this process; returns its exit status."""
-    try:
-        run_main(lambda: module.main(list(map(str, argv))))
-    except SystemExit as stop:
-        return stop.code
+    """Run a script's main in this process, on the CPU; returns its exit status."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "device_count", lambda: 0)
+        try:
+            run_main(lambda: module.main(list(map(str, argv))))
+        except SystemExit as stop:
+            return stop.code
     return 0
 
 def assert_one_line(printed, message):
@@ -472,7 +474,8 @@ def run_script(statement, *argv):
     code = f"import train_sae; train_sae.BUFFER_TOKENS = 2048; {statement}; " \
            "train_sae.run_main(train_sae.main)"
     return subprocess.Popen([sys.executable, "-c", code, *map(str, argv)], cwd=ROOT,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8")
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
+                            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""})
 
 def test_killed_run_resumes_to_the_same_bits(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_sae, "BUFFER_TOKENS", 2048)

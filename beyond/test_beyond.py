@@ -23,8 +23,8 @@ import sta
 import train_sae
 from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, report,
                     rivals, s3, variants)
-from test_sta import (FAMILIES, SHORT, across, assert_one_line, dual, evaluated, read_json, rows_of,
-                      script, small_model, small_sae, small_saes, through, tokens_of, trained,
+from test_sta import (FAMILIES, SHORT, across, assert_one_line, dual, evaluated, read_json,
+                      rows_of, script, small_model, small_sae, small_saes, through, tokens_of, trained,
                       vectors_of)
 from support.files import ROOT, load_sae, load_saes, save_sae, write_atomic
 from support.models import load_model

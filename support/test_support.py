@@ -39,8 +39,8 @@ from support.models import check_sites, context_length, load_model, pick_device
 from support.results import inputs_hash
 from support.tasks import TASKS, Question, encode_pair, load_task, loglikelihoods, score_task
 from support.text import encode_text, read_text, token_windows, tokenize
-from test_sta import (FAMILIES, SHORT, across, assert_one_line, evaluated, read_json, script,
-                      small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
+from test_sta import (FAMILIES, SHORT, across, assert_one_line, evaluated, read_json,
+                      script, small_model, small_sae, small_saes, through, tokens_of, trained, vectors_of)
 
 # ---------------------------------------------------------------- models
 TYPES = FAMILIES + [  # of the 77 that `python -m support.test_support` finds to work
