@@ -35,7 +35,7 @@ import support.text
 import train_sae
 from support import results
 from support.files import ROOT, load_sae, load_saes, model_hash, save_sae, write_atomic
-from support.models import check_sites, context_length, load_model, pick_device
+from support.models import check_sites, load_model, pick_device
 from support.results import inputs_hash
 from support.tasks import TASKS, Question, encode_pair, load_task, loglikelihoods, score_task
 from support.text import encode_text, read_text, token_windows, tokenize
@@ -488,7 +488,8 @@ def test_output_that_goes_nowhere(closed, status, tmp_path):
     assert ("2>&-" in closed) == (result.stderr == b"")
 
 def test_a_step_shorter_than_the_clocks_tick(tmp_path, monkeypatch):
-    monkeypatch.setattr(train_sae.time, "perf_counter", lambda: 1.0)
+    for clock in ("time", "perf_counter"):
+        monkeypatch.setattr(train_sae.time, clock, lambda: 1.0)
     assert script(train_sae, *SHORT[:-1], "1", "--tokens", 2048, "--out", tmp_path) == 0
 
 # ---------------------------------------------------------------- tasks
@@ -711,14 +712,11 @@ def test_the_commit_is_our_own_and_says_what_changed(tmp_path, monkeypatch):
     ours, model = tmp_path / "around" / "ours", small_model("llama")
     ours.mkdir(parents=True)
     monkeypatch.setattr(results, "ROOT", ours)
-    (tmp_path / "around" / "file").write_text("1", encoding="utf-8")
-    def commit_all(folder):
+    write_atomic(ours / "file", "1")
+    for folder in (ours.parent, ours):
+        assert results.provenance(model)["commit"] is None  # of a copy without .git, also inside another repository
         for words in (("init",), ("add", "-A"), ("commit", "-m", "all")):
             git(folder, *words)
-    commit_all(tmp_path / "around")
-    assert results.provenance(model)["commit"] is None  # a copy inside another repository
-    (ours / "file").write_text("1", encoding="utf-8")
-    commit_all(ours)
     clean = results.provenance(model)["commit"]
     assert re.fullmatch("[0-9a-f]{40}", clean)
     (ours / "new.py").write_text("1", encoding="utf-8")  # which git does not track
@@ -767,19 +765,15 @@ def test_plots(evaluated, tmp_path, capsys):
         for kind in sta.KINDS:
             curves[kind] = [point for point in curves[kind] if point["k"] < 8]
             curves[f"k_{kind}"], curves[f"elbow_{kind}"] = 6, 2
-    (tmp_path / "tiny.json").write_text(json.dumps(result), encoding="utf-8")
+            curves[kind][1]["fvu"] = math.nan if kind == "key" else curves[kind][1]["fvu"]
+    result["model"] = "a$b_{$"  # no formula
+    write_atomic(tmp_path / "tiny.json", json.dumps(result))
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     capsys.readouterr()
-    (tmp_path / "tiny.json").write_text(json.dumps({**result, "rows": [{}]}), encoding="utf-8")
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
-    for other in ('"rows"', "[]", "3", "null"):  # JSON, but no object
-        (tmp_path / "tiny.json").write_text(other, encoding="utf-8")
+    for other in (json.dumps({**result, "rows": [{}]}), "{", '"rows"', "[]", "3", "null"):
+        write_atomic(tmp_path / "tiny.json", other)
         assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
         assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
-    (tmp_path / "tiny.json").write_text("{", encoding="utf-8")
-    assert script(plots, "--results", tmp_path, "--out", tmp_path) == 2
-    assert_one_line(capsys.readouterr().err, "tiny.json: not a result of evaluate.py")
 
 # ---------------------------------------------------------------- bad input
 @pytest.mark.parametrize("argv,message", [
