@@ -7,9 +7,10 @@
 Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
 lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
-Writes results/<model>.json: what was run; the rows, with the columns that `compare`,
-`fidelity_and_bytes` and `score_task` name; budget curves and elbows of the SAEs. Until it is
-complete, it is <model>.json.unfinished, written after every row.
+Writes results/<model>.json: what was run; the rows, with the columns that `compare`, `next_tokens`,
+`fidelity_and_bytes` and `score_task` name, and with what made them: a row that is kept keeps that.
+Budget curves and elbows of the SAEs. Until it is complete, it is <model>.json.unfinished, written
+after every row.
 Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs in sta.reconstruct.
 """
 import argparse
@@ -20,6 +21,7 @@ import json
 import math
 import pathlib
 import re
+import time
 from typing import Callable
 
 import torch
@@ -34,6 +36,7 @@ from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_
 from support.text import read_text, text_name, token_windows
 
 FIDELITY_TOKENS = 4096
+BLOCK = 8  # windows
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
@@ -118,7 +121,7 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
     """{(layer, kind): SAE}, (n_kv_heads, head_dim), atoms per key and value -> [Row]: the dense
     model, the paper's dual budget and its controls: means (no atom: each vector becomes its head's
     mean); keys, values (only these coded); uniform and reverse (k_key > k_val) of the same total.
-    Tasks are slow, so only dense and dual are scored on them."""
+    Tasks are slow, so only dense, means and dual are scored on them."""
     if not saes:
         return [Row("dense", {})]
     most = min(sae.n_latents for sae in saes.values())
@@ -127,7 +130,7 @@ def paper_rows(saes, shape, k_key, k_val, settings=None):
             raise sta.UsageError(f"{option} {k}: want 1 to n_latents = {most}")
     means = sum(sae.b_dec.nbytes for sae in saes.values())
     rows = [Row("dense", {}), Row("means", dual_codecs(saes, 0, 0), (0, 0), means,
-                                  settings=settings, with_tasks=False)]
+                                  settings=settings)]
     dual, (H, D) = dual_codecs(saes, k_key, k_val), shape
     for kind, k, budget in (("key", k_key, (k_key, None)), ("value", k_val, (None, k_val))):
         size = H * (k * (2 + 2) + D * 2)  # fp16 z and int16 idx; the other kind in bf16
@@ -173,14 +176,37 @@ def window_losses(forward, windows, model, name):
             losses.append(F.cross_entropy(of_window[:-1].float(), ids[1:]).double())
     return torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
 
+def mean_excess(losses, others):
+    """(mean over windows of losses - others, its standard error). Neighbouring windows are alike,
+    so the error is over means of BLOCK of them, if that makes four or more."""
+    excess = torch.as_tensor(losses).double() - torch.as_tensor(others).double()
+    size = BLOCK if len(excess) >= 4 * BLOCK else 1
+    blocks = excess[:len(excess) // size * size].view(-1, size)
+    return excess.mean().item(), mean_stderr(blocks.mean(1))[1]
+
 def compare(losses, dense):
-    """Columns of a row that come from window losses, paired with dense's over windows."""
-    mean, stderr = mean_stderr(losses - dense)
+    """Columns of a row that come from window losses, paired with dense's."""
+    mean, stderr = mean_excess(losses, dense)
     ce, margin = losses.mean().item(), 1.96 * (stderr or 0)
     exponents = torch.tensor([ce, mean, mean - margin, mean + margin], dtype=torch.float64)
     perplexity, ratio, low, high = exponents.exp().tolist()  # infinite rather than an OverflowError
     return {"perplexity": perplexity, "ce": ce, "delta_ce": mean, "delta_ce_stderr": stderr,
             "ratio": ratio, "ratio_ci95": [low, high], "window_ce": losses.tolist()}
+
+@torch.no_grad()
+def next_tokens(forward, windows, dense_logits):
+    """How the distributions of the next token differ from the dense model's, over all tokens of
+    windows (n, T), of which dense_logits are (n, T, V) -> {kl: mean of KL(dense || row) in nats;
+    kl_p99: its 99th percentile; same_top: share of tokens whose likeliest next token is the same}.
+    Perplexity is a mean over what the text says; this shows the tail."""
+    kl, same = [], []
+    for logits, exact in zip(forward(windows), dense_logits):  # (T, V)
+        log_p, log_q = (x.float().log_softmax(-1) for x in (exact, logits))
+        kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))  # (T,)
+        same.append(log_p.argmax(-1) == log_q.argmax(-1))
+    kl = torch.cat(kl).double()
+    return {"kl": kl.mean().item(), "kl_p99": kl.quantile(0.99).item(),
+            "same_top": torch.cat(same).double().mean().item()}
 
 # ------------------------------------------------------------------ fidelity and bytes
 @torch.no_grad()
@@ -260,6 +286,12 @@ def print_dictionaries(rows):
             print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; "
                   f"including them, smaller than bf16 from {row['break_even_tokens']:,} tokens on")
 
+def print_next_tokens(rows, width):
+    print("next token, against dense: mean KL in nats, its 99th percentile, the same is likeliest")
+    for row in rows[1:]:
+        print(f"  {row['name']:{width}} {row['kl']:9.4f} {row['kl_p99']:9.3f} "
+              f"{100 * row['same_top']:7.2f}%")
+
 def print_tasks(rows, width):
     for task in rows[0]["tasks"]:
         print(f"{task}, {rows[0]['tasks'][task]['n']} rows: per cent right ± standard error; "
@@ -270,15 +302,18 @@ def print_tasks(rows, width):
                      for name in ("acc", "acc_norm", "delta_acc")]
             print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score_row(row, dense, model, windows, tasks, vectors, sink):
+def score_row(row, dense, model, windows, tasks, measured, sink):
     """A row's columns in the JSON. dense: those of the dense model, or None for its own row;
-    vectors: its keys and values."""
+    measured: its keys and values, and its logits, on the first windows."""
+    vectors, dense_logits = measured
     if row.make_forward:
         context = row.make_forward(model)
     else:
         context = through_hooks(model, row.codecs, sink)
     with context as forward:
         losses = window_losses(forward, windows, model, row.name)
+        part = windows[:len(dense_logits)].to(model.device)
+        differences = next_tokens(forward, part, dense_logits)
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
     dense_losses = torch.tensor(dense["window_ce"]).double() if dense else losses
@@ -289,7 +324,8 @@ def score_row(row, dense, model, windows, tasks, vectors, sink):
         raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
     return {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
             "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense_losses),
-            "tasks": scores, **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
+            **differences, "tasks": scores,
+            **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
 def choose_rows(run, args):
     """[Row]: the paper's, those of --rows, and of these what --only keeps."""
@@ -321,7 +357,7 @@ def main(argv=None):
         "model": run.name, "saes": run.folder, "layers": run.layers, "n_layers": n_layers,
         "tokens": windows.numel(), "windows": len(windows), "seq_len": windows.shape[1],
         "text": text_name(args.text, "valid", run.name), "text_sha256": sha256(windows),
-        "config": vars(args), **run.about, "rows": []}
+        "context": context_length(run.model), "config": vars(args), **run.about, "rows": []}
     unfinished = run.path.with_name(f"{run.path.name}.unfinished")
     finished = finished_rows(run.path) | finished_rows(unfinished) if args.resume else {}
     width = max(8, *(len(row.name) for row in rows))
@@ -329,18 +365,22 @@ def main(argv=None):
     part = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
     vectors = {site: x.unflatten(0, (len(part), -1))  # (B, T, H, D)
                for site, x in sta.harvest(run.model, part, run.layers, args.sink).items()}
+    weights = [x.sum(dtype=torch.float64).item() for x in run.model.parameters()]
+    with torch.no_grad():
+        measured = vectors, run.model(input_ids=part.to(run.model.device), use_cache=False).logits
     result["curves"], dense = find_curves(run.saes, vectors), None  # the first row's columns
     for row in rows:
-        inputs = inputs_hash(run.about, args, row, windows, repr(tasks))
+        inputs = inputs_hash(run.about, args, row, windows, repr(tasks), weights)
         columns = finished.get(row.name, {})
         if columns.get("inputs") != inputs:
-            columns = score_row(row, dense, run.model, windows, tasks, vectors, args.sink)
-            columns["inputs"] = inputs
+            columns = score_row(row, dense, run.model, windows, tasks, measured, args.sink)
+            columns |= {"inputs": inputs, **run.about, "date": time.ctime()}
         dense = dense or columns
         result["rows"].append(columns)
         write_atomic(unfinished, json.dumps(result, indent=1, default=str) + "\n")
         print(format_row(columns, width), flush=True)
     unfinished.replace(run.path)
+    print_next_tokens(result["rows"], width)
     print_dictionaries(result["rows"])
     print_tasks(result["rows"], width)
     print_elbows(result["curves"])

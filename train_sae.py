@@ -22,6 +22,7 @@ import sta
 from support.files import (check_folder, check_out, device_of, load_state, model_hash, run_main,
                            save_sae, save_state, sha256, write_atomic)
 from support.models import MODELS, load_model, pick_device, slug
+from support.results import commit
 from support.text import read_text, token_windows
 
 # The recipe; --lr and --batch-tokens belong to it.
@@ -223,6 +224,7 @@ def log_line(entry, n_steps, lr, seconds, batches):
 # ------------------------------------------------------------------ the run
 def save_trained(folder, model, saes, held_vectors, settings, name_of_model):
     """Print the held-out fidelity of each SAE at its budget, and save it with that."""
+    settings = {**settings, "commit": commit()}
     print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: not fired at 2k)")
     for (layer, name), sae in saes.items():
         curve = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k, 2 * sae.k])

@@ -198,7 +198,8 @@ def main(argv=None):
     name = args.model or find_saes(args.saes, None)[1] or "tiny"
     folder = fitted_folder(args.saes, name) / "additive"
     calibration = folder.with_name("calibration")
-    settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most}
+    settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most,
+                "n_atoms": N_ATOMS, "block": BLOCK, "beam": BEAM, "rounds": ROUNDS}
     model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
     fitted = {layer: read_fitted(calibration, model, layer) for layer in layers}
     keep_settings(folder, settings)

@@ -34,6 +34,7 @@ from beyond import parse_args
 from support.files import (check_out, expect_same, explain, model_hash, run_main,
                            sha256, write_atomic)
 from support.models import load_model, pick_device, slug
+from support.results import commit
 from support.text import read_text, text_name, token_windows
 
 FISHER = 0.9  # the share of G in the metric
@@ -134,14 +135,15 @@ def mix_in_own(windows, model, tokenizer, share):
     return torch.cat(both)[torch.cat(places).argsort(stable=True)]
 
 # ------------------------------------------------------------------ fitted files
-def keep_settings(folder, settings):
-    """Store the settings of a folder's files beside them. Raises UsageError at other ones there."""
-    path = folder / "settings.json"
+def keep_settings(folder, settings, **late):
+    """Store the settings of a folder's files beside them, the commit that fitted the first, and
+    late, what became known after that. Raises UsageError at other ones there."""
+    path, stored = folder / "settings.json", {"commit": commit()}
     if path.exists():
         with explain(f"{path}: corrupt; delete the folder"):
             stored = json.loads(path.read_text(encoding="utf-8"))
-        expect_same(folder, stored, settings)
-    write_atomic(path, json.dumps(settings, indent=1) + "\n")
+        expect_same(folder, {**late, **stored}, {**settings, **late})
+    write_atomic(path, json.dumps({**stored, **settings, **late}, indent=1) + "\n")
 
 def write_fitted(folder, model, layer, tensors):
     write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
@@ -169,7 +171,7 @@ def settings_of_fit(args, model, windows):
     return {"model_sha256": model_hash(model, layers),
             "text": text_name(args.text, "train", args.model), "text_sha256": sha256(windows),
             "tokens": windows.numel(), "seq_len": windows.shape[1], "seed": args.seed,
-            "own": args.own}
+            "own": args.own, "fisher": FISHER}
 
 def main(argv=None):
     args = parse_args(
@@ -187,9 +189,11 @@ def main(argv=None):
     windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
                             args.seq_len, 512, n_tokens, least=2)
     folder = args.out / slug(args.model) / "calibration"
-    keep_settings(folder, settings_of_fit(args, model, windows))
+    settings = settings_of_fit(args, model, windows)
+    keep_settings(folder, settings)
     torch.manual_seed(args.seed)
     windows = mix_in_own(windows, model, tokenizer, args.own)
+    keep_settings(folder, settings, with_own_sha256=sha256(windows))
     write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
     for layer, (mean, covariance, G) in statistics(model, windows, layers, seed=args.seed).items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}

@@ -4,11 +4,11 @@
     python -m beyond.report write                      # puts tables and figures into the READMEs
 
 results.jsonl has one line per row that a README quotes, and where it comes from. Rows of two
-models, texts or dense losses never stand under one name: `add` refuses them and says why. A row
-names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
+models, texts, dense losses or fits never stand under one name: `add` refuses them and says why. A
+row names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
 filled. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a figure
-before <!--=NAME-->. A test compares all of them with what is made here. Spreads: ± over seeds is a
-standard deviation; ± of one run is a standard error, paired over windows.
+before <!--=NAME-->. A test compares all of them with what is made here. ± over seeds is a standard
+deviation, and (n) is the number of seeds; in brackets behind one run is its 95 % interval.
 """
 import argparse
 import functools
@@ -22,14 +22,15 @@ import statistics
 import evaluate
 import plots
 import sta
-from beyond.claims import CLAIMS, SEARCHED
+from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
+from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
-from support.tasks import mean_stderr
 
 FILE = ROOT / "figures" / "results.jsonl"
 READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
-PROVENANCE = ("model", "model_sha256", "text", "text_sha256", "tokens", "seq_len", "dtype",
-              "settings", "command", "commit", "device", "torch", "transformers", "date")
+PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
+              "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
+BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key", "rel_norm_key")  # what verdicts need
 METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
 MODELS = {"tiny": "tiny", "qwen": QWEN, "smollm2": SMOLLM2}
@@ -42,26 +43,38 @@ def lines_of(result, experiment=None):
     about = {name: result.get(name) for name in PROVENANCE}
     about["sink"] = result.get("config", {}).get("sink", 1)
     new_lines = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
-                  "by_layer": None, "dense_ce": row["ce"] - row["delta_ce"],
+                  "by_layer": of_layers(row), "dense_ce": row["ce"] - row["delta_ce"],
                   "tasks": {name: {**task, "right": None} for name, task in row["tasks"].items()}}
                  for row in result.get("rows", [])]
-    new_lines += [{"kind": "claim", "name": claim["claim"], **claim}
-                  for claim in result.get("claims", [])]
+    if "measured" in result:
+        new_lines.append({"kind": "measured", "name": "measured", **result["measured"]})
     new_lines += [{"kind": kind, "name": kind, kind: result[kind],
                    "example": result.get("example")}
-                  for kind in ("stream", "check", "caches", "peers", "retrieval") if kind in result]
+                  for kind in ("check", "caches", "peers", "retrieval") if kind in result]
     if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
-        raise ValueError("neither rows nor claims, or a row whose loss is nan")
+        raise ValueError("nothing that a README shows, or a row whose loss is nan")
     if experiment:
         new_lines = [{**line, "kind": "experiment", "name": experiment} for line in new_lines
                      if line["name"] == "dual"]
     return [{**about, **line} for line in new_lines]
 
+def of_layers(row):
+    """A row's figures by layer, of those rows that a verdict takes them from."""
+    if row["method"] in ("dual", "searched", "l1") or "trained for it" in row["name"]:
+        return {layer: {name: round(columns[name], 5) for name in BY_LAYER}
+                for layer, columns in row["by_layer"].items()}
+    return None
+
+def fit_of(settings):
+    """What decides a fit, but its seed: settings without that and without the commit."""
+    if not isinstance(settings, dict):
+        return settings
+    return {name: fit_of(x) for name, x in settings.items() if name not in ("seed", "commit")}
+
 def key_of(line):
     """What tells lines apart: of two with one key, the later replaces the earlier."""
-    return json.dumps([line.get(name) for name in (
-        "kind", "name", "model", "text_sha256", "seq_len", "sink", "dtype", "k_key", "k_val",
-        "settings")], sort_keys=True)
+    names = ("kind", "name", "model", "text_sha256", "seq_len", "sink", "dtype", "k_key", "k_val")
+    return json.dumps([*(line.get(name) for name in names), seed_of(line)])
 
 def check_together(old, new):
     """Raises UsageError where two lines cannot stand in one file."""
@@ -73,6 +86,12 @@ def check_together(old, new):
     if same("model", "text", "tokens", "seq_len") and not same("text_sha256"):
         raise sta.UsageError(f"two texts are named {new['text']}: hash {old['text_sha256']} there, "
                              f"{new['text_sha256']} here")
+    if same("model", "kind", "name") and new["kind"] in ("row", "measured"):
+        a, b = fit_of(old["settings"]), fit_of(new["settings"])
+        for name in (a.keys() | b.keys()) if a and b else ():
+            if a.get(name) != b.get(name):
+                raise sta.UsageError(f"{new['model']}, {new['name']}: two fits, whose {name} is "
+                                     f"{a.get(name)} there, {b.get(name)} here; delete one's lines")
     if same("model", "text_sha256", "seq_len", "dtype", "kind") and "dense_ce" in new and (
             abs(old["dense_ce"] - new["dense_ce"]) > 2e-4):
         raise sta.UsageError(f"{new['model']} on {new['text']}: the dense loss is "
@@ -114,10 +133,9 @@ def stem(row):
 
 def compared(lines, model):
     """{(method, share of bf16, text): rows} of the methods that are compared by bytes, by rising
-    share, on the longest part of each text. Shares within 2 % are one. The dual budget's SAEs are
-    left out at budgets that they were not trained for."""
+    share, on the longest part of each text. Shares within 2 % are one."""
     rows = [row for row in longest(pick(lines, kind="row", model=model))
-            if row["method"] in METHODS and not row["name"].startswith("dual ")]
+            if row["method"] in METHODS]
     share, groups = 0, {}
     for row in sorted(rows, key=lambda row: row["bytes_share"]):
         if row["bytes_share"] > 1.02 * share:
@@ -125,16 +143,23 @@ def compared(lines, model):
         groups.setdefault((row["method"], share, stem(row)), []).append(row)
     return groups
 
-def seed_of(line):
-    settings = line["settings"] or {}
-    return settings.get("seed", settings.get("calibration", {}).get("seed"))
-
 def spread(values, digits=3):
-    """Numbers of several seeds -> "mean ± standard deviation"; of one, the number; of none, ""."""
+    """Numbers of several seeds -> "mean ± standard deviation", if they vary; of none, ""."""
     if not values:
         return ""
     mean = f"{statistics.mean(values):.{digits}f}"
-    return mean + (f" ± {statistics.stdev(values):.{digits}f}" if len(values) > 1 else "")
+    if len(set(values)) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+
+def cell(rows, digits=3):
+    """The ratio of one row by seed: with its spread and the number of seeds, or, where nothing
+    varied, with the interval over the text."""
+    ratios = [row["ratio"] for row in rows]
+    if len(set(ratios)) > 1:
+        return f"{spread(ratios, digits)} ({len(ratios)})"
+    return "{} ({:.{d}f} to {:.{d}f})".format(
+        spread(ratios, digits), *rows[0]["ratio_ci95"], d=digits) if rows else ""
 
 def ratio(lines, digits=3, text="valid", **wanted):
     """The ratio to the dense model's perplexity of the rows wanted, over seeds."""
@@ -180,37 +205,52 @@ def one_key(lines):
             cells[row, "words whose queries seek it most"] = quoted(atom["queries"])
     return table("atom", cells)
 
-def verdict_of(claims):
-    """One claim on one model, a line per seed -> "no, no, holds: 0.001 ± 0.000"."""
-    short = {"holds in part": "in part", "does not hold here": "no"}
-    words = sorted((short.get(line["verdict"], line["verdict"]) for line in claims), reverse=True)
-    words = words[:1] if len(set(words)) == 1 else words
-    return f"{', '.join(words)}: {spread([line['figure'] for line in claims])}"
+def judged(lines):
+    """{model: its verdicts, on the text of the kind that the codes were fitted to}."""
+    models = dict.fromkeys(line["model"] for line in lines if line["kind"] == "measured")
+    return {model: judge([*(row for row in longest(pick(lines, kind="row", model=model))
+                            if stem(row) == "valid"), *pick(lines, kind="measured", model=model)])
+            for model in models}
 
 def verdicts(lines):
-    """P1 to P8: the figure of each model, over its seeds, and the verdict."""
-    lines, cells = pick(lines, kind="claim"), {}
-    models = list(dict.fromkeys(line["model"] for line in lines))
-    for claim, (statement, figure, _) in CLAIMS.items():
-        cells[claim, "claim (*and its figure*)"] = f"{statement} (*{figure}*)"
-        for model in models:
-            both = [pick(lines, claim=claim + ending, model=model) for ending in ("", SEARCHED)]
-            cells[claim, pathlib.Path(model).name] = "; searched ".join(
-                verdict_of(claims) for claims in both if claims)
+    """P1 to P8 in words; a part that has a name of its own has its own verdict."""
+    cells = {}
+    for claim, (statement, *_) in CLAIMS.items():
+        cells[claim, "claim"] = statement
+        for model, parts in judged(lines).items():
+            words = [f"{x['part']}: {x['verdict']}" if x["part"] else x["verdict"]
+                     for x in parts if x["claim"] == claim]
+            cells[claim, pathlib.Path(model).name] = "; ".join(words)
     return table("", cells)
 
+def verdict_inputs(lines):
+    """What each part was judged from: figure ± half its interval; control; seeds; n."""
+    cells = {}
+    for model, parts in judged(lines).items():
+        for x in parts:
+            row = f"{x['claim']} {x['part']}".strip()
+            cells[row, "threshold"] = f"{x['threshold']:.3g}"
+            cells[row, pathlib.Path(model).name] = (
+                f"{x['figure']:.4f} ± {x['half']:.4f}; control {x['control']:.4f}; "
+                f"{x['seeds']} seeds{', ' + x['n'] if x['n'] else ''}: {x['verdict']}")
+    return table("part", cells)
+
 def by_share(lines, model):
-    """Ratio to dense perplexity by method and share of bf16, "/" between texts."""
+    """Ratio to dense perplexity of each method and share of bf16, by text; then the bytes of one
+    text of 4,096 tokens and of one context, dictionaries included, as shares of bf16's."""
     groups, cells = compared(lines, model), {}
-    methods, shares, texts = (sorted(set(labels)) for labels in zip(*groups))
-    texts.reverse()
-    for method, share in itertools.product(METHODS, shares):
-        by_text = [spread([row["ratio"] for row in groups.get((method, share, text), [])])
-                   for text in texts]
-        if method in methods:
-            cells[method, percent(share)] = (
-                " / ".join(x or "-" for x in by_text) if any(by_text) else "")
-    return table(" / ".join(texts), cells)
+    dense = pick(lines, kind="row", model=model, name="dense")[-1]
+    texts = sorted({text for _, _, text in groups}, key=["valid", "prose", "code"].index)
+    for method, share in sorted({key[:2] for key in groups},
+                                key=lambda key: (METHODS.index(key[0]), key[1])):
+        label = f"{method}, {percent(share)}"
+        for text in texts:
+            rows = groups.get((method, share, text), [])
+            cells[label, text] = cell(rows)
+            for n_tokens in (4096, dense["context"]) if rows else ():
+                cells[label, f"{n_tokens:,} tokens"] = percent(
+                    share_with_dictionaries(rows[0], dense, n_tokens))
+    return table("method, share of bf16 per token", cells)
 
 def paired(lines):
     """Nats per token by which transform is worse than additive codes, by share, with the standard
@@ -222,8 +262,8 @@ def paired(lines):
             rivals = groups.get(("transform", share, text), []) if method == "additive" else []
             for a, b in itertools.product(rows, rivals):
                 if seed_of(a) == seed_of(b) and a["dtype"] == b["dtype"]:
-                    gap = mean_stderr([y - x for x, y in zip(a["window_ce"], b["window_ce"])])
-                    cells[f"{label}, {text}", percent(share)] = "{:+.4f} ± {:.4f}".format(*gap)
+                    cells[f"{label}, {text}", percent(share)] = "{:+.4f} ± {:.4f}".format(
+                        *excess(b, a))
     return table("transform worse than additive, nats", cells)
 
 def token_times(lines):
@@ -235,13 +275,14 @@ def token_times(lines):
 
 def one_layer(lines, model):
     """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
-    rows, streams = (pick(lines, kind=kind, model=model) for kind in ("row", "stream"))
+    rows, streams = (pick(lines, kind=kind, model=model) for kind in ("row", "measured"))
     layers = {int(row["name"].split()[1]) for row in pick(rows, method="one layer")}
     cells = {}
     for layer in sorted(layers):
         for label, ending in (("one pass", ""), ("searched", SEARCHED)):
             cells[label, str(layer)] = ratio(rows, 4, name=f"layer {layer} alone{ending}")
-        cells["change of the residual stream, one pass", str(layer)] = spread(
+        cells[f"change of the residual stream, one pass ({streams[0]['stream_tokens']} tokens)"
+              if streams else "", str(layer)] = spread(
             [line["stream"][str(layer)] for line in streams])
     return table("layer", cells)
 
@@ -269,8 +310,22 @@ def peers(lines):
     return table("", cells)
 
 def rules(lines):
-    return table("claim", {(claim, "holds if; and in part if"): rule
-                           for claim, (_, _, rule) in CLAIMS.items()})
+    cells = {}
+    for claim, (_, figure, control) in CLAIMS.items():
+        cells |= {(claim, "figure, and what is wanted"): figure, (claim, "control"): control}
+    return table("claim", cells)
+
+def next_tokens(lines):
+    """How the distribution of the next token changes, for tiny: means over seeds."""
+    cells = {}
+    for name in QUICK_START[1:]:
+        rows = longest(pick(lines, kind="row", model="tiny", name=name))
+        for column, heading, scale, digits in (("kl", "mean KL, nats", 1, 4), (
+                "kl_p99", "99 % of tokens below", 1, 3), ("same_top", "same likeliest token, %",
+                                                         100, 1)):
+            cells[name, heading] = spread([scale * row[column] for row in rows if column in row],
+                                          digits)
+    return table("", cells)
 
 def retrieval(lines):
     """Recall of the right passage in 5 % of a context's tokens, by method and size of context."""
@@ -286,7 +341,8 @@ def retrieval(lines):
 
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "describable": describable, "one key": one_key,
-          "paired": paired, "retrieval": retrieval,
+          "paired": paired, "retrieval": retrieval, "verdict inputs": verdict_inputs,
+          "next tokens": next_tokens,
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))}}
@@ -316,8 +372,8 @@ def of_rows(ending, make, **wanted):
             for short, model in MODELS.items() for name, k_key in ROWS.items()}
 
 FIGURES = {
-    "tiny one layer": lambda lines: "{:.3f}".format(statistics.mean(
-        line["figure"] for line in pick(lines, claim="P6 one layer", model="tiny"))),
+    "tiny one layer": lambda lines: "{:.3f}".format(math.exp(next(
+        x["figure"] for x in judged(lines)["tiny"] if x["part"].startswith("median layer alone")))),
     "tiny break even": lambda lines: "{:,}".format(
         pick(lines, model="tiny", name="dual")[0]["break_even_tokens"]),
     **{f"qwen {text} {name}": functools.partial(ratio, model=QWEN, name=name, text=text,

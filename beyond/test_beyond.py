@@ -21,11 +21,11 @@ import evaluate
 import plots
 import sta
 import train_sae
-from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, report,
-                    rivals, s3, variants)
+from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, depth,
+                    report, rivals, s3, variants)
 from test_sta import (FAMILIES, SHORT, across, assert_one_line, dual, evaluated, read_json,
-                      rows_of, script, small_model, small_sae, small_saes, through, tokens_of, trained,
-                      vectors_of)
+                      rows_of, script, small_model, small_sae, small_saes, through, tokens_of,
+                      trained, vectors_of)
 from support.files import ROOT, load_sae, load_saes, save_sae, write_atomic
 from support.models import load_model
 from support.text import read_text, token_windows
@@ -491,13 +491,15 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
                   "--limit", 4, "--rows", "variants", "--out", tmp_path) == 0
     result = read_json(tmp_path / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[7:] == ["searched", "layer SAE 48", "layer SAE 24",
-                              "uniform, trained for it", "reverse, trained for it", "l1"]
+    assert list(rows)[7:] == ["searched", "layer SAE 48", *(
+        f"{name}, trained for it{ending}" for name in ("uniform", "reverse")
+        for ending in ("", variants.SEARCHED)), "l1"]
+    assert rows["searched"]["settings"]["rounds"] == variants.ROUNDS
     assert rows["searched"]["fvu_val"] < rows["dual"]["fvu_val"]
     assert rows["searched"]["bytes_share"] == rows["dual"]["bytes_share"] == rows["layer SAE 48"][
         "bytes_share"]
     for name in ("fvu_key", "fvu_val"):
-        assert rows["layer SAE 48"][name] < min(rows["layer SAE 24"][name], rows["dual"][name])
+        assert rows["layer SAE 48"][name] < rows["dual"][name]
     assert {rows[name]["settings"]["n_latents"] for name in ("l1", "layer SAE 48")} == {64}
     assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--rows", "variants") == 2
     assert_one_line(capsys.readouterr().err, "--rows variants: needs SAEs")
@@ -564,122 +566,136 @@ def judged(all_variants, tmp_path_factory):
     return out
 
 def test_verdicts_follow_from_the_rows(judged, capsys):
-    result = read_json(judged / "tiny.json")
-    judgement = read_json(judged / "tiny-claims.json")
+    """Also from results.jsonl alone."""
+    result, measured = (read_json(judged / name) for name in ("tiny.json", "tiny-claims.json"))
     rows = {r["name"]: r for r in result["rows"]}
-    verdicts = {claim["claim"]: claim for claim in judgement["claims"]}
-    assert {"dual 4,8", "dual 16,32", "l1", "uniform, trained for it", "reverse, trained for it",
-            "layer 1 alone", "layer 2 alone, searched"} < set(rows)
-    assert rows["dual 4,8"]["tasks"] == {} and rows["dual 4,8"]["method"] == "dual"
+    assert {"searched 4,8", "searched 16,32", "l1", "uniform, trained for it, searched",
+            "layer 1 alone", "layer 2 alone, means", "errors turned"} < set(rows)
     one = rows["layer 1 alone"]
     assert list(one["by_layer"]) == ["1"] and one["delta_ce"] < rows["dual"]["delta_ce"]
-    assert {rows["dual"]["settings"]["n_latents"], rows["uniform, trained for it"]["settings"][
-        "n_latents"]} == {64}
-    cos = [next(p["cos"] for p in layer["key"] if p["k"] == 8) for layer in
-           result["curves"].values()]
-    assert verdicts["P2"]["figure"] == pytest.approx(np.mean(cos))
+    for column in ("fvu_key", "fvu_val"):  # as large as those of the search, but they cost more
+        assert rows["errors turned"][column] == pytest.approx(rows["searched"][column], rel=0.01)
+    assert rows["errors turned"]["ce"] > rows["searched"]["ce"]
+    lines = [line for name in ("tiny.json", "tiny-claims.json")
+             for line in report.lines_of(read_json(judged / name))]
+    verdicts = {f"{x['claim']} {x['part']}".strip(): x for x in claims.judge(lines)}
+    assert verdicts["P2"]["figure"] == pytest.approx(np.mean(
+        [layer["cos_centred_key"] for layer in rows["dual"]["by_layer"].values()]), abs=1e-5)
     assert verdicts["P4"]["figure"] == pytest.approx(
-        rows["uniform, trained for it"]["delta_ce"] - rows["dual"]["delta_ce"], abs=1e-5)
-    assert verdicts["P6 one layer"]["figure"] == pytest.approx(
-        np.median([rows[f"layer {i} alone"]["ratio"] for i in (1, 2)]))
-    assert verdicts["P6 all layers, searched"]["figure"] == rows["searched"]["ratio"]
-    assert verdicts["P7"]["figure"] == rows["dual"]["bytes_share"]
-    assert "the model's context is 256" in verdicts["P7"]["measured"]
-    assert "P8" not in verdicts  # two layers
-    capsys.readouterr()
-    assert claims.judge(result, judgement) == judgement["claims"]
-    printed = capsys.readouterr().out
-    for name, x in verdicts.items():
-        statement, _, rule = claims.CLAIMS[name.removesuffix(claims.SEARCHED)]
-        assert f"{name} {x['verdict']}: {statement}: {x['measured']}\n   rule: {rule}" in printed
+        rows["uniform, trained for it"]["delta_ce"] - rows["dual"]["delta_ce"], abs=1e-4)
+    for part, name in (("median layer", "layer 1 alone"), ("worst layer", "layer 2 alone")):
+        costs = sorted(rows[f"layer {i} alone"]["delta_ce"] for i in (1, 2))
+        assert verdicts[f"P6 {part} alone, one pass"]["figure"] in costs
+    assert verdicts["P6 all layers, searched"]["figure"] == rows["searched"]["delta_ce"]
+    assert verdicts["P6 cloze, one pass"]["n"] == "8 questions"
+    assert verdicts["P7 256 tokens"]["figure"] == pytest.approx(
+        rows["dual"]["bytes_share"] + rows["dual"]["once_bytes"] / 256 / 6144)
+    assert not any(name.startswith("P8") for name in verdicts)  # two layers
+    assert verdicts.keys() == {f"{x['claim']} {x['part']}".strip() for x in claims.judge(
+        [*({"kind": "row", **row} for row in result["rows"]),
+         {"kind": "measured", **measured["measured"]}])}
 
-def row_where_all_holds(name, ce, method=None, k_key=8, fvu=(0.1, 0.3), norm=0.95, share=0.1875):
-    """A row of a result file, of four windows that vary together and two layers."""
-    columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "rel_norm_key": norm}
-    rise = np.exp(ce - 3)
-    return {"name": name, "method": method or name, "k_key": k_key, "ratio": rise,
-            "window_ce": [ce + i / 10 for i in range(4)], "ratio_ci95": [rise, rise],
-            "tasks": {"cloze": {"delta_acc": 0.0, "delta_acc_stderr": 0.01}}, **columns,
+def made_up_row(name, ce, method=None, fvu=(0.1, 0.3), norm=0.95, cos=0.9, **more):
+    """A line of results.jsonl, of forty windows and two layers."""
+    columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "rel_norm_key": norm, "cos_centred_key": cos}
+    return {"kind": "row", "name": name, "method": method or name, "delta_ce": ce - 3,
+            "delta_ce_stderr": 0.001, "settings": None if name == "dense" else {"seed": 0},
+            "window_ce": [ce + (i * i % 7) / 10 for i in range(40)], "cos_key": cos,
+            "tasks": {"cloze": {"n": 100, "delta_acc": 0.0, "delta_acc_stderr": 0.005}},
             "by_layer": {"0": columns, "1": {x: 1.01 * y for x, y in columns.items()}},
-            "bytes_share": share, "break_even_tokens": 200, "once_bytes": 1000}
+            "bytes_share": 0.2, "bytes_per_token": 200, "once_bytes": 1000, **more}
 
-def results_where_all_holds():
+def lines_where_all_holds():
     """What evaluate.py and claims.measure would have to find for every claim to hold."""
-    rows = [row_where_all_holds("dense", 3.0, share=1.0), row_where_all_holds("dual", 2.99),
-            row_where_all_holds("dual 16,32", 2.985, "dual", 16),
-            row_where_all_holds("searched", 2.98), row_where_all_holds("l1", 3.1, norm=0.6),
-            row_where_all_holds("uniform, trained for it", 3.05, k_key=12),
-            row_where_all_holds("reverse, trained for it", 3.2, k_key=16),
-            row_where_all_holds("layer 0 alone", 2.99, "one layer"),
-            row_where_all_holds("layer 0 alone, searched", 2.98, "one layer, searched"),
-            row_where_all_holds("means", 5.0)]
-    gap = {"shallow": 0.5, "middle": 0.4, "deep": 0.1, "change": 0.4, "stderr": 0.01, "holds": True}
-    point = {"k": 0, "cos": 0.3, "fvu": 1.0}, {"k": 8, "cos": 0.9, "fvu": 0.1}
-    return {"rows": rows, "curves": {"0": {"key": point}, "1": {"key": point}}}, {
-        "context": 256, "depth": {"words": [], "kinds": {
-            kind: dict.fromkeys(("lexical", "ngram", "sense"), gap) for kind in sta.KINDS}}}
+    lost = {"cloze": {"n": 100, "delta_acc": -0.3, "delta_acc_stderr": 0.01}}
+    lines = [made_up_row("dense", 3.0, bytes_per_token=1000, bytes_share=1.0),
+             made_up_row("dual", 2.99), made_up_row("searched", 2.97),
+             made_up_row("l1", 3.1, norm=0.6), made_up_row("searched 16,32", 2.98),
+             made_up_row("errors turned", 3.1), made_up_row("means", 5.0, cos=0.5, tasks=lost)]
+    for ending in ("", ", searched"):
+        lines += [made_up_row(f"uniform, trained for it{ending}", 3.05),
+                  made_up_row(f"reverse, trained for it{ending}", 3.2),
+                  made_up_row(f"layer 1 alone{ending}", 2.99)]
+    lines.append(made_up_row("layer 1 alone, means", 3.5))
+    gaps = {f"{gap} of {kind}s": [0.4, 0.01] for gap in depth.GAPS for kind in sta.KINDS}
+    weak = {gap: [0.1, 0.01] for gap in gaps}
+    return [*lines, {"kind": "measured", "context": 256, "settings": {"seed": 0}, "depth": {
+        "changes": {"atoms": gaps, "random": weak, "vectors": weak}}}]
 
-def swap_rows(a, b):
-    """Two rows exchange all but what says which they are."""
-    def turn(result, measured):
-        first, second = (next(row for row in result["rows"] if row["name"] == x) for x in (a, b))
-        for name in first.keys() - {"name", "method", "k_key"}:
-            first[name], second[name] = second[name], first[name]
-    return turn
+def of(name, **columns):
+    """A change of a line's columns; nats are added to all windows."""
+    def change(lines):
+        line = next(x for x in lines if x.get("name") == name)
+        nats = columns.get("nats", 0)
+        line.update({"window_ce": [x + nats for x in line["window_ce"]],
+                     "delta_ce": line["delta_ce"] + nats})
+        for column, value in columns.items():
+            for layer in line["by_layer"].values():
+                layer.update({column: value} if column in layer else {})
+            line.update({column: value})
+    return change
 
-def swap_curves(result, measured):
-    for layer in result["curves"].values():
-        none, eight = layer["key"]
-        layer["key"] = {**none, "k": 8}, {**eight, "k": 0}
+def of_depth(name, change):
+    new = {"sense of keys": [change, 0.01]}
+    return lambda lines: lines[-1]["depth"]["changes"][name].update(new)
 
-def swap_kinds(result, measured):
-    for row in result["rows"]:
-        for columns in row["by_layer"].values():
-            columns.update(fvu_key=columns["fvu_val"], fvu_val=columns["fvu_key"])
+TASK = {"cloze": {"n": 100, "delta_acc": -0.1, "delta_acc_stderr": 0.01}}
+NO_LOSS = {"cloze": {**TASK["cloze"], "delta_acc": 0.0}}
+ACROSS = [  # a part, an input moved across its threshold, a control that wins
+    ("P1", of("dual", rel_norm_key=0.5), of("l1", nats=-0.5)),
+    ("P2", of("dual", cos_centred_key=0.7), of("means", cos_key=0.95)),
+    ("P3", of("reverse, trained for it", fvu_val=0.05),
+     of("uniform, trained for it, searched", fvu_val=0.05)),
+    ("P4", of("uniform, trained for it", nats=-0.2), of("reverse, trained for it", nats=-0.5)),
+    ("P5", of("dense", nats=-0.2), of("errors turned", nats=-0.5)),
+    ("P6 median layer alone, one pass", of("layer 1 alone", nats=0.1),
+     of("layer 1 alone, means", nats=-0.5)),
+    ("P6 worst layer alone, searched", of("layer 1 alone, searched", nats=0.1),
+     of("layer 1 alone, means", nats=-0.5)),
+    ("P6 all layers, one pass", of("dual", nats=0.1), of("means", nats=-2)),
+    ("P6 all layers, searched", of("searched", nats=0.1), of("means", nats=-2)),
+    ("P6 cloze, one pass", of("dual", tasks=TASK), of("means", tasks=NO_LOSS)),
+    ("P7 4,096 tokens", of("dual", once_bytes=4_000_000), of("dense", bytes_per_token=300)),
+    ("P8 sense of keys", of_depth("atoms", -0.2), of_depth("random", 0.5))]
 
-def swap_depths(result, measured):
-    for kind in measured["depth"]["kinds"].values():
-        for name, gap in kind.items():
-            kind[name] = {**gap, "change": -gap["change"], "holds": False}
+def words_of_verdicts(lines):
+    return {f"{x['claim']} {x['part']}".strip(): x["verdict"] for x in claims.judge(lines)}
 
-TURNED = {"P1": swap_rows("dual", "l1"), "P2": swap_curves, "P3": swap_kinds,
-          "P4": swap_rows("dual", "uniform, trained for it"),
-          "P5": swap_rows("dense", "searched"), "P5 one layer": swap_rows("dense", "dual"),
-          "P6 one layer": swap_rows("layer 0 alone", "l1"),
-          "P6 all layers": swap_rows("dual", "means"),
-          "P6 one layer, searched": swap_rows("layer 0 alone, searched", "l1"),
-          "P6 all layers, searched": swap_rows("searched", "means"),
-          "P7": swap_rows("dual", "dense"), "P8": swap_depths}
+@pytest.mark.parametrize("part,cross,win", ACROSS, ids=[part for part, *_ in ACROSS])
+def test_a_verdict_can_come_out_otherwise(part, cross, win):
+    """Where all claims hold: an input across its threshold, or a control that wins, makes it no."""
+    words = words_of_verdicts(lines_where_all_holds())
+    assert set(words.values()) == {"holds"} and {x[0].split()[0] for x in ACROSS} == set(
+        claims.CLAIMS)
+    for change in (cross, win):
+        lines = lines_where_all_holds()
+        change(lines)
+        assert words_of_verdicts(lines)[part] == "no"
 
-def words_of_verdicts(result, measured):
-    return {x["claim"]: x["verdict"] for x in claims.judge(result, measured)}
-
-@pytest.mark.parametrize("claim", TURNED)
-def test_a_verdict_that_is_turned_round_fails(claim):
-    """Where all claims hold, swapping two rows, points or depths makes one fail."""
-    result, measured = results_where_all_holds()
-    assert words_of_verdicts(result, measured) == dict.fromkeys(TURNED, "holds")
-    TURNED[claim](result, measured)
-    assert words_of_verdicts(result, measured)[claim] == "does not hold here"
-
-def test_what_is_clear_what_is_nearly_free_and_what_holds_in_part():
-    assert claims.clear(5.0, 2.0) and not claims.clear(5.0, 3.0)
-    assert not claims.clear(5.0, None)  # one window
-    result, measured = results_where_all_holds()
-    for layer in result["curves"].values():
-        layer["key"][0]["cos"] = 0.85
-    rows = {row["name"]: row for row in result["rows"]}
-    rows["dual 16,32"]["window_ce"], rows["dual"]["window_ce"] = [3.2] * 4, [3.1] * 4
-    rows["dual"].update(ratio=np.exp(0.1), ratio_ci95=[1.1, 1.1], break_even_tokens=300)
-    words = words_of_verdicts(result, measured)
-    assert words["P2"] == "holds, nearly free"
-    assert {words[name] for name in ("P5", "P6 all layers", "P7")} == {"holds in part"}
+def test_intervals():
+    """By numpy and a table of Student's t; a figure that compares trainings needs more of one."""
+    values, errors = [0.1, 0.2, 0.4], [0.01, 0.02, 0.03]
+    mean, half = claims.interval(values, errors)
+    assert mean == pytest.approx(np.mean(values)) and half == pytest.approx(
+        np.hypot(1.96 * 0.02, 4.303 * np.std(values, ddof=1) / np.sqrt(3)), rel=1e-3)
+    assert claims.interval([0.1], [0.01]) == (0.1, 0.05)
+    assert claims.interval([0.1], [0.01], trained=False) == (0.1, 0.0196)
+    lines = lines_where_all_holds()
+    uniform = next(x for x in lines if x["name"] == "uniform, trained for it")
+    noise = rows_of(5, 1)[:, 0].repeat_interleave(8)  # of blocks of eight windows
+    uniform["window_ce"] = [x + 0.05 * y.item() for x, y in zip(uniform["window_ce"], noise)]
+    assert words_of_verdicts(lines)["P4"] == "undecided"
+    x, y = (torch.tensor(uniform["window_ce"]), torch.tensor(lines[1]["window_ce"]))
+    blocks = (x - y).view(5, 8).mean(1).numpy()
+    assert evaluate.mean_excess(x, y) == pytest.approx(
+        ((x - y).mean().item(), blocks.std(ddof=1) / np.sqrt(5)), abs=1e-6)
 
 def test_verdicts_refuse_what_they_cannot_judge(trained, evaluated, tmp_path, capsys):
-    result = read_json(evaluated / "tiny.json")
-    result["rows"][5]["window_ce"][1] = math.nan
-    with pytest.raises(sta.UsageError, match="row uniform: its loss is nan, of which no verdict"):
-        claims.judge(result, {})
+    lines = lines_where_all_holds()
+    lines[3]["window_ce"][1] = math.nan
+    with pytest.raises(sta.UsageError, match="row l1: its loss is nan, of which no verdict"):
+        claims.judge(lines)
+    assert claims.judge([]) == []  # nor without their rows
     assert script(claims, "--saes", tmp_path, "--model", "tiny", "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no SAEs of .*; first run")
     assert script(claims, "--saes", trained, "--only", "dual") == 2  # it takes all rows
@@ -711,45 +727,56 @@ def test_hierarchy_finds_what_was_put_in():
     verb = ((flat.roll(1) == 2) | (flat.roll(1) == 3)).long()
     code = lambda *parts: torch.stack(parts, -1)[:, None]  # (tokens, one head, k)
     noise, none = torch.randint(900, 1000, flat.shape, generator=generator), 0 * flat - 1
-    codes = {}
+    codes, twins = {}, {}
     for kind in sta.KINDS:
-        codes[0, kind] = code(flat, 100 + flat, 200 + flat.roll(1))
-        codes[1, kind] = code(flat, noise, none)  # -1: z = 0, which no two tokens share
-        codes[2, kind] = code(flat, noise, 300 + 2 * flat + verb)
-    words = [vocabulary[i] for i in flat]
-    result = claims.hierarchy(codes, ids, words, seed=0)
-    assert result["words"] == ["run", "walk", "work"]
-    gaps = result["kinds"]["key"]
-    for name, expected in (("lexical", [2 / 3, 1 / 3, 0.6]), ("ngram", [1 / 3, 0, 0.07]),
-                           ("sense", [0, 0, 1 / 3])):
-        found = [gaps[name][part] for part in ("shallow", "middle", "deep")]
-        assert found == pytest.approx(expected, abs=0.04), name
-        sign = -1 if name == "sense" else 1
-        assert gaps[name]["change"] == pytest.approx(sign * (found[0] - found[2]), abs=1e-6)
-    assert all(gap["holds"] for gap in gaps.values())
-    few = claims.hierarchy(codes, ids, ["x"] * len(words), 0)  # no word with two senses
-    assert few["words"] == [] and set(few["kinds"]["key"]) == {"lexical", "ngram"}
-    turned = claims.hierarchy({(2 - i, kind): x for (i, kind), x in codes.items()}, ids, words, 0)
-    assert not any(gap["holds"] for gap in turned["kinds"]["key"].values())
+        codes[1, kind] = code(flat, 100 + flat, 200 + flat.roll(1))
+        codes[2, kind] = code(flat, noise, none)  # -1: z = 0, which no two tokens share
+        codes[3, kind] = code(flat, noise, 300 + 2 * flat + verb)
+        twins |= {(layer, kind): code(flat, flat + 100) for layer in (1, 2, 3)}
+    words, vectors = [vocabulary[i] for i in flat], {site: torch.nn.functional.one_hot(
+        flat, 62)[:, None].half() for site in codes}
+    kept = {"atoms": codes, "random": twins, "vectors": vectors}
+    result = depth.hierarchy(kept, ids, words, seed=0)
+    assert result["words"] == ["run", "walk", "work"] and result["layers"] == [1, 2, 3]
+    changes = result["changes"]["atoms"]
+    for name, expected in (("lexical", 2 / 3 - 0.6), ("ngram", 1 / 3 - 0.07), ("sense", 1 / 3)):
+        assert changes[f"{name} of keys"][0] == pytest.approx(expected, abs=0.04), name
+        assert changes[f"{name} of keys"][0] > 2 * changes[f"{name} of keys"][1]
+        for other in ("random", "vectors"):  # the same in all layers
+            assert result["changes"][other][f"{name} of values"][0] == 0
+    few = depth.hierarchy(kept, ids, ["x"] * len(words), 0)  # no word with two senses
+    assert few["words"] == [] and set(few["changes"]["atoms"]) == {
+        f"{gap} of {kind}s" for gap in ("lexical", "ngram") for kind in sta.KINDS}
+    turned = {(4 - i, kind): x for (i, kind), x in codes.items()}
+    turned = depth.hierarchy({**kept, "atoms": turned}, ids, words, 0)["changes"]["atoms"]
+    assert all(change < 0 for change, _ in turned.values())
 
 def test_errors_are_those_of_words_not_of_pairs():
     """Each word's pairs all say the same: a hundred copies are worth one, as numpy has it."""
     of_each = rows_of(30, 1)[:, 0]
     x, words = of_each.repeat_interleave(100), torch.arange(30).repeat_interleave(100)
-    means = claims.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
+    means = depth.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
     assert means.std().item() == pytest.approx(of_each.std().item() / 30 ** 0.5, rel=0.2)
 
 def test_codes_for_p8(trained):
     model, tokenizer, _ = load_model("tiny")
     saes, _ = load_saes(trained / "tiny", model)
     windows = token_windows(read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
-    codes = claims.read_codes(model, saes, windows, {"key": 3, "value": 60})
+    kept = depth.read_codes(model, saes, windows, {"key": 3, "value": 60})
     with sta.capture(model, [1]) as rows:
         model(windows[9:])
     for kind, k in (("key", 3), ("value", 60)):
-        z, idx = saes[1, kind].encode(rows[1, kind][0], k)
-        assert torch.equal(codes[1, kind][-64:], idx.masked_fill(z <= 0, -1).short())
-    assert (codes[1, "value"] == -1).any()  # of sixty, not all are positive
+        x, sae = rows[1, kind][0], saes[1, kind]
+        z, idx = sae.encode(x, k)
+        assert torch.equal(kept["atoms"][1, kind][-64:], idx.masked_fill(z <= 0, -1).short())
+        i, j = torch.tensor([3, 70]), torch.tensor([100, 9])
+        unit = torch.nn.functional.normalize(torch.cat([
+            sta.harvest(model, windows, [1], sink=0)[1, kind] - sae.b_dec]), dim=-1)
+        torch.testing.assert_close(depth.alike(kept["vectors"], kind, [1], i, j),
+                                   (unit[i] * unit[j]).sum(-1).mean(1), atol=2e-3, rtol=0)
+        twin = depth.random_twin(sae)
+        assert not torch.equal(twin.encode(x, k)[1], idx)
+    assert (kept["atoms"][1, "value"] == -1).any()  # of sixty, not all are positive
 
 # ---------------------------------------------------------------- atoms.py
 def test_kept_tokens_are_those_of_a_sort():
@@ -1136,34 +1163,38 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
 
 # ---------------------------------------------------------------- report.py
 @pytest.fixture
-def results(evaluated, judged, tmp_path):
-    """results.jsonl of the short run and its verdicts."""
+def results(judged, tmp_path):
+    """results.jsonl of the short run and what verdicts need."""
     file = tmp_path / "results.jsonl"
-    report.add([evaluated / "tiny.json", judged / "tiny-claims.json"], file)
+    report.add([judged / "tiny.json", judged / "tiny-claims.json"], file)
     return file
 
-def test_rows_are_taken_in_once(results, evaluated):
-    lines = report.read(results)
-    rows = read_json(evaluated / "tiny.json")["rows"]
-    assert [line["name"] for line in lines] == [
-        *(row["name"] for row in rows), *(x for x in TURNED if x != "P8"), "stream"]
+def test_rows_are_taken_in_once(results, judged):
+    lines, rows = report.read(results), read_json(judged / "tiny.json")["rows"]
+    assert [line["name"] for line in lines] == [*(row["name"] for row in rows), "measured"]
     for line in lines:
         assert len(line["text_sha256"]) == 12 and line["command"].startswith("python ")
         assert line["model_sha256"] == lines[0]["model_sha256"]
         assert line["name"] == "dense" or line["settings"]["text_sha256"]
     before = results.read_text(encoding="utf-8")
-    report.add([evaluated / "tiny.json"], results)
+    report.add([judged / "tiny.json"], results)
     assert results.read_text(encoding="utf-8") == before
     assert lines[3]["window_ce"] == pytest.approx(rows[3]["window_ce"], abs=5e-5)
 
 @pytest.mark.parametrize("change,message", [
     ({"text_sha256": "0" * 12}, "two texts are named tiny/valid.txt: hash .* there, 0000"),
     ({"ce": 9.0}, "tiny on tiny/valid.txt: the dense loss is .* there, 9.00000 here"),
-    ({"model_sha256": "0" * 12}, "two models are named tiny: their weights differ")])
-def test_what_does_not_belong_together_is_refused(change, message, results, evaluated, tmp_path):
-    result = read_json(evaluated / "tiny.json")
-    (result["rows"][0] if "ce" in change else result).update(change)
-    (tmp_path / "other.json").write_text(json.dumps(result), encoding="utf-8")
+    ({"model_sha256": "0" * 12}, "two models are named tiny: their weights differ"),
+    ({"lr": 0.5}, "tiny, dual: two fits, whose lr is 0.01 there, 0.5 here; delete one's"),
+    ({"rounds": 3}, "tiny, searched: two fits, whose rounds is 2 there, 3 here")])
+def test_what_does_not_belong_together_is_refused(change, message, results, judged, tmp_path):
+    result = read_json(judged / "tiny.json")
+    rows = {row["name"]: row for row in result["rows"]}
+    (rows["dense"] if "ce" in change else rows["dual"]["settings"] if "lr" in change else
+     rows["searched"]["settings"] if "rounds" in change else result).update(change)
+    for row in result["rows"] if "model_sha256" in change else ():
+        row.update(change)
+    write_atomic(tmp_path / "other.json", json.dumps(result))
     with pytest.raises(sta.UsageError, match=message):
         report.add([tmp_path / "other.json"], results)
 
@@ -1176,14 +1207,7 @@ def test_tables_and_figures_follow_from_the_rows(results):
     made = report.filled(text, lines)
     assert f"It is {rows['dual']['ratio']:.3f}<!--=tiny dual--> of dense." in made
     assert evaluate.format_row(rows["dual"], 8) in made and "STALE" not in made
-    p7 = next(line for line in lines if line["name"] == "P7")
-    statement, figure, _ = claims.CLAIMS["P7"]
-    word = {"holds in part": "in part", "does not hold here": "no"}.get(p7["verdict"], "holds")
-    assert f"| P7 | {statement} (*{figure}*) | {word}: {p7['figure']:.3f} |" in made
-    for verdict in ("holds", "does not hold here"):  # of three seeds, one says otherwise
-        three = [{**p7, "verdict": word} for word in ("holds in part", verdict, verdict)]
-        words = "no, no, in part" if verdict[0] == "d" else "in part, holds, holds"
-        assert f"| {words}: " in report.filled("<!-- table: verdicts -->\n<!-- end -->", three)
+    assert f"| P7 | {claims.CLAIMS['P7'][0]} | per token: no; 4,096 tokens: no; " in made
     assert report.filled(made, lines) == made
     broken = made.replace(f"{rows['dual']['ratio']:.3f}<!--", "1.2<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
@@ -1191,8 +1215,8 @@ def test_tables_and_figures_follow_from_the_rows(results):
            enumerate((1.1, 1.2, 1.3))]
     assert "1.200 ± 0.100<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
 
-def test_a_row_of_nan_is_not_taken_in(results, evaluated, tmp_path):
-    result = read_json(evaluated / "tiny.json")
+def test_a_row_of_nan_is_not_taken_in(results, judged, tmp_path):
+    result = read_json(judged / "tiny.json")
     result["rows"][-1]["ce"] = math.nan
     write_atomic(tmp_path / "nan.json", json.dumps(result))
     before = results.read_text(encoding="utf-8")
@@ -1235,9 +1259,9 @@ def test_the_readmes_show_what_the_file_says():
 
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
-           "variants": {"calibrate"}, "cache": set(), "atoms": set(),
-           "claims": {"variants", "atoms"}, "s3": set(), "benchmark": set(),
-           "report": {"claims"}}
+           "variants": {"calibrate"}, "cache": set(), "atoms": set(), "depth": {"atoms"},
+           "claims": {"variants", "depth"}, "s3": set(), "benchmark": set(),
+           "report": {"claims", "variants"}}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):

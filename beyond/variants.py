@@ -36,6 +36,7 @@ from beyond.calibrate import apart, side_by_side
 from support.files import load_saes, run_main
 
 ROUNDS = 2  # of pursuit: each gains less than the one before
+SEARCHED = ", searched"  # ends the names of rows whose atoms are found by search
 
 # ------------------------------------------------------------------ search
 @torch.no_grad()
@@ -203,32 +204,35 @@ def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
     return folder.parent / what / folder.name
 
+def searched(settings):
+    """The settings of SAEs, and those of the search."""
+    return {**settings, "rounds": ROUNDS}
+
 def settings_of(before):
     """Those with which the SAEs of the rows before were trained."""
     return next((row.settings for row in before if row.settings), None)
 
 def layer_rows(model, folder, layers, args):
-    """At the k that the SAEs of a layer were trained for, and at a half of it."""
     shape = sta.kv_shape(model.get_decoder().config)
     saes, metadata = load_saes(folder, model, layers, ["layer"])
-    new_rows, once, most = [], evaluate.dictionary_bytes(saes, "layer"), saes[layers[0], "layer"].k
-    for k in (most, most // 2):
-        codecs = {layer: LayerBudget(sae, k, shape) for (layer, _), sae in saes.items()}
-        new_rows.append(evaluate.Row(f"layer SAE {k}", codecs, once_bytes=once, method="layer SAE",
-                                     settings=metadata["settings"]))
-    return new_rows
+    codecs = {layer: LayerBudget(sae, sae.k, shape) for (layer, _), sae in saes.items()}
+    return [evaluate.Row(f"layer SAE {saes[layers[0], 'layer'].k}", codecs, method="layer SAE",
+                         once_bytes=evaluate.dictionary_bytes(saes, "layer"),
+                         settings=metadata["settings"])]
 
 def split_rows(model, folder, layers, args):
-    """Uniform and reverse, by SAEs trained for them."""
+    """Uniform and reverse, by SAEs trained for them, by one pass and searched."""
     new_rows = []
     for name, budget in other_splits(args.k_key, args.k_val).items():
         kinds = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
         loaded, metadata = load_saes(folder, model, layers, list(kinds))
         saes = {(layer, kinds[sae_name]): sae for (layer, sae_name), sae in loaded.items()}
-        new_rows.append(evaluate.Row(
-            f"{name}, trained for it", evaluate.dual_codecs(saes, *budget), budget,
-            evaluate.dictionary_bytes(saes, *sta.KINDS), settings=metadata["settings"],
-            with_tasks=False))
+        codecs, settings = evaluate.dual_codecs(saes, *budget), metadata["settings"]
+        once_bytes = evaluate.dictionary_bytes(saes, *sta.KINDS)
+        for ending, some in (("", codecs), (SEARCHED, search(codecs))):
+            new_rows.append(evaluate.Row(
+                f"{name}, trained for it{ending}", some, budget, once_bytes, with_tasks=False,
+                settings=searched(settings) if ending else settings))
     return new_rows
 
 def l1_rows(model, folder, layers, args):
@@ -244,7 +248,7 @@ def rows(model, tokenizer, saes, args, before):
     if saes:
         codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
         new_rows.append(evaluate.Row(
-            "searched", codecs, (args.k_key, args.k_val), settings=settings_of(before),
+            "searched", codecs, (args.k_key, args.k_val), settings=searched(settings_of(before)),
             once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS)))
     uniform_key = evaluate.splits(args.k_key, args.k_val)["uniform"][0]
     for what, sae_name, rows_of in (("layer", "layer", layer_rows),

@@ -58,8 +58,18 @@ def load_run(args, ending="", needs_saes=True):
 
 # ------------------------------------------------------------------ which result
 def provenance(model):
-    """What a reader needs to run it again. The commit is that of a repository of our own, never of
-    one around it, and says where files differ from it."""
+    """What a reader needs to run it again."""
+    name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
+    layers = range(model.get_decoder().config.num_hidden_layers)
+    return {"command": f"python {shlex.join(sys.orig_argv[1:])}", "commit": commit(),
+            "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
+            "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
+            "torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
+            "date": time.ctime()}
+
+def commit():
+    """The commit of our own repository, never of one around it, with -dirty where files differ from
+    it; None without one."""
     git = ["git", f"--git-dir={ROOT / '.git'}", f"--work-tree={ROOT}", "status", "--branch",
            "--porcelain=v2"]  # a line "# branch.oid <commit>", more with a #, one per change
     try:
@@ -67,14 +77,7 @@ def provenance(model):
     except OSError:
         lines = []  # no git on this machine
     changed = "-dirty" * any(not line.startswith("#") for line in lines)
-    name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
-    layers = range(model.get_decoder().config.num_hidden_layers)
-    return {"command": f"python {shlex.join(sys.orig_argv[1:])}",
-            "commit": lines[0].split()[-1] + changed if lines else None,
-            "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
-            "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
-            "torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
-            "date": time.ctime()}
+    return lines[0].split()[-1] + changed if lines else None
 
 def result_path(out, name, about, ending=""):
     """The path of a model's result, asked for before anything is computed. Raises UsageError if one
