@@ -48,7 +48,7 @@ def train_controls(variant, folder, model_name, layers):
     options = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()
                if name not in computed and value != "default"]
     train_sae.main(["--model", model_name, "--out", str(there.parent), "--layer",
-                    ",".join(map(str, layers)), *options], VARIANTS[variant]())
+                    ",".join(map(str, layers)), *options], VARIANTS[variant])
 
 class Turned:
     """A codec with the error of another one, turned at random: as much is taken out, but not what
@@ -287,7 +287,7 @@ def judge_memory(rows, context):
     """context: of the model, in tokens."""
     for dense, dual in rows.together("dense", "dual")[:1]:
         parts = {"per token": dual["bytes_share"]}
-        for n_tokens in {4096: 0, context: 0}:
+        for n_tokens in dict.fromkeys((4096, context)):
             parts[f"{n_tokens:,} tokens"] = share_with_dictionaries(dual, dense, n_tokens)
         for part, share in parts.items():
             yield verdict("P7", part, [(share, 0.0)], 0.5, (0.5, share >= 0.5), above=False)

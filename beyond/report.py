@@ -133,9 +133,11 @@ def stem(row):
 
 def compared(lines, model):
     """{(method, share of bf16, text): rows} of the methods that are compared by bytes, by rising
-    share, on the longest part of each text. Shares within 2 % are one."""
+    share, on the longest part of each text, at budgets that were trained for. Shares within 2 % are
+    one."""
     rows = [row for row in longest(pick(lines, kind="row", model=model))
-            if row["method"] in METHODS]
+            if row["method"] in METHODS
+            and row["k_key"] in (None, (row["settings"] or {}).get("k_key"))]
     share, groups = 0, {}
     for row in sorted(rows, key=lambda row: row["bytes_share"]):
         if row["bytes_share"] > 1.02 * share:
@@ -161,10 +163,11 @@ def cell(rows, digits=3):
     return "{} ({:.{d}f} to {:.{d}f})".format(
         spread(ratios, digits), *rows[0]["ratio_ci95"], d=digits) if rows else ""
 
-def ratio(lines, digits=3, text="valid", **wanted):
-    """The ratio to the dense model's perplexity of the rows wanted, over seeds."""
+def ratio(lines, digits=3, text="valid", in_table=False, **wanted):
+    """The ratio to the dense model's perplexity of the rows wanted, over seeds: for a sentence, or
+    as a cell."""
     rows = longest([row for row in pick(lines, **wanted) if stem(row) == text])
-    return spread([row["ratio"] for row in rows], digits)
+    return cell(rows, digits) if in_table else spread([row["ratio"] for row in rows], digits)
 
 def percent(share):
     return f"{100 * share:.3g} %"
@@ -275,15 +278,16 @@ def token_times(lines):
 
 def one_layer(lines, model):
     """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
-    rows, streams = (pick(lines, kind=kind, model=model) for kind in ("row", "measured"))
-    layers = {int(row["name"].split()[1]) for row in pick(rows, method="one layer")}
-    cells = {}
+    rows = pick(lines, kind="row", model=model)
+    streams = [line for line in pick(lines, model=model) if "stream" in line]
+    layers, cells = {int(row["name"].split()[1]) for row in pick(rows, method="one layer")}, {}
     for layer in sorted(layers):
         for label, ending in (("one pass", ""), ("searched", SEARCHED)):
-            cells[label, str(layer)] = ratio(rows, 4, name=f"layer {layer} alone{ending}")
-        cells[f"change of the residual stream, one pass ({streams[0]['stream_tokens']} tokens)"
-              if streams else "", str(layer)] = spread(
-            [line["stream"][str(layer)] for line in streams])
+            name = f"layer {layer} alone{ending}"
+            cells[str(layer), label] = cell(longest(pick(rows, name=name)), 4)
+        for line in streams[:1]:
+            label = f"change of the residual stream ({line['stream_tokens']} tokens)"
+            cells[str(layer), label] = spread([line["stream"][str(layer)] for line in streams])
     return table("layer", cells)
 
 def describable(lines):
@@ -380,7 +384,8 @@ FIGURES = {
                                                 digits=digits)
        for text in ("prose", "code") for name, digits in (
            ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))},
-    **of_rows("", ratio), **of_rows(" 2048", ratio, seq_len=2048), **of_rows(" share", share),
+    **of_rows("", ratio), **of_rows(" cell", ratio, in_table=True),
+    **of_rows(" 2048", ratio, seq_len=2048, in_table=True), **of_rows(" share", share),
     **of_rows(" piqa", accuracy, task="piqa"), **of_rows(" boolq", accuracy, task="boolq"),
     **of_rows(" openbookqa", accuracy, task="openbookqa")}
 
@@ -405,7 +410,8 @@ def filled(text, lines):
         return f"{FIGURES[match[1]](lines) or 'nan'}<!--={match[1]}-->"
 
     text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table_between, text, flags=re.S)
-    return re.sub(r"(?:[-+]?[\d.,]+|nan)(?: ± [\d.]+)?<!--=(.*?)-->", figure_before, text)
+    number = r"(?:[-+]?[\d.,]+|nan)(?: ± [\d.]+)?(?: \([\d. to]+\))?"
+    return re.sub(number + r"<!--=(.*?)-->", figure_before, text)
 
 def main(argv=None):
     parser = argparse.ArgumentParser(

@@ -595,6 +595,15 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         [*({"kind": "row", **row} for row in result["rows"]),
          {"kind": "measured", **measured["measured"]}])}
 
+def test_controls_that_are_missing_are_trained_beside_the_others(trained, tmp_path):
+    folder = shutil.copytree(trained, tmp_path / "saes") / "tiny"
+    for variant, n in (("splits", 8), ("splits", 8), ("l1", 4)):  # the second time they are there
+        claims.train_controls(variant, folder, "tiny", [1, 2])
+        saes = list((tmp_path / "saes" / variant / "tiny").glob("layer*.*"))
+        assert len(saes) == n
+    settings = load_sae(folder.parent / "l1" / "tiny" / "layer1.key")[1]["settings"]
+    assert settings["tokens"] == 3 * 16_384 and settings["lr"] == pytest.approx(0.04)
+
 def made_up_row(name, ce, method=None, fvu=(0.1, 0.3), norm=0.95, cos=0.9, **more):
     """A line of results.jsonl, of forty windows and two layers."""
     columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "rel_norm_key": norm, "cos_centred_key": cos}
@@ -1215,6 +1224,13 @@ def test_tables_and_figures_follow_from_the_rows(results):
            enumerate((1.1, 1.2, 1.3))]
     assert "1.200 ± 0.100<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
 
+def test_a_cell_shows_what_varied():
+    """Over seeds its spread and their number; where nothing varied, the interval of one run."""
+    rows = [{"ratio": ratio, "ratio_ci95": [ratio - 0.01, ratio + 0.02]} for ratio in (1.1, 1.2)]
+    assert report.cell(rows) == "1.150 ± 0.071 (2)"
+    assert report.cell(rows[:1]) == report.cell(rows[:1] * 3) == "1.100 (1.090 to 1.120)"
+    assert report.cell([]) == "" and report.spread([2, 2, 2]) == "2.000"
+
 def test_a_row_of_nan_is_not_taken_in(results, judged, tmp_path):
     result = read_json(judged / "tiny.json")
     result["rows"][-1]["ce"] = math.nan
@@ -1237,6 +1253,7 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
     def row(ratio, tokens, seq_len, delta_acc=None, k_key=8):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
         return {"kind": "row", "model": report.QWEN, "name": "dual", "ratio": ratio,
+                "ratio_ci95": [1.0, 2.5],
                 "text": "DIR/valid.txt", "tokens": tokens, "seq_len": seq_len, "k_key": k_key,
                 "k_val": 16, "bytes_share": 0.1875,
                 "tasks": {} if delta_acc is None else {"piqa": task}}
@@ -1245,7 +1262,9 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
              row(2.5, 4096, 512, k_key=4)]
     made = report.filled("1<!--=qwen dual-->, 1<!--=qwen dual 2048-->, 1<!--=qwen dual share-->, "
                          "+1 ± 2<!--=qwen dual piqa-->", lines)
-    assert re.findall(r"([^ ]*|-6.0 ± 1.0)<!--", made) == ["1.300", "1.400", "18.8", "-6.0 ± 1.0"]
+    assert made == ("1.300<!--=qwen dual-->, 1.400 (1.000 to 2.500)<!--=qwen dual 2048-->, "
+                    "18.8<!--=qwen dual share-->, -6.0 ± 1.0<!--=qwen dual piqa-->")
+    assert report.filled(made, lines) == made
 
 def test_the_readmes_show_what_the_file_says():
     lines, shown = report.read(), ""

@@ -705,19 +705,43 @@ def test_what_rows_are_made_from(tmp_path, monkeypatch):
     others.append(made())
     assert len({first, *others}) == 1 + len(others)
 
-@pytest.mark.skipif(not shutil.which("git"), reason="no git on this machine")
-def test_the_commit_is_our_own_and_says_what_changed(tmp_path, monkeypatch):
-    def git(folder, *words):
+def commit_all(folder):
+    for words in (["init"], ["add", "-A"], ["commit", "-m", "all"]):
         subprocess.run(["git", "-C", folder, "-c", "user.name=x", "-c", "user.email=x", *words],
                        check=True, capture_output=True)
+
+NEEDS_GIT = pytest.mark.skipif(not shutil.which("git"), reason="no git on this machine")
+
+@NEEDS_GIT
+def test_a_row_that_is_kept_keeps_its_commit_and_date(trained, tmp_path, interrupted, monkeypatch):
+    """A commit that touches no file of the program costs nothing; one that does costs all rows."""
+    ours = tmp_path / "ours"
+    monkeypatch.setattr(results, "ROOT", ours)
+    argv, commits = ["--saes", trained, "--out", tmp_path], []
+    every = ["dense", "means", "keys", "values", "dual", "uniform", "reverse"]
+    for file, stop, scored in (("program.py", "keys", every[:2]), ("notes.txt", None, every[2:]),
+                               ("program.py", None, every)):
+        write_atomic(ours / file, str(len(commits)))
+        commit_all(ours)
+        commits.append(results.commit())
+        assert interrupted(*argv, "--resume", stop=stop)[1] == scored
+        if stop:
+            first = read_json(tmp_path / "tiny.json.unfinished")["rows"]
+            continue
+        rows = read_json(tmp_path / "tiny.json")["rows"]
+        if file == "notes.txt":
+            assert rows[:2] == first and {row["commit"] for row in first} == {commits[0]}
+        assert all(row["commit"] == commits[-1] for row in rows if row["name"] in scored)
+
+@NEEDS_GIT
+def test_the_commit_is_our_own_and_says_what_changed(tmp_path, monkeypatch):
     ours, model = tmp_path / "around" / "ours", small_model("llama")
     ours.mkdir(parents=True)
     monkeypatch.setattr(results, "ROOT", ours)
     write_atomic(ours / "file", "1")
     for folder in (ours.parent, ours):
         assert results.provenance(model)["commit"] is None  # a copy, also inside another one
-        for words in (("init",), ("add", "-A"), ("commit", "-m", "all")):
-            git(folder, *words)
+        commit_all(folder)
     clean = results.provenance(model)["commit"]
     assert re.fullmatch("[0-9a-f]{40}", clean)
     (ours / "new.py").write_text("1", encoding="utf-8")  # which git does not track
@@ -753,6 +777,23 @@ def test_nan_is_no_choice():
         for length in (2, 4, 64):
             with pytest.raises(sta.UsageError, match="the model's own loss is not finite"):
                 evaluate.score_row(broken(length), None, model, *scored)
+
+def test_next_tokens_are_compared_as_in_float64():
+    model, windows = small_model("llama"), tokens_of(3, 20)
+    codecs = {0: across(lambda keys, values, live: (keys / 2, -values))}
+    with torch.no_grad():
+        exact = model(windows).logits
+        with sta.reconstruct(model, codecs):
+            coded = model(windows).logits
+            found = evaluate.next_tokens(lambda ids: model(ids).logits, windows, exact)
+    p, q = (np.exp(x.double().numpy()) / np.exp(x.double().numpy()).sum(-1, keepdims=True)
+            for x in (exact, coded))
+    kl = (p * (np.log(p) - np.log(q))).sum(-1).flatten()
+    assert found == pytest.approx({"kl": kl.mean(), "kl_p99": np.quantile(kl, 0.99),
+                                   "same_top": (p.argmax(-1) == q.argmax(-1)).mean()}, abs=1e-6)
+    assert 0 < found["kl"] < found["kl_p99"] and found["same_top"] < 1
+    same = evaluate.next_tokens(lambda ids: exact, windows, exact)
+    assert same == {"kl": 0, "kl_p99": 0, "same_top": 1}
 
 def test_plots(evaluated, tmp_path, capsys):
     assert script(plots, "--results", evaluated, "--out", tmp_path) == 0
