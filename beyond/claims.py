@@ -87,7 +87,7 @@ def rows(model, tokenizer, saes, args, before):
         means = {layer: sta.DualBudget(*both, sta.Budget(0, 0))}
         for ending, codecs in (("", one_pass), (SEARCHED, search(one_pass)), (", means", means)):
             new_rows.append(evaluate.Row(
-                f"layer {layer} alone{ending}", codecs, dual[layer].budget,
+                f"layer {layer} alone{ending}", codecs, codecs[layer].budget,
                 once_bytes // len(dual), method=f"one layer{ending}", with_tasks=False,
                 settings=searched(settings) if ending == SEARCHED else settings))
     return new_rows

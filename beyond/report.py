@@ -146,13 +146,14 @@ def compared(lines, model):
     return groups
 
 def spread(values, digits=3):
-    """Numbers of several seeds -> "mean ± standard deviation", if they vary; of none, ""."""
+    """Numbers of several seeds -> "mean ± standard deviation", if that is seen to vary; of none,
+    ""."""
     if not values:
         return ""
-    mean = f"{statistics.mean(values):.{digits}f}"
-    if len(set(values)) == 1:
-        return mean
-    return f"{mean} ± {statistics.stdev(values):.{digits}f}"
+    mean, error = f"{statistics.mean(values):.{digits}f}", ""
+    if len(values) > 1 and round(statistics.stdev(values), digits) > 0:
+        error = f" ± {statistics.stdev(values):.{digits}f}"
+    return mean + error
 
 def cell(rows, digits=3):
     """The ratio of one row by seed: with its spread and the number of seeds, or, where nothing
@@ -227,15 +228,16 @@ def verdicts(lines):
     return table("", cells)
 
 def verdict_inputs(lines):
-    """What each part was judged from: figure ± half its interval; control; seeds; n."""
+    """What each part was judged from: figure ± half its interval; control; seeds, n; verdict."""
     cells = {}
     for model, parts in judged(lines).items():
         for x in parts:
             row = f"{x['claim']} {x['part']}".strip()
             cells[row, "threshold"] = f"{x['threshold']:.3g}"
-            cells[row, pathlib.Path(model).name] = (
-                f"{x['figure']:.4f} ± {x['half']:.4f}; control {x['control']:.4f}; "
-                f"{x['seeds']} seeds{', ' + x['n'] if x['n'] else ''}: {x['verdict']}")
+            half = f" ± {x['half']:.4f}" if x["half"] else ""  # bytes are exact
+            n = ", ".join(filter(None, [f"{x['seeds']} seeds" if half else "", x["n"]]))
+            cells[row, pathlib.Path(model).name] = "; ".join(filter(None, [
+                f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n, x["verdict"]]))
     return table("part", cells)
 
 def by_share(lines, model):
