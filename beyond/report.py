@@ -171,7 +171,7 @@ def ratio(lines, digits=3, text="valid", in_table=False, **wanted):
     return cell(rows, digits) if in_table else spread([row["ratio"] for row in rows], digits)
 
 def percent(share):
-    return f"{100 * share:.3g} %"
+    return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"
 
 def table(corner, cells):
     """{(row, column): text} -> Markdown; rows and columns stand in the order of the cells."""

@@ -1243,7 +1243,7 @@ def test_a_row_of_nan_is_not_taken_in(results, judged, tmp_path):
 def test_paired_comparisons_are_of_windows():
     lines = [{"kind": "row", "model": report.QWEN, "method": method, "name": method,
               "text": "DIR/t.txt", "text_sha256": "h", "tokens": 24, "seq_len": 8, "dtype": "f",
-              "settings": {"seed": seed}, "bytes_share": 0.1875, "window_ce": ce}
+              "settings": {"seed": seed}, "k_key": None, "bytes_share": 0.1875, "window_ce": ce}
              for method, seed, ce in (("additive", 1, [1.0, 2.0, 3.0]),
                                       ("transform", 1, [1.1, 2.1, 3.4]),
                                       ("transform", 2, [9.0, 9.0, 9.0]))]
