@@ -366,11 +366,12 @@ def main(argv=None):
     vectors = {site: x.unflatten(0, (len(part), -1))  # (B, T, H, D)
                for site, x in sta.harvest(run.model, part, run.layers, args.sink).items()}
     weights = [x.sum(dtype=torch.float64).item() for x in run.model.parameters()]
+    common = windows, repr(tasks), weights  # what all rows are made from
     with torch.no_grad():
         measured = vectors, run.model(input_ids=part.to(run.model.device), use_cache=False).logits
     result["curves"], dense = find_curves(run.saes, vectors), None  # the first row's columns
     for row in rows:
-        inputs = inputs_hash(run.about, args, row, windows, repr(tasks), weights)
+        inputs = inputs_hash(run.about, args, row, *common)
         columns = finished.get(row.name, {})
         if columns.get("inputs") != inputs:
             columns = score_row(row, dense, run.model, windows, tasks, measured, args.sink)

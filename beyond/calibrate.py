@@ -112,8 +112,8 @@ def own_windows(model, tokenizer, n, length):
     token drawn from the whole vocabulary, and what the model makes of that at temperature 1."""
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     start = torch.tensor(start, dtype=torch.long)
-    n_known = min(len(tokenizer), model.get_input_embeddings().num_embeddings)
-    ordinary = torch.tensor(sorted(set(range(n_known)) - set(tokenizer.all_special_ids)))
+    known = range(min(len(tokenizer), tokenizer.n_known))
+    ordinary = torch.tensor(sorted(set(known) - set(tokenizer.all_special_ids)))
     drawn, windows = ordinary[torch.randint(len(ordinary), (n,))], []
     for first in tqdm(drawn.split(SAMPLES), desc="samples", disable=None):
         ids = torch.cat([start.expand(len(first), -1), first[:, None]], 1)  # (B, 1 or 2)

@@ -67,10 +67,12 @@ class Turned:
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], for P5 and P6."""
+    if not saes:
+        raise sta.UsageError("--rows claims: needs SAEs; first run: python train_sae.py")
     k_key, k_val = args.k_key, args.k_val
     dual = evaluate.dual_codecs(saes, k_key, k_val)
     shape = sta.kv_shape(model.get_decoder().config)
-    most = min((sae.n_latents for sae in saes.values()), default=0)
+    most = min(sae.n_latents for sae in saes.values())
     settings, once_bytes = settings_of(before), evaluate.dictionary_bytes(saes, *sta.KINDS)
     by_search = {"settings": searched(settings), "with_tasks": False}
     new_rows = [evaluate.Row("errors turned", {layer: Turned(codec, shape)
@@ -140,8 +142,9 @@ STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95 %, by number of seeds
 
 def interval(values, errors, trained=True):
     """(mean, half the width of its 95 % interval) of a figure by seed, and its standard errors
-    within each run. trained: it compares SAEs with SAEs."""
-    within = statistics.mean(errors)
+    within each run: None, of a single window, layer or question, decides nothing. trained: it
+    compares SAEs with SAEs."""
+    within = math.inf if None in errors else statistics.mean(errors)
     if len(values) < 3:
         return statistics.mean(values), (5 if trained else 1.96) * within
     between = statistics.stdev(values) / math.sqrt(len(values))
@@ -161,12 +164,10 @@ def seed_of(line):
     settings = line["settings"] or {}
     return settings.get("seed", settings.get("calibration", {}).get("seed"))
 
-def over_layers(a, column_a, b=None, column_b=None):
-    """(mean over layers of a column of row a, less one of row b, its standard error)."""
-    others = b["by_layer"].values() if b else itertools.repeat({column_b: 0})
-    differences = [x[column_a] - y[column_b] for x, y in zip(a["by_layer"].values(), others)]
-    mean, stderr = mean_stderr(differences)
-    return mean, stderr or 0.0
+def over_layers(a, column_a, b, column_b):
+    """(mean over layers of a column of row a less one of row b, its standard error)."""
+    pairs = zip(a["by_layer"].values(), b["by_layer"].values())
+    return mean_stderr([x[column_a] - y[column_b] for x, y in pairs])
 
 class Rows:
     """The rows of a model by name, one per seed."""
@@ -203,7 +204,9 @@ def judge_direction(rows):
     duals = rows.together("dual", "means")
     if duals:
         cos, of_mean = (statistics.mean(pair[i]["cos_key"] for pair in duals) for i in (0, 1))
-        yield verdict("P2", "", [over_layers(dual, "cos_centred_key") for dual, _ in duals], 0.8,
+        by_seed = [[layer["cos_centred_key"] for layer in dual["by_layer"].values()]
+                   for dual, _ in duals]
+        yield verdict("P2", "", [mean_stderr(cosines) for cosines in by_seed], 0.8,
                       (of_mean, of_mean >= cos), trained=False, n=f"plain cosine {cos:.3f}")
 
 def smallest_gap(rows, ending):
@@ -240,8 +243,8 @@ def judge_noise(rows):
         for choose, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
             best = min(candidates, key=lambda row: statistics.mean(row["window_ce"][choose]))
             gains.append(excess(dense, best, test))
-        estimates.append((statistics.mean(gain for gain, _ in gains),
-                          math.hypot(*(error or 0 for _, error in gains)) / 2))
+        gain, errors = statistics.mean(gain for gain, _ in gains), [error for _, error in gains]
+        estimates.append((gain, None if None in errors else math.hypot(*errors) / 2))
     if estimates:
         turned = rows.mean(lambda dense, turned: excess(dense, turned)[0], "dense", "errors turned")
         gain = statistics.mean(gain for gain, _ in estimates)
@@ -325,11 +328,9 @@ def measure(run, args):
     512 tokens; which atoms occurrences share, by depth; the model's context."""
     ks = {"key": args.k_key, "value": args.k_val}
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
-    codecs, depth = evaluate.dual_codecs(run.saes, args.k_key, args.k_val), None
-    if len(run.layers) > 3:
-        depth = measure_depth(run, ks)
+    codecs = evaluate.dual_codecs(run.saes, args.k_key, args.k_val)
     return {"stream": stream_change(run.model, codecs, windows, args.sink),
-            "stream_tokens": windows.numel(), "depth": depth,
+            "stream_tokens": windows.numel(), "depth": measure_depth(run, ks),
             "depth_tokens": run.windows.numel(), "context": context_length(run.model)}
 
 def main(argv=None):

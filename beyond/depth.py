@@ -154,17 +154,20 @@ def hierarchy(kept, windows, words, seed=0):
             "pairs": {name: places.shape[1] for name, places in pairs.items()}}
 
 def measure_depth(run, ks):
-    """What `hierarchy` returns, of a run's SAEs of four layers or more, at budgets {kind: k}."""
+    """What `hierarchy` returns, of a run's SAEs at budgets {kind: k}; None with fewer than three
+    layers beside layer 0."""
     saes = {site: sae for site, sae in run.saes.items() if site[0] > 0}
+    if len(saes) < 3 * len(sta.KINDS):
+        return None
     kept = read_codes(run.model, saes, run.windows, ks)
     return hierarchy(kept, run.windows, words_of(run.tokenizer, run.windows))
 
 def main(argv=None):
     args = parse_args(__doc__, argv, LOOK)
     run = begin_look(args, "-depth")
-    if len(run.layers) <= 3:
-        raise sta.UsageError(f"{run.folder}: SAEs of layers {run.layers}; want more than three")
     depth = measure_depth(run, {"key": args.k_key, "value": args.k_val})
+    if depth is None:
+        raise sta.UsageError(f"{run.folder}: SAEs of layers {run.layers}; want three besides 0")
     print("words with two senses:", " ".join(depth["words"]) or "none (--max-tokens)")
     for name, changes in depth["changes"].items():
         print(f"{name}:", ", ".join(f"{gap} {change:+.3f} ±{stderr:.3f}"

@@ -218,10 +218,10 @@ def judged(lines):
 
 def verdicts(lines):
     """P1 to P8 in words; a part that has a name of its own has its own verdict."""
-    cells = {}
+    by_model, cells = judged(lines), {}
     for claim, (statement, *_) in CLAIMS.items():
         cells[claim, "claim"] = statement
-        for model, parts in judged(lines).items():
+        for model, parts in by_model.items():
             words = [f"{x['part']}: {x['verdict']}" if x["part"] else x["verdict"]
                      for x in parts if x["claim"] == claim]
             cells[claim, pathlib.Path(model).name] = "; ".join(words)

@@ -699,6 +699,17 @@ def test_intervals():
     assert evaluate.mean_excess(x, y) == pytest.approx(
         ((x - y).mean().item(), blocks.std(ddof=1) / np.sqrt(5)), abs=1e-6)
 
+def test_what_a_single_measurement_leaves_undecided():
+    """One window, one question or one layer has no error: nothing is decided by it."""
+    lines = lines_where_all_holds()
+    for row in lines[:-1]:
+        row |= {"delta_ce_stderr": None, "window_ce": row["window_ce"][:2],
+                "by_layer": {"0": row["by_layer"]["0"]},
+                "tasks": {"cloze": {**row["tasks"]["cloze"], "delta_acc_stderr": None}}}
+    words = words_of_verdicts(lines)
+    for part, word in words.items():
+        assert word == ("holds" if part[:2] in ("P7", "P8", "P4") else "undecided"), part
+
 def test_verdicts_refuse_what_they_cannot_judge(trained, evaluated, tmp_path, capsys):
     lines = lines_where_all_holds()
     lines[3]["window_ce"][1] = math.nan
@@ -708,6 +719,11 @@ def test_verdicts_refuse_what_they_cannot_judge(trained, evaluated, tmp_path, ca
     assert script(claims, "--saes", tmp_path, "--model", "tiny", "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no SAEs of .*; first run")
     assert script(claims, "--saes", trained, "--only", "dual") == 2  # it takes all rows
+    capsys.readouterr()
+    for row in ("claims", "variants"):
+        argv = "--model", "tiny", "--saes", tmp_path, "--rows", row, "--out", tmp_path
+        assert script(evaluate, *argv) == 2
+        assert_one_line(capsys.readouterr().err, f"--rows {row}: needs SAEs")
 
 def test_the_change_of_the_stream_is_that_of_the_layers_output():
     """By a hook on the layer's own module."""

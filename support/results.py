@@ -62,10 +62,17 @@ def provenance(model):
     name = torch.cuda.get_device_name() if model.device.type == "cuda" else platform.machine()
     layers = range(model.get_decoder().config.num_hidden_layers)
     return {"command": f"python {shlex.join(sys.orig_argv[1:])}", "commit": commit(),
+            "program_sha256": program_hash(),
             "model_sha256": model_hash(model, layers), "dtype": str(model.dtype),
             "device": f"{model.device} ({name}, {torch.get_num_threads()} threads)",
             "torch": torch.__version__, "transformers": importlib.metadata.version("transformers"),
             "date": time.ctime()}
+
+def program_hash():
+    """Of all files of the program but its tests."""
+    return sha256(b"".join(
+        path.read_bytes() for folder in ("", "support", "beyond")
+        for path in sorted((ROOT / folder).glob("*.py")) if not path.match("test_*")))
 
 def commit():
     """The commit of our own repository, never of one around it, with -dirty where files differ from
@@ -92,19 +99,17 @@ def result_path(out, name, about, ending=""):
     return path
 
 def inputs_hash(about, args, row, *others):
-    """What a row is made from, as a hash: the program's files, libraries, model, device and dtype,
-    the options, its codecs with all their tensors, and others, such as the windows of the text."""
+    """What a row is made from, as a hash: about, which `provenance` returned (program, libraries,
+    model, device and dtype); the options; its codecs with all their tensors; and others, such as
+    the windows of the text."""
     def content(x):  # of what json does not know
         if isinstance(x, torch.Tensor):
             return sha256(x), x.shape
         return vars(x) if hasattr(x, "__dict__") else repr(x)
 
-    files = [path.read_bytes() for folder in ("", "support", "beyond")
-             for path in sorted((ROOT / folder).glob("*.py")) if not path.match("test_*")]
     free = "command", "commit", "date", "rows", "only", "resume", "out"
     options = {name: x for name, x in {**vars(args), **about}.items() if name not in free}
-    text = json.dumps([options, row, others], default=content)
-    return sha256(b"".join(files) + text.encode())
+    return sha256(json.dumps([options, row, others], default=content).encode())
 
 def finished_rows(path):
     """{name: row} of the result at path; none without a file there."""

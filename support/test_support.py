@@ -696,13 +696,15 @@ def test_what_rows_are_made_from(tmp_path, monkeypatch):
     first, others = made(), [first, *others]
     shutil.copytree(ROOT / "support", tmp_path / "support")
     monkeypatch.setattr(results, "ROOT", tmp_path)
-    others.append(made())
+    def of_program():
+        return made({**about, "program_sha256": results.program_hash()})
+    others.append(of_program())
     with open(tmp_path / "support" / "test_support.py", "a", encoding="utf-8") as file:
         file.write("\n")
-    assert made() == others[-1]
+    assert of_program() == others[-1]
     with open(tmp_path / "support" / "tasks.py", "a", encoding="utf-8") as file:
         file.write("\n")
-    others.append(made())
+    others.append(of_program())
     assert len({first, *others}) == 1 + len(others)
 
 def commit_all(folder):
