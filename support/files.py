@@ -33,10 +33,11 @@ def run_main(main):
         if sys.version_info < (3, 11):
             raise UsageError(f"Python {platform.python_version()}: want 3.11 or newer")
         main()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
-        sys.exit(141)
     except (UsageError, OSError, KeyboardInterrupt) as error:
+        if isinstance(error, OSError):
+            os.dup2(nowhere.fileno(), 1)  # else Python complains once more at its end
+        if isinstance(error, BrokenPipeError):
+            sys.exit(141)
         message = str(error) or "interrupted; the last checkpoint, if any, is kept"
         print("error:", " ".join(message.split())[:500], file=sys.stderr)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -481,11 +481,13 @@ def test_other_versions_of_python(monkeypatch, capsys):
                                            ("> /dev/full", 2)])
 def test_output_that_goes_nowhere(closed, status, tmp_path):
     program = "print('x'); raise files.UsageError('told')"
+    buffered = {name: x for name, x in os.environ.items() if name != "PYTHONUNBUFFERED"}
     result = subprocess.run(
         ["sh", "-c", f'"$0" -c "$1" {closed}', sys.executable,
          f"from support import files\ndef main(): {program}\nfiles.run_main(main)"],
-        cwd=ROOT, capture_output=True)
+        cwd=ROOT, capture_output=True, env=buffered)
     assert result.returncode == status and b"Traceback" not in result.stderr
+    assert result.stderr.count(b"\n") <= 1
     assert ("2>&-" in closed) == (result.stderr == b"")
 
 def test_a_step_shorter_than_the_clocks_tick(tmp_path, monkeypatch):
