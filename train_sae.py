@@ -84,21 +84,21 @@ class KeysAndValues:
     """The SAEs of a layer, here one for its keys and one for its values, and the vectors that they
     are trained on. beyond/variants.py has others."""
 
-    def make_saes(self, shape, args, generator):
-        """shape: (n_kv_heads, head_dim) -> {name: SAE}."""
+    def make_saes(self, model, layer, args, generator):
+        """-> {name: SAE}."""
+        shape = sta.kv_shape(model.get_decoder().config)
         return {"key": sta.TopKSAE(*shape, args.n_latents, args.k_key, generator),
                 "value": sta.TopKSAE(*shape, args.n_latents, args.k_val, generator)}
 
-    def vectors(self, keys, values):
-        """Keys and values (tokens, H, D) -> {name: vectors (tokens, n_heads, dim)}."""
+    def vectors(self, layer, keys, values):
+        """Keys and values of a layer (tokens, H, D) -> {name: vectors (tokens, n_heads, dim)}."""
         return {"key": keys, "value": values}
 
 def make_saes(model, layers, args, variant):
     """{(layer, name): SAE}, each on the device of its layer."""
     generator, saes = torch.Generator().manual_seed(args.seed), {}
-    shape = sta.kv_shape(model.get_decoder().config)
     for layer in layers:
-        for name, sae in variant.make_saes(shape, args, generator).items():
+        for name, sae in variant.make_saes(model, layer, args, generator).items():
             saes[layer, name] = sae.to(device_of(model, layer))
     return saes
 
@@ -107,7 +107,7 @@ def read_vectors(model, windows, layers, variant):
     harvested, vectors = sta.harvest(model, windows, layers), {}
     for layer in layers:
         keys, values = harvested.pop((layer, "key")), harvested.pop((layer, "value"))
-        for name, x in variant.vectors(keys, values).items():
+        for name, x in variant.vectors(layer, keys, values).items():
             vectors[layer, name] = x
     return vectors
 
@@ -229,11 +229,13 @@ def save_trained(folder, model, saes, held_vectors, settings, name_of_model):
     for (layer, name), sae in saes.items():
         curve = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k, 2 * sae.k])
         point = {**curve[0], "dead": curve[-1]["dead"]}
+        largest_z = sae.encode(held_vectors[layer, name].float(), sae.k)[0].max() * sae.scale
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
               f"{100 * point['dead']:5.1f}%")
         save_sae(folder / f"layer{layer}.{name}", sae, {
             "model": name_of_model, "model_sha256": model_hash(model, [layer]), "layer": layer,
-            "kind": name, "held_out": point, "settings": settings})
+            "kind": name, "held_out": point, "largest_z": largest_z.item(),
+            "settings": settings})
 
 def main(argv=None, variant=KeysAndValues(), description=__doc__):
     args = parse_args(argv, description)

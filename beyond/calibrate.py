@@ -1,9 +1,10 @@
 """What the keys and values of a layer are like, and what an error in them costs the model.
 
     python -m beyond.calibrate                            # tiny: saes/tiny/calibration/
-    python -m beyond.calibrate --model DIR --text T --own 0.33
-    python -m beyond.additive --model DIR                 # codes that start from it
-    python evaluate.py --rows rivals                      # and quantisers that do
+    python -m beyond.additive                             # codes that start from it
+    python evaluate.py --rows rivals,additive             # and quantisers that do
+    python -m beyond.calibrate --model DIR --text T --tokens 1000000 --write mixed.txt
+    python -m beyond.calibrate --model DIR --text mixed.txt
 
 The keys (before RoPE) and the values of all heads of a token, side by side, are one vector x of
 P = 2 H D numbers. For each layer, from one text, this measures:
@@ -17,9 +18,10 @@ is plain squared error, of keys and of values, each weighted by the mean of G's 
 there because G comes from a finite text. Shares of G from 0.8 to 0.95 did best on other windows of
 the text. The idea is that of Fisher pruning [arXiv 1801.05787].
 
-Codes that are fitted on one kind of text do not carry over to another. So --own mixes text that the
-model writes into the given one: it is of all the kinds that the model was trained on [LLM-QAT,
-arXiv 2305.17888]. Non-goal: G across tokens or layers.
+Codes that are fitted on one kind of text do not carry over to another. So --write makes a text from
+the given one: of every third piece of it, the model keeps the beginning and writes the rest, and
+what a model writes is of the kinds that it was trained on [LLM-QAT, arXiv 2305.17888]. SAEs and all
+their rivals can then be fitted on the same file. Non-goal: G across tokens or layers.
 """
 import json
 import pathlib
@@ -38,7 +40,8 @@ from support.results import commit
 from support.text import read_text, text_name, token_windows
 
 FISHER = 0.9  # the share of G in the metric
-SAMPLES = 64  # windows that the model writes at once
+STEPS, STEP_TOKENS, RATE = 60, 512, 0.03  # in which a stretch is learned; of Adam, falling to 0
+SAMPLES, PROMPT = 64, 32  # windows that the model writes at once; tokens with which each begins
 
 # ------------------------------------------------------------------ what a layer is like
 def side_by_side(keys, values):
@@ -105,45 +108,102 @@ def principal_axes(covariance, metric):
     axes = axes.flip(1)
     return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
 
+# ------------------------------------------------------------------ a stretch per head
+class Stretched:
+    """A codec of one layer that lengthens what another one decodes, about a mean."""
+
+    def __init__(self, codec, means, factors):
+        """means (2, H, D) and factors (2, H), of keys and of values."""
+        self.codec, self.means, self.factors = codec, means, factors
+        if hasattr(codec, "roundtrip"):
+            self.roundtrip, self.bytes_per_token = self.stretched_roundtrip, codec.bytes_per_token
+
+    def encode(self, keys, values):
+        return self.codec.encode(keys, values)
+
+    def decode(self, stored):
+        return self.stretch(self.codec.decode(stored))
+
+    def stretched_roundtrip(self, keys, values, live):
+        return self.stretch(self.codec.roundtrip(keys, values, live))
+
+    def stretch(self, decoded):
+        return [mean + factor[:, None] * (x_hat - mean)
+                for x_hat, mean, factor in zip(decoded, self.means, self.factors)]
+
+def learn_stretch(model, codecs, windows, sink=1, per="head"):
+    """Windows (n, T) of training text -> {layer: {means (2, H, D), factors (2, H)}} for codecs
+    {layer: codec}. per: head (and kind), layer (and kind), model, or mean (head; its mean is
+    learned as well)."""
+    (H, D), layers = sta.kv_shape(model.get_decoder().config), sorted(codecs)
+    vectors = sta.harvest(model, windows[:max(1, 4096 // windows.shape[1])], layers, sink)
+    means = torch.stack([vectors[layer, kind].float().mean(0).cpu()
+                         for layer in layers for kind in sta.KINDS]).view(-1, 2, H, D)
+    shape = {"model": (1, 1, 1), "layer": (len(layers), 2, 1)}.get(per, (len(layers), 2, H))
+    factors = torch.ones(shape, requires_grad=True)
+    learned = [factors, means.requires_grad_()] if per == "mean" else [factors]
+    optimizer = torch.optim.Adam(learned)
+    for step, ids in enumerate(tqdm(windows.split(max(1, STEP_TOKENS // windows.shape[1]))[:STEPS],
+                                    desc="stretching", disable=None)):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / STEPS))
+        stretched = {layer: Stretched(codecs[layer], means_of.to(model.device),
+                                      factors_of.expand(2, H).to(model.device))
+                     for layer, means_of, factors_of in zip(layers, means, factors.expand(
+                         len(layers), -1, -1))}
+        ids = ids.to(model.device)
+        with torch.enable_grad(), sta.reconstruct(model, stretched, sink):
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V)
+            # summed, not averaged: coefficients in fp16 have a gradient in fp16
+            loss = F.cross_entropy(logits.flatten(0, 1).float(), ids[:, 1:].flatten(),
+                                   reduction="sum")
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    factors = factors.detach().expand(len(layers), 2, H)
+    return {layer: {"means": means[i].detach(), "factors": factors[i]}
+            for i, layer in enumerate(layers)}
+
 # ------------------------------------------------------------------ text that the model writes
 @torch.no_grad()
-def own_windows(model, tokenizer, n, length):
-    """Windows (n, length) that the model writes, by torch's global generator: BOS if it has one, a
-    token drawn from the whole vocabulary, and what the model makes of that at temperature 1."""
-    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
-    start = torch.tensor(start, dtype=torch.long)
-    known = range(min(len(tokenizer), tokenizer.n_known))
-    ordinary = torch.tensor(sorted(set(known) - set(tokenizer.all_special_ids)))
-    drawn, windows = ordinary[torch.randint(len(ordinary), (n,))], []
-    for first in tqdm(drawn.split(SAMPLES), desc="samples", disable=None):
-        ids = torch.cat([start.expand(len(first), -1), first[:, None]], 1)  # (B, 1 or 2)
-        ids, n_new = ids.to(model.device), length - ids.shape[1]
-        windows.append(model.generate(
+def continued(model, windows, share):
+    """Windows (n, T) of token ids -> (the same, but of a share of them, spread evenly, only the
+    first 32 tokens remain, and the model writes the others at temperature 1, by torch's global
+    generator; which they are, bool (n,))."""
+    windows, chosen = windows.clone(), torch.zeros(len(windows), dtype=torch.bool)
+    n_chosen = round(share * len(windows))
+    chosen[((torch.arange(n_chosen) + 0.5) * len(windows) / max(1, n_chosen)).long()] = True
+    n_new = windows.shape[1] - PROMPT
+    for part in tqdm(chosen.nonzero()[:, 0].split(SAMPLES), desc="samples", disable=None):
+        ids = windows[part, :PROMPT].to(model.device)
+        windows[part] = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
             top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=n_new,
-            min_new_tokens=n_new, pad_token_id=0).cpu())
-    return torch.cat(windows)
+            min_new_tokens=n_new, pad_token_id=0).cpu()
+    return windows, chosen
 
-def mix_in_own(windows, model, tokenizer, share):
-    """Windows (n, T) -> as many, of which the model wrote a share; each kind is spread evenly over
-    the whole."""
-    n_own = round(share * len(windows))
-    if n_own == 0:
-        return windows
-    both = windows[:len(windows) - n_own], own_windows(model, tokenizer, n_own, windows.shape[1])
-    places = [torch.arange(len(part)).add(0.5) / len(part) for part in both]
-    return torch.cat(both)[torch.cat(places).argsort(stable=True)]
+def write_mixture(path, model, tokenizer, windows, share):
+    """Write a text, given as windows (n, T) of token ids, of which the model continues a share."""
+    if windows.shape[1] <= PROMPT:
+        raise sta.UsageError(f"--seq-len {windows.shape[1]}: want more than the {PROMPT} tokens "
+                             "which the model continues")
+    windows, chosen = continued(model, windows, share)
+    texts = tokenizer.batch_decode(windows, skip_special_tokens=True,
+                                   clean_up_tokenization_spaces=False)
+    write_atomic(path, "".join(f"\n\n{text}\n\n" if own else text
+                               for text, own in zip(texts, chosen)))
+    print(f"{path}: {windows.numel():,} tokens in {len(windows)} pieces, of which the model "
+          f"continued {chosen.sum()}")
 
 # ------------------------------------------------------------------ fitted files
-def keep_settings(folder, settings, **late):
-    """Store the settings of a folder's files beside them, the commit that fitted the first, and
-    late, what became known after that. Raises UsageError at other ones there."""
+def keep_settings(folder, settings):
+    """Store the settings of a folder's files beside them, and the commit that fitted the first.
+    Raises UsageError at other ones there."""
     path, stored = folder / "settings.json", {"commit": commit()}
     if path.exists():
         with explain(f"{path}: corrupt; delete the folder"):
             stored = json.loads(path.read_text(encoding="utf-8"))
-        expect_same(folder, {**late, **stored}, {**settings, **late})
-    write_atomic(path, json.dumps({**stored, **settings, **late}, indent=1) + "\n")
+        expect_same(folder, stored, settings)
+    write_atomic(path, json.dumps({**stored, **settings}, indent=1) + "\n")
 
 def write_fitted(folder, model, layer, tensors):
     write_atomic(folder / f"layer{layer}.safetensors", safetensors.torch.save(
@@ -151,9 +211,10 @@ def write_fitted(folder, model, layer, tensors):
         {"model_sha256": model_hash(model, [layer])}))
 
 def read_fitted(folder, model, layer):
-    """The tensors of a layer in saes/<model>/<calibration or additive>, on the model's device."""
+    """The tensors of a layer in a folder that `write_fitted` wrote in, on the model's device."""
     path = folder / f"layer{layer}.safetensors"
-    command = {"calibration": "calibrate"}.get(folder.name, folder.name)
+    command = {"calibration": "calibrate", "additive": "additive"}.get(
+        folder.name, "variants --what stretch")
     with explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
         with safetensors.safe_open(path, "pt", device=str(model.device)) as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
@@ -171,7 +232,7 @@ def settings_of_fit(args, model, windows):
     return {"model_sha256": model_hash(model, layers),
             "text": text_name(args.text, "train", args.model), "text_sha256": sha256(windows),
             "tokens": windows.numel(), "seq_len": windows.shape[1], "seed": args.seed,
-            "own": args.own, "fisher": FISHER}
+            "fisher": FISHER}
 
 def main(argv=None):
     args = parse_args(
@@ -179,21 +240,22 @@ def main(argv=None):
         model=dict(default="tiny", help="short name, hub id or folder (default tiny)"),
         tokens=dict(type=int, least=2, help="of the text (default 122,880; tiny: 20,480)"),
         out=dict(default=pathlib.Path("saes"), help="(default saes)"),
-        own=dict(type=float, default=0.0, help="share that the model writes (default 0)"))
+        write=dict(type=pathlib.Path, help="write a text to this file, and measure nothing"),
+        own=dict(type=float, default=1 / 3, help="share of it that the model writes (default "
+                                                 "a third)"))
     if not 0 <= args.own < 1:
         raise sta.UsageError(f"--own {args.own}: want a share of at least 0, below 1")
-    check_out(args.out)
+    check_out(args.write.parent if args.write else args.out)
     model, tokenizer, layers = load_model(
         args.model, *pick_device(args.device, args.dtype), args.layer or "all")
     n_tokens = args.tokens or (20_480 if args.model == "tiny" else 122_880)
     windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
                             args.seq_len, 512, n_tokens, least=2)
+    if args.write:
+        torch.manual_seed(args.seed)
+        return write_mixture(args.write, model, tokenizer, windows, args.own)
     folder = args.out / slug(args.model) / "calibration"
-    settings = settings_of_fit(args, model, windows)
-    keep_settings(folder, settings)
-    torch.manual_seed(args.seed)
-    windows = mix_in_own(windows, model, tokenizer, args.own)
-    keep_settings(folder, settings, with_own_sha256=sha256(windows))
+    keep_settings(folder, settings_of_fit(args, model, windows))
     write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))
     for layer, (mean, covariance, G) in statistics(model, windows, layers, seed=args.seed).items():
         tensors = {"mean": mean, "covariance": covariance, "metric": metric(G)}

@@ -93,7 +93,12 @@ def test_cache_computes_what_the_hooks_do(family):
     model, inputs = small_model(family), padded(length=20)
     ids, mask = inputs.values()
     positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    codecs = dual(small_saes(model), 4, 6)
+    codecs, saes = dual(small_saes(model), 4, 6), small_saes(model)
+    for sae in saes.values():
+        sae.largest_z = 4.0
+    for row in variants.packed_rows(saes, [evaluate.Row("dual", codecs)]):
+        codecs = {0: codecs[0], 1: row.codecs[1]}  # one layer's in words
+    assert codecs[1].encode(*torch.ones(2, 1, 2, *sta.kv_shape(model.config)))[1].nbytes == 2 * 12 * 2
     with sta.reconstruct(model, codecs, sink=1):
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
     for step, keep in ((1, 0), (7, 0), (20, 0), (1, 5), (1, 100), (7, 9), (7, 100)):
@@ -224,9 +229,9 @@ def test_token_times_and_bytes(trained, tmp_path, capsys):
 # ---------------------------------------------------------------- calibrate.py
 @pytest.fixture(scope="session")
 def calibrated(tmp_path_factory):
-    """A folder with the calibration of tiny, on a text of which it wrote a quarter itself."""
+    """A folder with the calibration of tiny."""
     out = tmp_path_factory.mktemp("calibrated")
-    assert script(calibrate, "--tokens", 8704, "--own", 0.25, "--out", out) == 0
+    assert script(calibrate, "--tokens", 8704, "--out", out) == 0
     return out
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gpt_neox", "phi3"])
@@ -307,7 +312,7 @@ def test_calibration_is_of_the_text(calibrated, capsys):
     expected = 0.45 * G + 0.05 * torch.tensor([3.0, 3, 4, 4]).double().diag()
     torch.testing.assert_close(calibrate.metric(G), expected)
     assert np.linalg.eigvalsh(fitted["metric"]).min() > 0
-    assert script(calibrate, "--tokens", 4096, "--own", 0.25, "--out", calibrated) == 2
+    assert script(calibrate, "--tokens", 4096, "--out", calibrated) == 2
     assert_one_line(capsys.readouterr().err, "calibration was trained with text_sha256 = ")
 
 def test_covariance_of_a_small_spread_about_a_large_mean(monkeypatch):
@@ -319,20 +324,25 @@ def test_covariance_of_a_small_spread_about_a_large_mean(monkeypatch):
     shifted = calibrate.statistics(model, ids, [1])[1][1]
     torch.testing.assert_close(shifted, plain, atol=1e-3 * plain.max().item(), rtol=0.05)
 
-def test_the_models_own_text_stands_between_the_other(calibrated, capsys):
+def test_a_text_of_which_the_model_writes_a_share(tmp_path, capsys):
     model, tokenizer, _ = load_model("tiny")
-    windows = calibrate.safetensors.torch.load_file(
-        calibrated / "tiny" / "calibration" / "windows.safetensors")["ids"]
-    text = token_windows(read_text(None, "train", "tiny"), tokenizer, model, None, 256, 8704)
-    of_text = [any(torch.equal(window, other) for other in text) for window in windows]
-    assert len(windows) == 34 and sum(of_text) == 26 and not all(of_text[:6])
+    text = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 64, 256, 640)
     torch.manual_seed(0)
-    a, b = (calibrate.own_windows(model, tokenizer, 2, 32) for _ in range(2))
-    torch.manual_seed(0)
-    assert torch.equal(a, calibrate.own_windows(model, tokenizer, 2, 32)) and not torch.equal(a, b)
-    small, tokenizer.n_known = small_model("llama"), 128  # of fewer tokens than the tokenizer's
-    assert calibrate.own_windows(small, tokenizer, 200, 3).max() < 128
-    for bad, message in ((["--own", 1.5], "--own 1.5: want a share"),
+    windows, chosen = calibrate.continued(model, text, 0.3)
+    assert chosen.nonzero()[:, 0].tolist() == [1, 5, 8]
+    torch.testing.assert_close(windows[~chosen], text[~chosen])
+    torch.testing.assert_close(windows[:, :32], text[:, :32])
+    assert not any(torch.equal(a, b) for a, b in zip(windows[chosen], text[chosen]))
+    assert windows.max() < tokenizer.n_known
+    run = ["--tokens", 640, "--seq-len", 64, "--own", 0.3, "--write"]
+    for name in ("a.txt", "b.txt"):
+        assert script(calibrate, *run, tmp_path / name) == 0
+    assert "640 tokens in 10 pieces, of which the model continued 3" in capsys.readouterr().out
+    written = (tmp_path / "a.txt").read_text(encoding="utf-8")
+    assert written == (tmp_path / "b.txt").read_text(encoding="utf-8")
+    assert tokenizer.decode(text[0]) + "\n\n" + tokenizer.decode(windows[1]) in written
+    for bad, message in (([*run, tmp_path, "--own", 1.5], "--own 1.5: want a share"),
+                         ([*run, tmp_path / "c", "--seq-len", 32], "--seq-len 32: want more than"),
                          (["--seed", 2 ** 70], "--seed 11805.*: want 0 or more, up to 1,099,"),
                          (["--tokens", 1], "--tokens 1: want 2 or more")):
         assert script(calibrate, *bad) == 2
@@ -432,7 +442,7 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     for name, share in (("grouped 2 bits", 0.1875), ("rotated 2 bits", 0.125 + 2 / 256),
                         ("transform 12.5", 0.125), ("transform 25", 0.25)):
         assert rows[name]["bytes_share"] == pytest.approx(share, rel=0.01), name
-        assert rows[name]["settings"]["own"] == 0.25
+        assert rows[name]["settings"]["tokens"] == 8704
     assert rows["transform 12.5"]["ce"] < rows["rotated 2 bits"]["ce"]
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
     run[3] = calibrated / "tiny"  # the model's folder does, too; --layer says what is coded
@@ -450,6 +460,14 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
 
 # ---------------------------------------------------------------- variants.py
+def coefficients_of(target, atoms):
+    """Of least squares, without negative ones; then each, in turn, is given its best value."""
+    z = np.maximum(np.linalg.lstsq(atoms.T, target)[0], 0)
+    for j in range(len(z)):
+        z[j] = 0
+        z[j] = max(0, (target - z @ atoms) @ atoms[j] / (atoms[j] @ atoms[j]))
+    return z
+
 def test_search_against_least_squares():
     sae, x = small_sae().double(), vectors_of(5).double()
     atoms, (z, idx) = sae.W_dec.detach().numpy(), variants.pursue(sae, x, 4)
@@ -458,13 +476,14 @@ def test_search_against_least_squares():
                                                    z.flatten(0, 1), idx.flatten(0, 1)):
         picks = first.numpy()
         for _ in range(variants.ROUNDS):
-            best = np.linalg.lstsq(atoms[picks].T, target)[0]
+            best = coefficients_of(target, atoms[picks])
             gain = atoms @ (target - best @ atoms[picks])
             gain[picks] += best
-            picks = np.argsort(-np.abs(gain))[:4]
+            picks = np.argsort(-gain)[:4]
         assert chosen.tolist() == picks.tolist()
-        best = np.linalg.lstsq(atoms[picks].T, target)[0]
+        best = coefficients_of(target, atoms[picks])
         assert coefficients.tolist() == pytest.approx(best, abs=1e-4)
+        assert coefficients.min() >= 0
     codec = variants.Searched(small_sae(), small_sae(), sta.Budget(4, 4))
     keys_hat, _ = codec.decode(codec.encode(x.float(), x.float()))
     torch.testing.assert_close(keys_hat, sae.decode(z, idx).float(), atol=0.01, rtol=0)
@@ -480,10 +499,12 @@ def test_atoms_that_are_nearly_alike_do_not_overflow():
 
 @pytest.fixture(scope="session")
 def all_variants(trained, tmp_path_factory):
-    """The short run's folder, with the other variants beside it."""
+    """The short run's folder, with a stretch, and with the other variants beside it."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("variants") / "saes")
-    for what in ("layer", "splits", "l1"):
+    assert script(calibrate, "--tokens", 4096, "--layer", "1-2", "--out", out) == 0
+    for what in ("layer", "metric", "splits", "l1"):
         assert script(variants, "--what", what, *SHORT, "--out", out) == 0
+    assert script(variants, "--what", "stretch", "--saes", out) == 0
     return out
 
 def test_rows_of_the_variants(all_variants, tmp_path, capsys):
@@ -491,37 +512,114 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
                   "--limit", 4, "--rows", "variants", "--out", tmp_path) == 0
     result = read_json(tmp_path / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
-    assert list(rows)[7:] == ["searched", "layer SAE 48", *(
+    assert list(rows)[7:] == ["searched", *(
+        f"layer SAE{name}{ending}"
+        for name in ("", ", searched", ", metric", ", metric, searched", ", metric, shared, searched")
+        for ending in ("", ", packed")), *(
         f"{name}, trained for it{ending}" for name in ("uniform", "reverse")
-        for ending in ("", variants.SEARCHED)), "l1"]
+        for ending in ("", variants.SEARCHED)), "l1", "stretched", "packed", "searched, packed",
+        "stretched, packed"]
     assert rows["searched"]["settings"]["rounds"] == variants.ROUNDS
     assert rows["searched"]["fvu_val"] < rows["dual"]["fvu_val"]
-    assert rows["searched"]["bytes_share"] == rows["dual"]["bytes_share"] == rows["layer SAE 48"][
-        "bytes_share"]
+    assert rows["searched"]["bytes_per_token"] == rows["dual"]["bytes_per_token"] == rows[
+        "layer SAE"]["bytes_per_token"] == 4 * 1024 + 2 * 192
+    for name in ("packed", "searched, packed", "stretched, packed", "layer SAE, packed",
+                 "layer SAE, metric, shared, searched, packed"):
+        assert rows[name]["bytes_per_token"] == 4 * 1024 + 2 * 96, name
+        assert abs(rows[name]["ce"] - rows[name.replace(", packed", "").replace(
+            "packed", "dual")]["ce"]) < 0.02, name
     for name in ("fvu_key", "fvu_val"):
-        assert rows["layer SAE 48"][name] < rows["dual"][name]
-    assert {rows[name]["settings"]["n_latents"] for name in ("l1", "layer SAE 48")} == {64}
+        assert rows["layer SAE, searched"][name] < rows["layer SAE"][name] < rows["dual"][name]
+    assert {rows[name]["settings"]["n_latents"] for name in ("l1", "layer SAE")} == {64}
     assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--rows", "variants") == 2
     assert_one_line(capsys.readouterr().err, "--rows variants: needs SAEs")
     assert script(variants, *SHORT, "--k-val", 40, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "--n-latents 64: want 96 = n_kv_heads")
+    assert script(variants, *SHORT, "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "layer1.safetensors: missing .*beyond.calibrate")
 
-def test_one_sae_per_layer_weighs_keys_and_values_alike(tmp_path):
-    """It sees both in units of their spread; saved, it is the same function of x."""
-    keys, values = (scale * rows_of(800, 32, seed=seed).view(400, 2, 2, 16)[:, seed]
-                    for scale, seed in ((5.0, 0), (0.1, 1)))
-    x = variants.PerLayer().vectors(keys, values)["layer"]  # (400, 1, P)
-    sae = variants.LayerSAE(64, 80, 6, torch.Generator().manual_seed(0))
-    sae.centre(x)
-    parts = ((x - sae.b_dec) / sae.scale).view(400, 2, 32).square().mean((0, 2))
-    torch.testing.assert_close(parts, torch.ones(2))
-    expected = through(sae, x, 6)[:, 0]
-    save_sae(tmp_path, sae, {"model": "", "model_sha256": "", "settings": {"dtype": "float32"}})
-    codec = variants.LayerBudget(load_sae(tmp_path)[0], 6, (2, 16))
-    stored = codec.encode(keys, values)
-    assert sum(part[0].nbytes for part in stored) == 6 * 4
-    decoded = calibrate.side_by_side(*codec.decode(stored))
-    torch.testing.assert_close(decoded, expected, atol=0.05, rtol=0.01)
+@pytest.mark.parametrize("in_metric", [False, True])
+def test_one_sae_per_layer(in_metric, tmp_path):
+    """It sees lengths as the metric has them, or keys and values in units of their spread; what it
+    decodes comes back from there; and atoms go to the layers where they help."""
+    model, x = small_model("llama"), torch.randn(400, 2, 2, 16) * torch.tensor([5, 0.1])[:, None, None]
+    keys, values = x.unbind(1)
+    flat, root = calibrate.side_by_side(keys, values), torch.randn(64, 64)
+    fitted = {"mean": flat.mean(0), "covariance": flat.T.cov(correction=0),
+              "metric": root @ root.T + torch.eye(64)}
+    for layer in (0, 1):
+        calibrate.write_fitted(tmp_path / "m" / "calibration", model, layer, fitted)
+    variant = variants.PerLayer(in_metric)
+    args = argparse.Namespace(out=tmp_path / "layer", model="m", k_key=8, k_val=16, n_latents=80)
+    saes = {(layer, "layer"): variant.make_saes(model, layer, args, torch.Generator())["layer"]
+            for layer in (0, 1)}
+    sae, y = saes[0, "layer"], variant.vectors(0, keys, values)["layer"][:, 0]  # (400, P)
+    errors = torch.randn(10, 64)
+    lengths = (errors @ variant.spaces[0][1]).square().sum(-1)
+    expected = ((errors @ fitted["metric"]) * errors).sum(-1) if in_metric else (
+        errors[:, :32].square().sum(-1) / flat[:, :32].var(0, correction=0).mean()
+        + errors[:, 32:].square().sum(-1) / flat[:, 32:].var(0, correction=0).mean())
+    torch.testing.assert_close(lengths, expected, rtol=1e-3, atol=1e-3)
+    for encode in (sta.TopKSAE.encode, variants.pursue):
+        codec = variants.LayerBudget(sae, 48, (2, 16), variant.spaces[0], encode)
+        stored = codec.encode(keys, values)
+        assert sum(part[0].nbytes for part in stored) == 48 * 4
+        decoded = (calibrate.side_by_side(*codec.decode(stored)) - flat.mean(0)) @ variant.spaces[0][1]
+        torch.testing.assert_close(decoded, sae.decode(*encode(sae, y[:, None], 48))[:, 0],
+                                   atol=0.05, rtol=0.01)
+    vectors = {(layer, kind): x for layer in (0, 1) for kind, x in zip(sta.KINDS, (keys, values))}
+    vectors[1, "key"], vectors[1, "value"] = (fitted["mean"].view(2, 2, 16)[i].expand(400, 2, 16)
+                                              for i in (0, 1))
+    assert variants.share_atoms(saes, variant.spaces, vectors, 20) == {0: 16, 1: 4}
+
+def test_words_of_sixteen_bits():
+    """Against a loop: the nearest of 63 levels, eight octaves; and bytes come back bit by bit."""
+    sae, other, x = small_sae(), small_sae(seed=1), vectors_of(50).view(10, 5, 2, 16)
+    sae.largest_z, other.largest_z = 2.0, 9.0
+    plain = sta.DualBudget(sae, other, sta.Budget(4, 8))
+    codec, stored = variants.Packed(plain, sae, other), plain.encode(x, x)
+    words = codec.encode(x, x)
+    assert [part.shape[-1] for part in words] == [8, 16] and words[0].dtype == torch.int16
+    levels = [0.0] + [2.0 * 2 ** ((level - 63) * 8 / 63) for level in range(1, 64)]
+    for z, idx, word in zip(stored[0].flatten().tolist(), stored[1].flatten().tolist(),
+                            words[0].flatten().tolist()):
+        index, level = divmod(word & 0xFFFF, 64)
+        nearest = round(63 + math.log2(z / 2) * 63 / 8) if z > 0 else 0
+        assert index == idx and level == min(63, max(0, nearest))
+        assert z > 2 or z < levels[1] or levels[level] == pytest.approx(z, rel=0.046)
+    assert max(idx.max() for idx in stored[1::2]) > 30
+    every = torch.arange(-1 << 15, 1 << 15).short()
+    every = every[(every.int() & 63 > 0) | (every.int() >> 6 == 3)]
+    z, idx = variants.from_words(every, 0.37)
+    assert idx.min() == 0 and idx.max() == 1023 and z.max() == pytest.approx(0.37)
+    assert torch.equal(variants.to_words(z, idx, 0.37), every)
+    with pytest.raises(sta.UsageError, match="n_latents = 1025: 10 bits name at most 1,024"):
+        many = small_sae(n_latents=1025)
+        many.largest_z = 1.0
+        variants.Packed(plain, many)
+
+def test_a_stretch_finds_what_was_shrunk(trained, tmp_path):
+    """A codec that keeps 0.8 of each key and 0.5 of each value, about the mean, is stretched back;
+    so are codes that are found by search, and codes through which the gradient flows."""
+    model, tokenizer, layers = load_model("tiny")
+    windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 512, 16_384)
+    vectors = sta.harvest(model, windows[:16], layers)
+    def shrink(layer):
+        means = [vectors[layer, kind].mean(0) for kind in sta.KINDS]
+        codec = across(lambda keys, values, live: (
+            means[0] + 0.8 * (keys - means[0]), means[1] + 0.5 * (values - means[1])))
+        codec.bytes_per_token = 7
+        return codec
+    codecs = {layer: shrink(layer) for layer in layers[1:]}
+    learned = calibrate.learn_stretch(model, codecs, windows)
+    for layer, x in learned.items():
+        assert x["means"][1] == pytest.approx(vectors[layer, "value"].mean(0), abs=1e-4)
+        assert x["factors"][1].tolist() == pytest.approx([2, 2], abs=0.3)
+    for per, n in (("model", 1), ("layer", 10), ("head", 20), ("mean", 20)):
+        some = calibrate.learn_stretch(model, codecs, windows[:4], per=per)
+        assert len({round(f, 6) for x in some.values() for f in x["factors"].flatten().tolist()}) == n
+        assert (some[3]["means"][1] - sta.harvest(model, windows[:4], [3])[3, "value"].mean(0)
+                ).abs().max().lt(1e-4) == (per != "mean")
 
 def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     sae, x = small_sae(k=4, kind=variants.L1SAE), vectors_of(256)
@@ -541,7 +639,7 @@ def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     torch.testing.assert_close(codec.decode(stored)[1], expected, atol=0.01, rtol=0)
 
 @pytest.mark.parametrize("make_codec", [
-    lambda sae: variants.LayerBudget(sae, 2, (1, 4)), lambda sae: variants.ReluCode(sae, sae),
+    lambda sae: variants.LayerBudget(sae, 2, (1, 4), (torch.zeros(8), torch.eye(8))), lambda sae: variants.ReluCode(sae, sae),
     lambda sae: variants.Searched(sae, sae, sta.Budget(1, 1))])
 def test_dictionaries_that_int16_cannot_index(make_codec):
     x = torch.zeros(3, 1, 4)

@@ -1,6 +1,7 @@
-"""Other ways to choose atoms or to train them: search, one SAE per layer, other splits, L1.
+"""Other ways to choose atoms, to store them, or to train them.
 
-    python evaluate.py --rows variants                 # search, and the others that are trained
+    python evaluate.py --rows variants                 # search, words, and what is trained below
+    python -m beyond.variants --what stretch           # tiny: saes/tiny/stretch/dual/
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
     python -m beyond.variants --what splits            # tiny: saes/splits/tiny/
     python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
@@ -8,8 +9,14 @@
 search     The encoder's one pass only guesses which atoms to use. Hard thresholding pursuit
            [Foucart 2011] solves for the coefficients of the chosen atoms by least squares, looks
            for atoms in line with what is left, keeps the k best of all, and repeats this ROUNDS
-           times. The dictionary, the bytes and the decoder are those of the dual budget.
-           Coefficients may be negative, and the first j atoms are not the code at budget j.
+           times. The dictionary, the bytes and the decoder are those of the dual budget. The first
+           j atoms are not the code at budget j.
+packed     Each atom of a code takes one 16-bit word in place of two: 10 bits of index, 6 of a
+           coefficient's level on a logarithmic scale.
+stretch    Least squares shrinks: what the atoms miss is missing from the length as well. One factor
+           per head and kind lengthens x_hat - mean. It is learned on the model's own loss with all
+           layers coded and everything else frozen, in STEPS steps of 512 tokens of training text.
+           `--row` and `--rows` learn it for another row of evaluate.py's table.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs.
@@ -22,30 +29,40 @@ l1         A ReLU autoencoder with an L1 penalty, whose weight is adapted until 
 Non-goal: search among the atoms of a layer's SAE.
 """
 import argparse
+import dataclasses
+import functools
 import math
 import pathlib
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import evaluate
 import sta
 import train_sae
-from beyond import coded_layers, fitted_folder
-from beyond.calibrate import apart, side_by_side
-from support.files import load_saes, run_main
+from beyond import coded_layers, fitted_folder, parse_args
+from beyond.additive import share_out
+from beyond.calibrate import (RATE, STEP_TOKENS, STEPS, Stretched, apart, keep_settings,
+                              learn_stretch, read_fitted, read_settings, side_by_side, write_fitted)
+from support.files import expect_same, load_saes, run_main, sha256
+from support.results import load_run
+from support.text import read_text, text_name, token_windows
 
 ROUNDS = 2  # of pursuit: each gains less than the one before
-SEARCHED = ", searched"  # ends the names of rows whose atoms are found by search
+LEVELS, OCTAVES = 63, 8  # of a packed coefficient above 0: the levels, and how far they reach
+PURSUED = 1 << 23  # numbers in the atoms that are solved for at once
+SEARCHED, STRETCHED, PACKED = ", searched", ", stretched", ", packed"  # end the names of rows
 
 # ------------------------------------------------------------------ search
 @torch.no_grad()
 def pursue(sae, x, k):
     """TopKSAE.encode by hard thresholding pursuit, which starts from the encoder's atoms:
-    x (..., H, D) -> z (..., H, k), signed, and idx (..., H, k)."""
+    x (..., H, D) -> z (..., H, k) >= 0 and idx (..., H, k)."""
     _, idx = sae.encode(x, k)
     target = ((x - sae.b_dec) / sae.scale).flatten(0, -2)  # (N, D)
-    parts = zip(target.split(4096), idx.flatten(0, -2).split(4096))
+    size = max(1, PURSUED // (k * x.shape[-1]))
+    parts = zip(target.split(size), idx.flatten(0, -2).split(size))
     codes = [pursue_rows(rows, start, sae.W_dec) for rows, start in parts]
     return tuple(torch.cat(part).view(idx.shape) for part in zip(*codes))
 
@@ -55,15 +72,20 @@ def pursue_rows(target, idx, atoms):
         z = solve(target, atoms[idx])
         left = target - F.embedding_bag(idx, atoms, per_sample_weights=z, mode="sum")
         gain = (left @ atoms.T).scatter_add_(1, idx, z)  # (N, M): what each atom would carry
-        idx = gain.abs_().topk(k=idx.shape[1]).indices
+        idx = gain.topk(k=idx.shape[1]).indices
     return solve(target, atoms[idx]), idx
 
 def solve(target, chosen):
-    """The coefficients (N, k) with which atoms chosen (N, k, D) come closest to target (N, D)."""
+    """Coefficients (N, k) >= 0 with which atoms chosen (N, k, D) come close to target (N, D): those
+    of least squares, negative ones set to 0, and each then adjusted once to all others."""
     gram = chosen @ chosen.mT + 1e-6 * torch.eye(chosen.shape[1], device=target.device)
-    z = torch.linalg.solve(gram, chosen @ target[..., None])[..., 0]
+    wanted = (chosen @ target[..., None])[..., 0]  # (N, k)
     # atoms that are nearly alike may get large coefficients that cancel; fp16 ends at 65,504
-    return z.clamp(-65_504, 65_504)
+    z = torch.linalg.solve(gram, wanted).clamp(0, 65_504)
+    for j in range(z.shape[1]):
+        change = (wanted[:, j] - (gram[:, j] * z).sum(-1)) / gram[:, j, j]
+        z[:, j] = (z[:, j] + change).clamp(0, 65_504)
+    return z
 
 class Searched(sta.DualBudget):
     """The dual budget with searched codes; decoding is the same."""
@@ -78,66 +100,184 @@ def search(codecs):
     return {layer: Searched(codec.key_sae, codec.value_sae, codec.budget)
             for layer, codec in codecs.items()}
 
+# ------------------------------------------------------------------ one word per atom
+class Packed:
+    """A codec of one layer: the code of another, a 16-bit word per atom. The upper 10 bits are the
+    index. The lower 6 are the coefficient's level: 0 for none, else the nearest of 63 on a
+    logarithmic scale, whose highest is the largest that the SAE showed in training."""
+
+    def __init__(self, codec, *saes):
+        """saes: those of the pairs of coefficients and indices that codec.encode returns. Raises
+        UsageError if one has too many latents."""
+        self.codec, self.largest = codec, [sae.largest_z for sae in saes]
+        for sae in saes:
+            if sae.n_latents > 1 << 10:
+                raise sta.UsageError(f"n_latents = {sae.n_latents}: 10 bits name at most 1,024")
+
+    def encode(self, keys, values):
+        """-> words, int16, of the same shapes as the codec's indices."""
+        stored = self.codec.encode(keys, values)
+        pairs = zip(stored[::2], stored[1::2])
+        return tuple(to_words(*pair, most) for pair, most in zip(pairs, self.largest))
+
+    def decode(self, stored):
+        pairs = [from_words(words, most) for words, most in zip(stored, self.largest)]
+        return self.codec.decode([part for pair in pairs for part in pair])
+
+def to_words(z, idx, most):
+    """Coefficients and indices, (..., n) each -> words, int16 (..., n). most: the highest level."""
+    level = LEVELS + LEVELS / OCTAVES * (z.float() / most).log2()  # -infinite where z = 0
+    return (idx.int() << 6 | level.round().clamp(0, LEVELS).int()).short()
+
+def from_words(words, most):
+    level = words.int() & LEVELS
+    z = most * torch.exp2((level - LEVELS) * OCTAVES / LEVELS)
+    return z * (level > 0), words.int() >> 6 & 1023
+
+def packed_rows(saes, rows):
+    """[Row]: those of the rows whose code is that of the dual budget, in words."""
+    if not saes or max(sae.n_latents for sae in saes.values()) > 1 << 10:
+        return []
+    new_rows = []
+    for row in rows:
+        if row.name in ("dual", "searched", "stretched"):
+            codecs = {layer: Packed(codec, saes[layer, "key"], saes[layer, "value"])
+                      for layer, codec in row.codecs.items()}
+            name = row.name + PACKED if row.name != "dual" else "packed"
+            new_rows.append(dataclasses.replace(row, name=name, method=name, codecs=codecs))
+    return new_rows
+
+# ------------------------------------------------------------------ a stretch per head
+def stretched_rows(model, folder, rows):
+    """[Row]: those of the rows for which factors lie in saes/<model>, stretched. Raises UsageError
+    if they were learned for other SAEs."""
+    by_name, new_rows = {row.name: row for row in rows}, []
+    for path in sorted((folder / "stretch").glob("*")):
+        settings = read_settings(path)
+        row = by_name.get(settings["of"])
+        if row:
+            fit = settings.pop("fit")
+            expect_same(path, fit or {}, row.settings or {})
+            learned = {layer: read_fitted(path, model, layer) for layer in row.codecs}
+            codecs = {layer: Stretched(codec, **learned[layer])
+                      for layer, codec in row.codecs.items()}
+            name = path.name.replace("dual", "stretched") if row.name == "dual" else (
+                path.name + STRETCHED)
+            once_bytes = row.once_bytes + sum(
+                x.nbytes for tensors in learned.values() for x in tensors.values())
+            new_rows.append(dataclasses.replace(
+                row, name=name, method=name, codecs=codecs, once_bytes=once_bytes,
+                settings={**(row.settings or {}), "stretch": settings}))
+    return new_rows
+
+def stretch(argv):
+    """`--what stretch`."""
+    args = parse_args(
+        __doc__, argv, "model saes layer text seq-len k-key k-val sink device dtype",
+        rows=dict(default="", help="files of beyond/ that add rows, such as rivals"),
+        row=dict(default="dual", help="the row that is stretched (default dual)"),
+        per=dict(default="head", choices=["head", "layer", "model", "mean"], help="a factor per "
+                 "head, layer or model, or per head, with its mean learned, too (default head)"))
+    args.out = args.saes
+    run = load_run(args, needs_saes=not args.rows)
+    rows = {row.name: row for row in evaluate.more_rows(
+        evaluate.paper_rows(run.saes, sta.kv_shape(run.model.get_decoder().config), args.k_key,
+                            args.k_val, run.settings), run.model, run.tokenizer, run.saes, args)}
+    if args.row not in rows or not rows[args.row].codecs:
+        raise sta.UsageError(f"--row {args.row}: want one of {', '.join(list(rows)[1:])}")
+    windows = token_windows(read_text(args.text, "train", run.name), run.tokenizer, run.model,
+                            args.seq_len, 512, STEPS * STEP_TOKENS)
+    folder = fitted_folder(args.saes, run.name) / "stretch" / (
+        args.row + f" per {args.per}" * (args.per != "head"))
+    keep_settings(folder, {
+        "of": args.row, "per": args.per, "fit": rows[args.row].settings,
+        "text": text_name(args.text, "train", run.name), "text_sha256": sha256(windows),
+        "tokens": windows.numel(), "seq_len": windows.shape[1], "steps": STEPS, "rate": RATE})
+    learned = learn_stretch(run.model, rows[args.row].codecs, windows, args.sink, args.per)
+    for layer, tensors in learned.items():
+        write_fitted(folder, run.model, layer, tensors)
+        factors = [" ".join(f"{x:.3f}" for x in of_kind) for of_kind in tensors["factors"]]
+        print(f"layer {layer:3}: keys {factors[0]}, values {factors[1]}")
+    print(f"wrote {folder}")
+
 # ------------------------------------------------------------------ one SAE per layer
-class LayerSAE(sta.TopKSAE):
-    """A TopKSAE of one vector per token: keys and values of all heads, each kind in units of its
-    spread."""
-
-    def __init__(self, dim, n_latents, k, generator=None):
-        super().__init__(1, dim, n_latents, k, generator)
-        self.scale = torch.ones(dim)
-
-    @torch.no_grad()
-    def centre(self, x):
-        """Set b_dec and scale (P,) to those of vectors x (tokens, 1, P)."""
-        self.b_dec.copy_(x.mean(0))
-        variances = (x - self.b_dec).square().mean((0, 1))  # (P,)
-        self.scale.copy_(torch.cat([part.mean().sqrt().expand_as(part)
-                                    for part in variances.chunk(2)]))
-
 class PerLayer:
-    """What train_sae.py trains for a layer: one LayerSAE."""
+    """What train_sae.py trains for a layer: one SAE of y = (x - mean) root, where x are the keys
+    and values of all heads of a token, side by side, and mean and root (P, P) are of the model's
+    calibration. root: each kind in units of its spread, or (in_metric) lengths as in its metric."""
 
-    def make_saes(self, shape, args, generator):
+    def __init__(self, in_metric):
+        self.in_metric, self.spaces = in_metric, {}  # {layer: (mean, root)}
+
+    def make_saes(self, model, layer, args, generator):
+        shape = sta.kv_shape(model.get_decoder().config)
         k = shape[0] * (args.k_key + args.k_val)
         if k > args.n_latents:
             raise sta.UsageError(f"--n-latents {args.n_latents}: want {k} = n_kv_heads (k_key + "
                                  "k_val) or more")
-        return {"layer": LayerSAE(2 * math.prod(shape), args.n_latents, k, generator)}
+        self.spaces[layer] = self.space(model, layer, fitted_folder(args.out.parent, args.model))
+        return {"layer": sta.TopKSAE(1, 2 * math.prod(shape), args.n_latents, k, generator)}
 
-    def vectors(self, keys, values):
-        return {"layer": side_by_side(keys, values)[:, None]}  # (tokens, 1, P)
+    def space(self, model, layer, folder):
+        """-> mean (P,), root (P, P)."""
+        fitted = read_fitted(folder / "calibration", model, layer)
+        if self.in_metric:
+            return fitted["mean"], torch.linalg.cholesky(fitted["metric"].double()).float()
+        spread = torch.cat([part.mean().sqrt().expand_as(part)
+                            for part in fitted["covariance"].diagonal().chunk(2)])
+        return fitted["mean"], (1 / spread).diag()
+
+    def vectors(self, layer, keys, values):
+        mean, root = self.spaces[layer]
+        return {"layer": ((side_by_side(keys, values) - mean) @ root)[:, None]}  # (tokens, 1, P)
 
 class LayerBudget:
     """A codec of one layer: k atoms of one SAE for the keys and values of all heads."""
 
-    def __init__(self, sae, k, shape):
-        """shape: (n_kv_heads, head_dim)."""
-        self.sae, self.k, self.shape = sae, k, shape
+    def __init__(self, sae, k, shape, space, encode=sta.TopKSAE.encode):
+        """shape: (n_kv_heads, head_dim); space: (mean, root), as PerLayer has it; encode: or
+        `pursue`. By one pass, mean and root could be a part of the SAE's weights."""
+        self.sae, self.k, self.shape, (self.mean, self.root) = sae, k, shape, space
+        self.inverse, self.encode_with = torch.linalg.inv(self.root), encode
 
     def encode(self, keys, values):
         """-> coefficients fp16 and indices int16, (..., k) each."""
-        z, idx = self.sae.encode(side_by_side(keys, values)[..., None, :], self.k)  # (..., 1, k)
-        return sta.pack(z, idx, self.sae.n_latents)
+        y = (side_by_side(keys, values) - self.mean) @ self.root  # (..., P)
+        return sta.pack(*self.encode_with(self.sae, y[..., None, :], self.k), self.sae.n_latents)
 
     def decode(self, stored):
-        z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]
-        return apart(self.sae.decode(z, idx)[..., 0, :], self.shape)
+        z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]  # (..., 1, k)
+        return apart(self.sae.decode(z, idx)[..., 0, :] @ self.inverse + self.mean, self.shape)
+
+def share_atoms(saes, spaces, vectors, total):
+    """{layer: k}, `total` in all: 4 for each layer, and the others, in steps of 4, where they lower
+    the error in y most. vectors: {(layer, kind): (tokens, H, D)}."""
+    curves = {}
+    for layer, (mean, root) in spaces.items():
+        sae = saes[layer, "layer"]
+        x = side_by_side(*(vectors[layer, kind] for kind in sta.KINDS))
+        y = ((x - mean) @ root)[:, None]  # (tokens, 1, P)
+        z, idx = sae.encode(y, min(2 * sae.k, sae.n_latents) // 4 * 4)
+        curves[layer] = torch.stack([
+            (y - sae.decode(z[..., :k], idx[..., :k])).square().sum(-1).mean()
+            for k in range(4, idx.shape[-1] + 1, 4)])
+    counts = share_out(curves, total // 4 - len(spaces))
+    return {layer: 4 + 4 * counts[layer] for layer in spaces}
 
 # ------------------------------------------------------------------ other splits
 class Splits:
     """What train_sae.py trains for a layer: for each split but the dual one, an SAE of keys and one
     of values, named by kind and budget."""
 
-    def make_saes(self, shape, args, generator):
-        saes = {}
+    def make_saes(self, model, layer, args, generator):
+        shape, saes = sta.kv_shape(model.get_decoder().config), {}
         for budget in other_splits(args.k_key, args.k_val).values():
             for kind, k in zip(sta.KINDS, budget):
                 saes[f"{kind}{k}"] = sta.TopKSAE(*shape, args.n_latents, k, generator)
         self.names = list(saes)
         return saes
 
-    def vectors(self, keys, values):
+    def vectors(self, layer, keys, values):
         return {name: keys if name.startswith("key") else values for name in self.names}
 
 def other_splits(k_key, k_val):
@@ -167,7 +307,8 @@ class L1SAE(sta.TopKSAE):
 class L1(train_sae.KeysAndValues):
     """What train_sae.py trains for a layer: L1SAEs of keys and of values."""
 
-    def make_saes(self, shape, args, generator):
+    def make_saes(self, model, layer, args, generator):
+        shape = sta.kv_shape(model.get_decoder().config)
         return {"key": L1SAE(*shape, args.n_latents, args.k_key, generator),
                 "value": L1SAE(*shape, args.n_latents, args.k_val, generator)}
 
@@ -198,7 +339,8 @@ class ReluCode:
         return tuple(both)
 
 # ------------------------------------------------------------------ the rows, and the run
-VARIANTS = {"layer": PerLayer(), "splits": Splits(), "l1": L1()}
+VARIANTS = {"layer": PerLayer(in_metric=False), "metric": PerLayer(in_metric=True),
+            "splits": Splits(), "l1": L1()}
 
 def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
@@ -212,20 +354,40 @@ def settings_of(before):
     """Those with which the SAEs of the rows before were trained."""
     return next((row.settings for row in before if row.settings), None)
 
-def layer_rows(model, folder, layers, args):
-    shape = sta.kv_shape(model.get_decoder().config)
-    saes, metadata = load_saes(folder, model, layers, ["layer"])
-    codecs = {layer: LayerBudget(sae, sae.k, shape) for (layer, _), sae in saes.items()}
-    return [evaluate.Row(f"layer SAE {saes[layers[0], 'layer'].k}", codecs, method="layer SAE",
-                         once_bytes=evaluate.dictionary_bytes(saes, "layer"),
-                         settings=metadata["settings"])]
+def layer_rows(model, folder, layers, args, what="layer"):
+    """One SAE per layer, by one pass and searched, each also in words; in the metric, also with
+    another k per layer."""
+    shape, name = sta.kv_shape(model.get_decoder().config), "layer SAE" + ", metric" * (
+        what == "metric")
+    saes, metadata = load_saes(beside(folder, what), model, layers, ["layer"])
+    spaces = {layer: VARIANTS[what].space(model, layer, folder) for layer in layers}
+    same_k, new_rows = {layer: saes[layer, "layer"].k for layer in layers}, []
+
+    def add(name, ks, encode, settings):
+        codecs = {layer: LayerBudget(saes[layer, "layer"], ks[layer], shape, spaces[layer], encode)
+                  for layer in layers}
+        packed = {layer: Packed(codec, codec.sae) for layer, codec in codecs.items()
+                  if codec.sae.n_latents <= 1 << 10}
+        once_bytes = evaluate.dictionary_bytes(saes, "layer")
+        for name, codecs in ((name, codecs), (name + PACKED, packed)):
+            new_rows.append(evaluate.Row(name, codecs, once_bytes=once_bytes, settings=settings))
+
+    by_search = searched(metadata["settings"])
+    add(name, same_k, sta.TopKSAE.encode, metadata["settings"])
+    add(name + SEARCHED, same_k, pursue, by_search)
+    if what == "metric":
+        ids = load_file(folder / "calibration" / "windows.safetensors")["ids"]
+        vectors = sta.harvest(model, ids[:max(1, 4096 // ids.shape[1])], layers)
+        shared = share_atoms(saes, spaces, vectors, sum(same_k.values()))
+        add(f"{name}, shared{SEARCHED}", shared, pursue, by_search)
+    return [row for row in new_rows if row.codecs]
 
 def split_rows(model, folder, layers, args):
     """Uniform and reverse, by SAEs trained for them, by one pass and searched."""
     new_rows = []
     for name, budget in other_splits(args.k_key, args.k_val).items():
         kinds = {f"{kind}{k}": kind for kind, k in zip(sta.KINDS, budget)}
-        loaded, metadata = load_saes(folder, model, layers, list(kinds))
+        loaded, metadata = load_saes(beside(folder, "splits"), model, layers, list(kinds))
         saes = {(layer, kinds[sae_name]): sae for (layer, sae_name), sae in loaded.items()}
         codecs, settings = evaluate.dual_codecs(saes, *budget), metadata["settings"]
         once_bytes = evaluate.dictionary_bytes(saes, *sta.KINDS)
@@ -236,7 +398,7 @@ def split_rows(model, folder, layers, args):
     return new_rows
 
 def l1_rows(model, folder, layers, args):
-    saes, metadata = load_saes(folder, model, layers)
+    saes, metadata = load_saes(beside(folder, "l1"), model, layers)
     codecs = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"]) for layer in layers}
     return [evaluate.Row("l1", codecs, settings=metadata["settings"],
                          once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS))]
@@ -245,18 +407,19 @@ def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], of search and of the variants that were trained."""
     folder, new_rows = fitted_folder(args.saes, args.model), []
     layers = coded_layers(model, saes, args)
-    if saes:
-        codecs = search(evaluate.dual_codecs(saes, args.k_key, args.k_val))
-        new_rows.append(evaluate.Row(
-            "searched", codecs, (args.k_key, args.k_val), settings=searched(settings_of(before)),
-            once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS)))
+    for row in [row for row in before if row.name == "dual"]:
+        new_rows.append(dataclasses.replace(
+            row, name="searched", method="searched", codecs=search(row.codecs),
+            settings=searched(row.settings), with_tasks=True))
     uniform_key = evaluate.splits(args.k_key, args.k_val)["uniform"][0]
-    for what, sae_name, rows_of in (("layer", "layer", layer_rows),
-                                    ("splits", f"key{uniform_key}", split_rows),
-                                    ("l1", "key", l1_rows)):
-        trained = beside(folder, what)
-        if (trained / f"layer{layers[0]}.{sae_name}").exists():
-            new_rows += rows_of(model, trained, layers, args)
+    for what, sae_name, rows_of in (
+            ("layer", "layer", layer_rows),
+            ("metric", "layer", functools.partial(layer_rows, what="metric")),
+            ("splits", f"key{uniform_key}", split_rows), ("l1", "key", l1_rows)):
+        if (beside(folder, what) / f"layer{layers[0]}.{sae_name}").exists():
+            new_rows += rows_of(model, folder, layers, args)
+    new_rows += stretched_rows(model, folder, [*before, *new_rows])
+    new_rows += packed_rows(saes, [*before, *new_rows])
     if not new_rows:
         raise sta.UsageError("--rows variants: needs SAEs; first run: python train_sae.py")
     return new_rows
@@ -264,10 +427,15 @@ def rows(model, tokenizer, saes, args, before):
 def main(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="All other options are those of train_sae.py: see python train_sae.py -h")
-    parser.add_argument("--what", choices=VARIANTS, default="layer", help="(default layer)")
+        epilog="All other options are those of train_sae.py: see python train_sae.py -h; with "
+               "--what stretch, --model --saes --layer --text --seq-len --k-key --k-val --sink "
+               "--device --dtype of evaluate.py, --row, --rows and --per")
+    parser.add_argument("--what", choices=[*VARIANTS, "stretch"], default="layer",
+                        help="(default layer)")
     parser.add_argument("--out", type=pathlib.Path, default="saes", help="(default saes)")
     args, rest = parser.parse_known_args(argv)
+    if args.what == "stretch":
+        return stretch(rest)
     train_sae.main([*rest, "--out", str(args.out / args.what)], VARIANTS[args.what], __doc__)
 
 if __name__ == "__main__":

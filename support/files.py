@@ -97,11 +97,9 @@ def model_hash(model, layers):
 def save_sae(folder, sae, metadata):
     """cfg.json and sae_weights.safetensors in the layout of SAELens 6, for vectors less the mean of
     their head, which head_offsets.safetensors holds. The scale is folded into b_enc: ReLU is
-    homogeneous, so z in units of x and s = 1 give the same function. If there is a scale for each
-    number, what differs from their mean is folded into the weights."""
-    s = sae.scale.mean()
-    weights = {"W_enc": sae.W_enc / (sae.scale / s)[..., None], "b_enc": sae.b_enc * s,
-               "W_dec": sae.W_dec * (sae.scale / s), "b_dec": torch.zeros_like(sae.b_dec[0])}
+    homogeneous, so z in units of x and s = 1 give the same function."""
+    weights = {"W_enc": sae.W_enc, "b_enc": sae.b_enc * sae.scale, "W_dec": sae.W_dec,
+               "b_dec": torch.zeros_like(sae.b_dec[0])}
     cfg = {"architecture": "topk", "d_in": sae.b_dec.shape[1], "d_sae": sae.n_latents,
            "k": sae.k, "dtype": "float32", "device": "cpu", "apply_b_dec_to_input": True,
            "normalize_activations": "none", "metadata": {"sae_lens_version": "6.54.0", **metadata}}
@@ -122,6 +120,7 @@ def load_sae(folder):
         range(1, cfg["d_sae"] + 1).index(cfg["k"])  # raises ValueError at another k
         metadata = cfg["metadata"]
         metadata["model"], metadata["settings"]["dtype"], metadata["model_sha256"]  # must be there
+        sae.largest_z = metadata["largest_z"]  # in training, of held-out vectors
         return sae.requires_grad_(False), metadata
 
 def load_saes(folder, model, layers=None, names=sta.KINDS):

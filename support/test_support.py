@@ -260,7 +260,8 @@ def test_documents_of_the_hub(monkeypatch):
         list(read_text("owner/name", "train", "tiny"))
 
 # ---------------------------------------------------------------- files
-METADATA = {"model": "small", "model_sha256": "", "settings": {"dtype": "float32"}}
+METADATA = {"model": "small", "model_sha256": "", "settings": {"dtype": "float32"},
+            "largest_z": 3.5}
 
 def test_saved_sae_is_the_same_function(tmp_path):
     sae, x, folder = small_sae(), vectors_of(50), tmp_path / "layer0.key"
@@ -269,6 +270,7 @@ def test_saved_sae_is_the_same_function(tmp_path):
     torch.testing.assert_close(through(loaded, x, 8), through(sae, x, 8), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(loaded.encode(x, 8)[0], sae.encode(x, 8)[0] * sae.scale)  # folded
     assert loaded.scale == 1 and loaded.k == 8 and {k: metadata[k] for k in METADATA} == METADATA
+    assert loaded.largest_z == 3.5
     save_sae(folder, sae, {"model": "small", "marks": {}})  # as told models apart before
     with pytest.raises(sta.UsageError, match="or of an older version; train again"):
         load_sae(folder)
