@@ -99,6 +99,11 @@ def metric(G):
     plain = torch.cat([part.mean().expand_as(part) for part in G.diagonal().chunk(2)])
     return (FISHER * G + (1 - FISHER) * plain.diag()) / 2
 
+def plain_metric(covariance):
+    """The metric in which keys count in units of their spread, and so do values: (P, P)."""
+    parts = covariance.diagonal().chunk(2)
+    return torch.cat([1 / part.mean().expand_as(part) for part in parts]).diag()
+
 def principal_axes(covariance, metric):
     """-> (variances (P,), W (P, P), W^-1), float64: y = (x - mean) W has uncorrelated numbers of
     these variances, strongest first, and an error in y has the square length that the metric gives

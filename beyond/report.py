@@ -31,7 +31,8 @@ READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
 BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key", "rel_norm_key")  # what verdicts need
-METHODS = ("dual", "searched", "layer SAE", "grouped", "rotated", "transform", "additive")
+METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
+           "additive")
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
 MODELS = {"tiny": "tiny", "qwen": QWEN, "smollm2": SMOLLM2}
 OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}

@@ -13,7 +13,9 @@ rotated    the idea of TurboQuant [arXiv 2504.19874] at 1, 2 and 3 bits: a head'
 transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads of a token along
            their principal axes, in the metric of beyond/calibrate.py. Each axis of each layer gets
            0 to 8 bits, each bit where it saves most, and Lloyd-Max levels. KVTC's entropy coder,
-           which is left out, would save 4 to 6 % at 2 to 3 bits.
+           which is left out, would save 4 to 6 % at 2 to 3 bits. At the bytes of the dual budget in
+           words (beyond/variants.py) there are also its steps: axes per head, per layer, and in the
+           metric, with as many bytes in each layer.
 
 The last two are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
@@ -26,7 +28,8 @@ import torch.nn.functional as F
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import apart, principal_axes, read_fitted, read_settings, side_by_side
+from beyond.calibrate import (apart, plain_metric, principal_axes, read_fitted, read_settings,
+                              side_by_side)
 from support.files import run_main
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
@@ -157,6 +160,18 @@ class Transform:
     def decode(self, stored):
         return apart(self.levels.decode(stored[0]) @ self.inverse + self.mean, self.shape)
 
+STEPS = (", per head", ", per layer", ", metric", "")  # end the names of rows
+
+def axes_of(fitted, shape, step):
+    """What `principal_axes` returns of a layer, at a step."""
+    covariance, metric = fitted["covariance"], fitted["metric"]
+    if step in STEPS[:2]:
+        metric = plain_metric(covariance)
+    if step == STEPS[0]:
+        head = torch.arange(len(covariance), device=covariance.device) // shape[1]
+        covariance = covariance * (head[:, None] == head)
+    return principal_axes(covariance, metric)
+
 # ------------------------------------------------------------------ the rows
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
@@ -172,17 +187,20 @@ def rows(model, tokenizer, saes, args, before):
         codecs = {layer: Rotated(fitted[layer]["mean"], shape, bits) for layer in layers}
         new_rows.append(evaluate.Row(f"rotated {bits} bits", codecs, method="rotated",
                                  once_bytes=len(layers) * 8 * math.prod(shape)))
-    axes = {layer: principal_axes(fitted[layer]["covariance"], fitted[layer]["metric"])
-            for layer in layers}
-    variances = torch.stack([axes[layer][0] for layer in layers])  # (layers, P)
-    for share in SHARES:
-        bits = allocate(variances, int(share * 16 * variances.numel()))
-        codecs = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], layer_bits)
-                  for layer, layer_bits in zip(layers, bits)}
-        once = sum(x.nbytes for codec in codecs.values()
-                   for x in (codec.mean, codec.W, codec.inverse))
-        new_rows.append(evaluate.Row(f"transform {100 * share:g}", codecs, once_bytes=once,
-                                 method="transform"))
+    in_words = (args.k_key + args.k_val) / (2 * shape[1])  # share of the dual budget in words
+    for step in STEPS:
+        axes = {layer: axes_of(fitted[layer], shape, step) for layer in layers}
+        variances = torch.stack([axes[layer][0] for layer in layers])  # (layers, P)
+        for share in SHARES if step == "" else [in_words]:
+            n_bits = int(share * 16 * variances[0].numel())  # of a layer
+            bits = allocate(variances, n_bits * len(layers)) if step == "" else [
+                allocate(of_layer, n_bits) for of_layer in variances]
+            codecs = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], of_layer)
+                      for layer, of_layer in zip(layers, bits)}
+            once = sum(x.nbytes for codec in codecs.values()
+                       for x in (codec.mean, codec.W, codec.inverse))
+            name = f"transform {100 * share:g}{step}"
+            new_rows.append(evaluate.Row(name, codecs, once_bytes=once, method=f"transform{step}"))
     for row in new_rows:
         row.settings = settings
     return new_rows

@@ -44,7 +44,8 @@ import train_sae
 from beyond import coded_layers, fitted_folder, parse_args
 from beyond.additive import share_out
 from beyond.calibrate import (RATE, STEP_TOKENS, STEPS, Stretched, apart, keep_settings,
-                              learn_stretch, read_fitted, read_settings, side_by_side, write_fitted)
+                              learn_stretch, plain_metric, read_fitted, read_settings,
+                              side_by_side, write_fitted)
 from support.files import expect_same, load_saes, run_main, sha256
 from support.results import load_run
 from support.text import read_text, text_name, token_windows
@@ -144,7 +145,8 @@ def packed_rows(saes, rows):
             codecs = {layer: Packed(codec, saes[layer, "key"], saes[layer, "value"])
                       for layer, codec in row.codecs.items()}
             name = row.name + PACKED if row.name != "dual" else "packed"
-            new_rows.append(dataclasses.replace(row, name=name, method=name, codecs=codecs))
+            new_rows.append(dataclasses.replace(row, name=name, method=row.method or row.name,
+                                                codecs=codecs))
     return new_rows
 
 # ------------------------------------------------------------------ a stretch per head
@@ -221,11 +223,8 @@ class PerLayer:
     def space(self, model, layer, folder):
         """-> mean (P,), root (P, P)."""
         fitted = read_fitted(folder / "calibration", model, layer)
-        if self.in_metric:
-            return fitted["mean"], torch.linalg.cholesky(fitted["metric"].double()).float()
-        spread = torch.cat([part.mean().sqrt().expand_as(part)
-                            for part in fitted["covariance"].diagonal().chunk(2)])
-        return fitted["mean"], (1 / spread).diag()
+        metric = fitted["metric"] if self.in_metric else plain_metric(fitted["covariance"])
+        return fitted["mean"], torch.linalg.cholesky(metric.double()).float()
 
     def vectors(self, layer, keys, values):
         mean, root = self.spaces[layer]
@@ -369,8 +368,9 @@ def layer_rows(model, folder, layers, args, what="layer"):
         packed = {layer: Packed(codec, codec.sae) for layer, codec in codecs.items()
                   if codec.sae.n_latents <= 1 << 10}
         once_bytes = evaluate.dictionary_bytes(saes, "layer")
-        for name, codecs in ((name, codecs), (name + PACKED, packed)):
-            new_rows.append(evaluate.Row(name, codecs, once_bytes=once_bytes, settings=settings))
+        for ending, codecs in (("", codecs), (PACKED, packed)):
+            new_rows.append(evaluate.Row(name + ending, codecs, method=name, settings=settings,
+                                         once_bytes=once_bytes, with_tasks=False))
 
     by_search = searched(metadata["settings"])
     add(name, same_k, sta.TopKSAE.encode, metadata["settings"])
