@@ -438,7 +438,12 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     assert script(evaluate, *run) == 0
     result = read_json(tmp_path / "tiny.json")
     rows = {row["name"]: row for row in result["rows"]}
-    assert result["curves"] == {} and len(rows) == 1 + 2 + 3 + 2
+    steps = [f"transform 9.375{step}" for step in rivals.STEPS[:-1]]
+    assert list(rows)[6:] == [*steps, "transform 12.5", "transform 25"] and result["curves"] == {}
+    for name in steps:
+        assert rows[name]["bytes_share"] == pytest.approx(0.09375, rel=0.01)
+    assert rows[steps[0]]["fvu_val"] > 1.5 * rows[steps[1]]["fvu_val"]  # heads have much in common
+    assert rows[steps[2]]["ce"] < rows[steps[1]]["ce"] < rows[steps[0]]["ce"]
     for name, share in (("grouped 2 bits", 0.1875), ("rotated 2 bits", 0.125 + 2 / 256),
                         ("transform 12.5", 0.125), ("transform 25", 0.25)):
         assert rows[name]["bytes_share"] == pytest.approx(share, rel=0.01), name
