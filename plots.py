@@ -31,6 +31,7 @@ STYLE = {
     "uniform": ("Top-K, uniform", "#CC79A7", "^", "-"),
     "reverse": ("Top-K, reverse", "#CC79A7", "v", "-"),
     "searched": ("Top-K, searched", "#E69F00", "X", "-"),
+    "stretched": ("Top-K, stretched", "#0072B2", "d", "--"),
     "layer SAE": ("Top-K, one SAE per layer", "#882255", "p", "-."),
     "l1": ("L1", "#56B4E9", "h", "--"), "grouped": ("grouped", "black", "P", "-."),
     "rotated": ("rotated", "dimgrey", "<", "--"), "transform": ("transform", "#56B4E9", ">", ":"),

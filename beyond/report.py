@@ -272,6 +272,36 @@ def paired(lines):
                         *excess(b, a))
     return table("transform worse than additive, nats", cells)
 
+LADDER = {  # names of rows, of which each changes one thing; % stands for the share
+    "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
+    "searched, packed": "searched, not stretched",
+    "layer SAE, searched, packed": "one SAE for all heads of a layer",
+    "layer SAE, metric, searched, packed": "in the metric of the loss",
+    "layer SAE, metric, shared, searched, packed": "bytes shared between layers",
+    "additive %": "additive: no coefficients",
+    "transform %, per head": "transform: axes of each head", "transform %, per layer": "of a layer",
+    "transform %, metric": "in the metric of the loss ", "transform %": "bits shared between layers"}
+
+def ladder(lines, model, share):
+    """Ratio to dense perplexity of each step, and nats by which it is better than the step before,
+    paired over windows and seeds, with its standard error over windows."""
+    rows, cells, before = longest(pick(lines, kind="row", model=model)), {}, {}
+    for name, label in LADDER.items():
+        if name == "transform %, per head":
+            before = {}
+        for text in ("valid", "prose", "code"):
+            here = [row for row in pick(rows, name=name.replace("%", share)) if stem(row) == text]
+            gains = [excess(a, b) for a in before.get(text, []) for b in here
+                     if seed_of(a) == seed_of(b)]
+            if here:
+                before[text] = here
+                cells[label, "of bf16"] = percent(here[0]["bytes_share"])
+                cells[label, text] = cell(here)
+            if gains:
+                cells[label, f"{text}: better by, nats"] = "{:+.4f} ± {:.4f}".format(
+                    *map(statistics.mean, zip(*gains)))
+    return table("step", cells)
+
 def token_times(lines):
     """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
     return table("cache", {
@@ -352,7 +382,9 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "pee
           "next tokens": next_tokens,
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
-             for name, table_of in (("by share", by_share), ("one layer", one_layer))}}
+             for name, table_of in (("by share", by_share), ("one layer", one_layer))},
+          "tiny ladder": functools.partial(ladder, model="tiny", share="9.375"),
+          "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
 ROWS = {"dual": 8, "searched": 8, "reverse": 16, "sink 0": 8, "layer 3 alone": 8, "k 1": 1,

@@ -536,6 +536,12 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     for name in ("fvu_key", "fvu_val"):
         assert rows["layer SAE, searched"][name] < rows["layer SAE"][name] < rows["dual"][name]
     assert {rows[name]["settings"]["n_latents"] for name in ("l1", "layer SAE")} == {64}
+    assert rows["stretched"]["settings"]["stretch"]["text"] == "tiny/train.txt"
+    run = ["--saes", all_variants, "--model", "tiny"]
+    assert script(evaluate, *run, "--k-key", 4, "--rows", "variants", "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, r"stretch/dual was trained with budget = .8, 16")
+    assert script(variants, "--what", "stretch", *run, "--row", "dull") == 2
+    assert_one_line(capsys.readouterr().err, "--row dull: want one of means, keys, values, dual")
     assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--rows", "variants") == 2
     assert_one_line(capsys.readouterr().err, "--rows variants: needs SAEs")
     assert script(variants, *SHORT, "--k-val", 40, "--out", tmp_path) == 2
@@ -1397,7 +1403,7 @@ def test_the_readmes_show_what_the_file_says():
 
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
-           "variants": {"calibrate"}, "cache": set(), "atoms": set(), "depth": {"atoms"},
+           "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(), "depth": {"atoms"},
            "claims": {"variants", "depth"}, "s3": set(), "benchmark": set(),
            "report": {"claims", "variants"}}
 

@@ -19,14 +19,16 @@ stretch    Least squares shrinks: what the atoms miss is missing from the length
            `--row` and `--rows` learn it for another row of evaluate.py's table.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
-           shared out between keys and values as each token needs.
+           shared out between keys and values as each token needs. Like the next, it starts from
+           the mean and covariance of beyond/calibrate.py.
+metric     The same, but errors count as they cost the model: in the metric of beyond/calibrate.py.
+           *shared*: layers get as many atoms as help them, of as many in all.
 splits     SAEs trained for the other splits of the same bytes: as many atoms per key as per value,
            and the dual budget reversed. The controls of the dual budget, whose SAEs are trained
            for it.
 l1         A ReLU autoencoder with an L1 penalty, whose weight is adapted until k latents are active
            on average: the rival of the paper's first claim. It needs three times the tokens and
            four times the learning rate of the others (beyond/claims.py).
-Non-goal: search among the atoms of a layer's SAE.
 """
 import argparse
 import dataclasses
@@ -158,8 +160,7 @@ def stretched_rows(model, folder, rows):
         settings = read_settings(path)
         row = by_name.get(settings["of"])
         if row:
-            fit = settings.pop("fit")
-            expect_same(path, fit or {}, row.settings or {})
+            expect_same(path, settings.pop("fit"), fit_of(row))
             learned = {layer: read_fitted(path, model, layer) for layer in row.codecs}
             codecs = {layer: Stretched(codec, **learned[layer])
                       for layer, codec in row.codecs.items()}
@@ -171,6 +172,10 @@ def stretched_rows(model, folder, rows):
                 row, name=name, method=name, codecs=codecs, once_bytes=once_bytes,
                 settings={**(row.settings or {}), "stretch": settings}))
     return new_rows
+
+def fit_of(row):
+    """What factors are learned for."""
+    return {**(row.settings or {}), "budget": list(row.budget)}
 
 def stretch(argv):
     """`--what stretch`."""
@@ -192,7 +197,7 @@ def stretch(argv):
     folder = fitted_folder(args.saes, run.name) / "stretch" / (
         args.row + f" per {args.per}" * (args.per != "head"))
     keep_settings(folder, {
-        "of": args.row, "per": args.per, "fit": rows[args.row].settings,
+        "of": args.row, "per": args.per, "fit": fit_of(rows[args.row]),
         "text": text_name(args.text, "train", run.name), "text_sha256": sha256(windows),
         "tokens": windows.numel(), "seq_len": windows.shape[1], "steps": STEPS, "rate": RATE})
     learned = learn_stretch(run.model, rows[args.row].codecs, windows, args.sink, args.per)
