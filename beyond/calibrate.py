@@ -148,9 +148,9 @@ def learn_stretch(model, codecs, windows, sink=1, per="head"):
     factors = torch.ones(shape, requires_grad=True)
     learned = [factors, means.requires_grad_()] if per == "mean" else [factors]
     optimizer = torch.optim.Adam(learned)
-    for step, ids in enumerate(tqdm(windows.split(max(1, STEP_TOKENS // windows.shape[1]))[:STEPS],
-                                    desc="stretching", disable=None)):
-        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / STEPS))
+    batches = windows.split(max(1, STEP_TOKENS // windows.shape[1]))[:STEPS]
+    for step, ids in enumerate(tqdm(batches, desc="stretching", disable=None)):
+        optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / len(batches)))
         stretched = {layer: Stretched(codecs[layer], means_of.to(model.device),
                                       factors_of.expand(2, H).to(model.device))
                      for layer, means_of, factors_of in zip(layers, means, factors.expand(
@@ -164,6 +164,8 @@ def learn_stretch(model, codecs, windows, sink=1, per="head"):
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
+    if not factors.isfinite().all():
+        raise sta.UsageError("the loss is not finite; use --dtype float32 or bfloat16")
     factors = factors.detach().expand(len(layers), 2, H)
     return {layer: {"means": means[i].detach(), "factors": factors[i]}
             for i, layer in enumerate(layers)}
@@ -246,10 +248,9 @@ def main(argv=None):
         tokens=dict(type=int, least=2, help="of the text (default 122,880; tiny: 20,480)"),
         out=dict(default=pathlib.Path("saes"), help="(default saes)"),
         write=dict(type=pathlib.Path, help="write a text to this file, and measure nothing"),
-        own=dict(type=float, default=1 / 3, help="share of it that the model writes (default "
-                                                 "a third)"))
-    if not 0 <= args.own < 1:
-        raise sta.UsageError(f"--own {args.own}: want a share of at least 0, below 1")
+        own=dict(type=float, help="share of that text which the model writes (default a third)"))
+    if args.own is not None and not (args.write and 0 <= args.own < 1):
+        raise sta.UsageError(f"--own {args.own}: want a share of at least 0, below 1, and --write")
     check_out(args.write.parent if args.write else args.out)
     model, tokenizer, layers = load_model(
         args.model, *pick_device(args.device, args.dtype), args.layer or "all")
@@ -258,7 +259,8 @@ def main(argv=None):
                             args.seq_len, 512, n_tokens, least=2)
     if args.write:
         torch.manual_seed(args.seed)
-        return write_mixture(args.write, model, tokenizer, windows, args.own)
+        share = 1 / 3 if args.own is None else args.own
+        return write_mixture(args.write, model, tokenizer, windows, share)
     folder = args.out / slug(args.model) / "calibration"
     keep_settings(folder, settings_of_fit(args, model, windows))
     write_atomic(folder / "windows.safetensors", safetensors.torch.save({"ids": windows}))

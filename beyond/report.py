@@ -183,14 +183,17 @@ def table(corner, cells):
     return [heading, "|---" * len(lines[0]) + "|", *others]
 
 # ------------------------------------------------------------------ the tables
-QUICK_START = ["dense", "means", "keys", "values", "dual", "uniform", "reverse", "searched"]
+QUICK_START = ["dense", "means", "keys", "values", "dual", "uniform", "reverse", "searched",
+               "packed", "searched, packed"]
 
 def quick_start(lines):
     """What the README's quick start prints for tiny, seed 0."""
     rows = {row["name"]: row for row in longest(pick(lines, kind="row", model="tiny"))
             if seed_of(row) in (None, 0)}
-    return ["```", evaluate.HEADER.format(name="row", width=8),
-            *(evaluate.format_row(rows[name], 8) for name in QUICK_START if name in rows), "```"]
+    width = max(map(len, QUICK_START))
+    return ["```", evaluate.HEADER.format(name="row", width=width),
+            *(evaluate.format_row(rows[name], width) for name in QUICK_START if name in rows),
+            "```"]
 
 def one_key(lines):
     """The code of a sentence's last key, as beyond/atoms.py has it."""
@@ -280,7 +283,7 @@ LADDER = {  # names of rows, of which each changes one thing; % stands for the s
     "layer SAE, metric, shared, searched, packed": "bytes shared between layers",
     "additive %": "additive: no coefficients",
     "transform %, per head": "transform: axes of each head", "transform %, per layer": "of a layer",
-    "transform %, metric": "in the metric of the loss ", "transform %": "bits shared between layers"}
+    "transform %, metric": "transform: in the metric", "transform %": "bits shared between layers"}
 
 def ladder(lines, model, share):
     """Ratio to dense perplexity of each step, and nats by which it is better than the step before,
@@ -364,21 +367,9 @@ def next_tokens(lines):
                                           digits)
     return table("", cells)
 
-def retrieval(lines):
-    """Recall of the right passage in 5 % of a context's tokens, by method and size of context."""
-    cells = {}
-    for line in pick(lines, kind="retrieval")[-1:]:
-        for row in line["retrieval"]:
-            words = row["what"].split(" by ")
-            if words[0] == "recall" and words[1].endswith(" at 5%"):
-                mean, stderr = row["mean"]
-                cells[words[1].removesuffix(" at 5%"), f"{row['passages']} passages"] = (
-                    f"{mean:.2f}" + (f" ± {stderr:.2f}" if stderr else ""))
-    return table("recall by", cells)
-
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "describable": describable, "one key": one_key,
-          "paired": paired, "retrieval": retrieval, "verdict inputs": verdict_inputs,
+          "paired": paired, "verdict inputs": verdict_inputs,
           "next tokens": next_tokens,
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()

@@ -96,9 +96,8 @@ def test_cache_computes_what_the_hooks_do(family):
     codecs, saes = dual(small_saes(model), 4, 6), small_saes(model)
     for sae in saes.values():
         sae.largest_z = 4.0
-    for row in variants.packed_rows(saes, [evaluate.Row("dual", codecs)]):
-        codecs = {0: codecs[0], 1: row.codecs[1]}  # one layer's in words
-    assert codecs[1].encode(*torch.ones(2, 1, 2, *sta.kv_shape(model.config)))[1].nbytes == 2 * 12 * 2
+    row, = variants.packed_rows(saes, [evaluate.Row("dual", codecs)])
+    codecs = {0: codecs[0], 1: row.codecs[1]}  # one layer's in words
     with sta.reconstruct(model, codecs, sink=1):
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
     for step, keep in ((1, 0), (7, 0), (20, 0), (1, 5), (1, 100), (7, 9), (7, 100)):
@@ -342,6 +341,7 @@ def test_a_text_of_which_the_model_writes_a_share(tmp_path, capsys):
     assert written == (tmp_path / "b.txt").read_text(encoding="utf-8")
     assert tokenizer.decode(text[0]) + "\n\n" + tokenizer.decode(windows[1]) in written
     for bad, message in (([*run, tmp_path, "--own", 1.5], "--own 1.5: want a share"),
+                         (["--own", 0.5], "--own 0.5: want .*, and --write"),
                          ([*run, tmp_path / "c", "--seq-len", 32], "--seq-len 32: want more than"),
                          (["--seed", 2 ** 70], "--seed 11805.*: want 0 or more, up to 1,099,"),
                          (["--tokens", 1], "--tokens 1: want 2 or more")):
@@ -519,8 +519,8 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     rows = {row["name"]: row for row in result["rows"]}
     assert list(rows)[7:] == ["searched", *(
         f"layer SAE{name}{ending}"
-        for name in ("", ", searched", ", metric", ", metric, searched", ", metric, shared, searched")
-        for ending in ("", ", packed")), *(
+        for name in ("", ", searched", ", metric", ", metric, searched",
+                     ", metric, shared, searched") for ending in ("", ", packed")), *(
         f"{name}, trained for it{ending}" for name in ("uniform", "reverse")
         for ending in ("", variants.SEARCHED)), "l1", "stretched", "packed", "searched, packed",
         "stretched, packed"]
@@ -553,8 +553,8 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
 def test_one_sae_per_layer(in_metric, tmp_path):
     """It sees lengths as the metric has them, or keys and values in units of their spread; what it
     decodes comes back from there; and atoms go to the layers where they help."""
-    model, x = small_model("llama"), torch.randn(400, 2, 2, 16) * torch.tensor([5, 0.1])[:, None, None]
-    keys, values = x.unbind(1)
+    model, (keys, values) = small_model("llama"), torch.randn(2, 400, 2, 16)
+    keys, values = 5 * keys, 0.1 * values
     flat, root = calibrate.side_by_side(keys, values), torch.randn(64, 64)
     fitted = {"mean": flat.mean(0), "covariance": flat.T.cov(correction=0),
               "metric": root @ root.T + torch.eye(64)}
@@ -575,8 +575,8 @@ def test_one_sae_per_layer(in_metric, tmp_path):
         codec = variants.LayerBudget(sae, 48, (2, 16), variant.spaces[0], encode)
         stored = codec.encode(keys, values)
         assert sum(part[0].nbytes for part in stored) == 48 * 4
-        decoded = (calibrate.side_by_side(*codec.decode(stored)) - flat.mean(0)) @ variant.spaces[0][1]
-        torch.testing.assert_close(decoded, sae.decode(*encode(sae, y[:, None], 48))[:, 0],
+        decoded = calibrate.side_by_side(*codec.decode(stored)) - flat.mean(0)
+        torch.testing.assert_close(decoded @ variant.spaces[0][1], sae.decode(*encode(sae, y[:, None], 48))[:, 0],
                                    atol=0.05, rtol=0.01)
     vectors = {(layer, kind): x for layer in (0, 1) for kind, x in zip(sta.KINDS, (keys, values))}
     vectors[1, "key"], vectors[1, "value"] = (fitted["mean"].view(2, 2, 16)[i].expand(400, 2, 16)
@@ -628,7 +628,8 @@ def test_a_stretch_finds_what_was_shrunk(trained, tmp_path):
         assert x["factors"][1].tolist() == pytest.approx([2, 2], abs=0.3)
     for per, n in (("model", 1), ("layer", 10), ("head", 20), ("mean", 20)):
         some = calibrate.learn_stretch(model, codecs, windows[:4], per=per)
-        assert len({round(f, 6) for x in some.values() for f in x["factors"].flatten().tolist()}) == n
+        factors = torch.stack([x["factors"] for x in some.values()])
+        assert len(factors.unique()) == n
         assert (some[3]["means"][1] - sta.harvest(model, windows[:4], [3])[3, "value"].mean(0)
                 ).abs().max().lt(1e-4) == (per != "mean")
 
@@ -650,7 +651,8 @@ def test_l1_finds_its_budget_and_its_loss_is_that_of_the_formula():
     torch.testing.assert_close(codec.decode(stored)[1], expected, atol=0.01, rtol=0)
 
 @pytest.mark.parametrize("make_codec", [
-    lambda sae: variants.LayerBudget(sae, 2, (1, 4), (torch.zeros(8), torch.eye(8))), lambda sae: variants.ReluCode(sae, sae),
+    lambda sae: variants.LayerBudget(sae, 2, (1, 4), (torch.zeros(8), torch.eye(8))),
+    lambda sae: variants.ReluCode(sae, sae),
     lambda sae: variants.Searched(sae, sae, sta.Budget(1, 1))])
 def test_dictionaries_that_int16_cannot_index(make_codec):
     x = torch.zeros(3, 1, 4)
@@ -1374,6 +1376,20 @@ def test_paired_comparisons_are_of_windows():
                                       ("transform", 2, [9.0, 9.0, 9.0]))]
     assert report.paired(lines)[-1] == "| Qwen2.5-Coder-1.5B, t | +0.2000 ± 0.1000 |"
 
+def test_each_step_of_the_ladder_is_compared_with_the_one_before():
+    lines = [{"kind": "row", "model": "tiny", "name": name, "text": "tiny/valid.txt", "tokens": 24,
+              "seq_len": 8, "settings": {"seed": seed}, "bytes_share": 0.09, "window_ce": ce,
+              "ratio": 1.01, "ratio_ci95": [1.0, 1.02]}
+             for name, seed, ce in (("packed", 1, [1.0, 2.0, 3.0]), ("packed", 2, [2.0, 3.0, 4.0]),
+                                    ("stretched, packed", 1, [0.9, 1.8, 2.7]),
+                                    ("stretched, packed", 2, [1.9, 2.8, 3.7]),
+                                    ("transform 9.375, per head", 1, [8.0, 8.0, 8.0]),
+                                    ("transform 9.375", 1, [7.0, 7.5, 6.5]))]
+    made = report.ladder(lines, "tiny", "9.375")
+    assert [line.split("|")[-2].strip() for line in made[3:]] == [
+        "+0.2000 ± 0.0577", "", "+1.0000 ± 0.2887"]
+    assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
+
 def test_windows_of_a_length_and_the_last_scores_are_shown():
     def row(ratio, tokens, seq_len, delta_acc=None, k_key=8):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
@@ -1403,7 +1419,8 @@ def test_the_readmes_show_what_the_file_says():
 
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
-           "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(), "depth": {"atoms"},
+           "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(),
+           "depth": {"atoms"},
            "claims": {"variants", "depth"}, "s3": set(), "benchmark": set(),
            "report": {"claims", "variants"}}
 
