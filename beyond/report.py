@@ -61,7 +61,7 @@ def lines_of(result, experiment=None):
 
 def of_layers(row):
     """A row's figures by layer, of those rows that a verdict takes them from."""
-    if row["method"] in ("dual", "searched", "l1") or "trained for it" in row["name"]:
+    if row["name"] in ("dual", "searched", "l1") or "trained for it" in row["name"]:
         return {layer: {name: round(columns[name], 5) for name in BY_LAYER}
                 for layer, columns in row["by_layer"].items()}
     return None
@@ -108,9 +108,18 @@ def add(paths, file=FILE, experiment=None):
             for old in lines.values():
                 check_together(old, new)
             lines[key_of(new)] = new
-    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines.values())
+    text = "".join(json.dumps(short(line), separators=(",", ":")) + "\n"
+                   for line in lines.values())
     write_atomic(file, text)
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
+
+def short(x):
+    """The same with seven significant digits in each number."""
+    if isinstance(x, dict):
+        return {name: short(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [short(value) for value in x]
+    return float(f"{x:.7g}") if isinstance(x, float) else x
 
 def read(file=FILE):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -282,8 +291,10 @@ LADDER = {  # names of rows, of which each changes one thing; % stands for the s
     "layer SAE, metric, searched, packed": "in the metric of the loss",
     "layer SAE, metric, shared, searched, packed": "bytes shared between layers",
     "additive %": "additive: no coefficients",
-    "transform %, per head": "transform: axes of each head", "transform %, per layer": "of a layer",
-    "transform %, metric": "transform: in the metric", "transform %": "bits shared between layers"}
+    "transform %, per head": "transform: axes of a head",
+    "transform %, per layer": "transform: axes of a layer",
+    "transform %, metric": "transform: in the metric of the loss",
+    "transform %": "transform: bits shared between layers"}
 
 def ladder(lines, model, share):
     """Ratio to dense perplexity of each step, and nats by which it is better than the step before,

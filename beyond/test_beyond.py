@@ -610,22 +610,22 @@ def test_words_of_sixteen_bits():
         variants.Packed(plain, many)
 
 def test_a_stretch_finds_what_was_shrunk(trained, tmp_path):
-    """A codec that keeps 0.8 of each key and 0.5 of each value, about the mean, is stretched back;
-    so are codes that are found by search, and codes through which the gradient flows."""
+    """A codec that keeps 0.8 of each key and 0.7 of each value, about the mean, is stretched
+    back."""
     model, tokenizer, layers = load_model("tiny")
     windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 512, 16_384)
     vectors = sta.harvest(model, windows[:16], layers)
     def shrink(layer):
         means = [vectors[layer, kind].mean(0) for kind in sta.KINDS]
         codec = across(lambda keys, values, live: (
-            means[0] + 0.8 * (keys - means[0]), means[1] + 0.5 * (values - means[1])))
+            means[0] + 0.8 * (keys - means[0]), means[1] + 0.7 * (values - means[1])))
         codec.bytes_per_token = 7
         return codec
     codecs = {layer: shrink(layer) for layer in layers[1:]}
     learned = calibrate.learn_stretch(model, codecs, windows)
     for layer, x in learned.items():
         assert x["means"][1] == pytest.approx(vectors[layer, "value"].mean(0), abs=1e-4)
-        assert x["factors"][1].tolist() == pytest.approx([2, 2], abs=0.3)
+        assert x["factors"][1].tolist() == pytest.approx([1 / 0.7] * 2, abs=0.2)
     for per, n in (("model", 1), ("layer", 10), ("head", 20), ("mean", 20)):
         some = calibrate.learn_stretch(model, codecs, windows[:4], per=per)
         factors = torch.stack([x["factors"] for x in some.values()])
