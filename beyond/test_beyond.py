@@ -1342,7 +1342,7 @@ def test_tables_and_figures_follow_from_the_rows(results):
             "<!-- table: verdicts -->\n<!-- end -->\n")
     made = report.filled(text, lines)
     assert f"It is {rows['dual']['ratio']:.3f}<!--=tiny dual--> of dense." in made
-    assert evaluate.format_row(rows["dual"], 8) in made and "STALE" not in made
+    assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
     assert f"| P7 | {claims.CLAIMS['P7'][0]} | per token: no; 4,096 tokens: no; " in made
     assert report.filled(made, lines) == made
     broken = made.replace(f"{rows['dual']['ratio']:.3f}<!--", "1.2<!--")
