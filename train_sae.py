@@ -227,9 +227,10 @@ def save_trained(folder, model, saes, held_vectors, settings, name_of_model):
     settings = {**settings, "commit": commit()}
     print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: not fired at 2k)")
     for (layer, name), sae in saes.items():
-        curve = sta.budget_curve(sae, held_vectors[layer, name].float(), [sae.k, 2 * sae.k])
+        x = held_vectors[layer, name].float()
+        curve = sta.budget_curve(sae, x, [sae.k, 2 * sae.k])
         point = {**curve[0], "dead": curve[-1]["dead"]}
-        largest_z = sae.encode(held_vectors[layer, name].float(), sae.k)[0].max() * sae.scale
+        largest_z = sae.encode(x, 1)[0].max() * sae.scale
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "
               f"{100 * point['dead']:5.1f}%")
         save_sae(folder / f"layer{layer}.{name}", sae, {

@@ -94,15 +94,17 @@ def statistics(model, windows, layers, sink=1, seed=0):
         by_layer[layer] = mean + centres[layer].double(), covariance, G / n_tokens
     return by_layer
 
+def mean_of_kind(square):
+    """(P, P) -> (P,): the mean of the diagonal's half to which a number belongs, keys or values."""
+    return torch.cat([part.mean().expand_as(part) for part in square.diagonal().chunk(2)])
+
 def metric(G):
     """The metric A (P, P) from G: an error e costs about e^T A e nats."""
-    plain = torch.cat([part.mean().expand_as(part) for part in G.diagonal().chunk(2)])
-    return (FISHER * G + (1 - FISHER) * plain.diag()) / 2
+    return (FISHER * G + (1 - FISHER) * mean_of_kind(G).diag()) / 2
 
 def plain_metric(covariance):
     """The metric in which keys count in units of their spread, and so do values: (P, P)."""
-    parts = covariance.diagonal().chunk(2)
-    return torch.cat([1 / part.mean().expand_as(part) for part in parts]).diag()
+    return (1 / mean_of_kind(covariance)).diag()
 
 def principal_axes(covariance, metric):
     """-> (variances (P,), W (P, P), W^-1), float64: y = (x - mean) W has uncorrelated numbers of
@@ -151,10 +153,10 @@ def learn_stretch(model, codecs, windows, sink=1, per="head"):
     batches = windows.split(max(1, STEP_TOKENS // windows.shape[1]))[:STEPS]
     for step, ids in enumerate(tqdm(batches, desc="stretching", disable=None)):
         optimizer.param_groups[0]["lr"] = RATE * min(1, 2 * (1 - step / len(batches)))
-        stretched = {layer: Stretched(codecs[layer], means_of.to(model.device),
-                                      factors_of.expand(2, H).to(model.device))
-                     for layer, means_of, factors_of in zip(layers, means, factors.expand(
-                         len(layers), -1, -1))}
+        of_layers = zip(layers, means.to(model.device),
+                        factors.expand(len(layers), 2, H).to(model.device))
+        stretched = {layer: Stretched(codecs[layer], *learned_of)
+                     for layer, *learned_of in of_layers}
         ids = ids.to(model.device)
         with torch.enable_grad(), sta.reconstruct(model, stretched, sink):
             logits = model(input_ids=ids, use_cache=False).logits[:, :-1]  # (B, T - 1, V)

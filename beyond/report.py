@@ -114,12 +114,12 @@ def add(paths, file=FILE, experiment=None):
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
 def short(x):
-    """The same with seven significant digits in each number."""
+    """The same with nine significant digits in each number; the READMEs show up to eight."""
     if isinstance(x, dict):
         return {name: short(value) for name, value in x.items()}
     if isinstance(x, list):
         return [short(value) for value in x]
-    return float(f"{x:.7g}") if isinstance(x, float) else x
+    return float(f"{x:.9g}") if isinstance(x, float) else x
 
 def read(file=FILE):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -284,31 +284,30 @@ def paired(lines):
                         *excess(b, a))
     return table("transform worse than additive, nats", cells)
 
-LADDER = {  # names of rows, of which each changes one thing; % stands for the share
+LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
     "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
     "searched, packed": "searched, not stretched",
     "layer SAE, searched, packed": "one SAE for all heads of a layer",
     "layer SAE, metric, searched, packed": "in the metric of the loss",
     "layer SAE, metric, shared, searched, packed": "bytes shared between layers",
-    "additive %": "additive: no coefficients",
+    "additive %": "additive: no coefficients"}, {
     "transform %, per head": "transform: axes of a head",
     "transform %, per layer": "transform: axes of a layer",
     "transform %, metric": "transform: in the metric of the loss",
-    "transform %": "transform: bits shared between layers"}
+    "transform %": "transform: bits shared between layers"})
 
 def ladder(lines, model, share):
     """Ratio to dense perplexity of each step, and nats by which it is better than the step before,
     paired over windows and seeds, with its standard error over windows."""
-    rows, cells, before = longest(pick(lines, kind="row", model=model)), {}, {}
-    for name, label in LADDER.items():
-        if name == "transform %, per head":
-            before = {}
-        for text in ("valid", "prose", "code"):
-            here = [row for row in pick(rows, name=name.replace("%", share)) if stem(row) == text]
-            gains = [excess(a, b) for a in before.get(text, []) for b in here
+    rows, cells = longest(pick(lines, kind="row", model=model)), {}
+    for steps, text in itertools.product(LADDERS, ("valid", "prose", "code")):
+        before, of_text = [], [row for row in rows if stem(row) == text]
+        for name, label in steps.items():
+            here = pick(of_text, name=name.replace("%", share))
+            gains = [excess(a, b) for a, b in itertools.product(before, here)
                      if seed_of(a) == seed_of(b)]
             if here:
-                before[text] = here
+                before = here
                 cells[label, "of bf16"] = percent(here[0]["bytes_share"])
                 cells[label, text] = cell(here)
             if gains:

@@ -192,9 +192,10 @@ def rows(model, tokenizer, saes, args, before):
         axes = {layer: axes_of(fitted[layer], shape, step) for layer in layers}
         variances = torch.stack([axes[layer][0] for layer in layers])  # (layers, P)
         for share in SHARES if step == "" else [in_words]:
-            n_bits = int(share * 16 * variances[0].numel())  # of a layer
-            bits = allocate(variances, n_bits * len(layers)) if step == "" else [
-                allocate(of_layer, n_bits) for of_layer in variances]
+            n_bits = int(share * 16 * variances.shape[1])  # of a layer
+            together = len(layers) if step == "" else 1  # layers that share bits
+            bits = torch.cat([allocate(part, n_bits * len(part))
+                              for part in variances.split(together)])
             codecs = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], of_layer)
                       for layer, of_layer in zip(layers, bits)}
             once = sum(x.nbytes for codec in codecs.values()

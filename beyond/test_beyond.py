@@ -96,7 +96,7 @@ def test_cache_computes_what_the_hooks_do(family):
     codecs, saes = dual(small_saes(model), 4, 6), small_saes(model)
     for sae in saes.values():
         sae.largest_z = 4.0
-    row, = variants.packed_rows(saes, [evaluate.Row("dual", codecs)])
+    row, = variants.packed_rows(saes, ["dual"], [evaluate.Row("dual", codecs)])
     codecs = {0: codecs[0], 1: row.codecs[1]}  # one layer's in words
     with sta.reconstruct(model, codecs, sink=1):
         expected = model(ids, attention_mask=mask, position_ids=positions).logits
@@ -576,8 +576,8 @@ def test_one_sae_per_layer(in_metric, tmp_path):
         stored = codec.encode(keys, values)
         assert sum(part[0].nbytes for part in stored) == 48 * 4
         decoded = calibrate.side_by_side(*codec.decode(stored)) - flat.mean(0)
-        torch.testing.assert_close(decoded @ variant.spaces[0][1], sae.decode(*encode(sae, y[:, None], 48))[:, 0],
-                                   atol=0.05, rtol=0.01)
+        expected = sae.decode(*encode(sae, y[:, None], 48))[:, 0]
+        torch.testing.assert_close(decoded @ variant.spaces[0][1], expected, atol=0.05, rtol=0.01)
     vectors = {(layer, kind): x for layer in (0, 1) for kind, x in zip(sta.KINDS, (keys, values))}
     vectors[1, "key"], vectors[1, "value"] = (fitted["mean"].view(2, 2, 16)[i].expand(400, 2, 16)
                                               for i in (0, 1))

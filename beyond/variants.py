@@ -137,18 +137,19 @@ def from_words(words, most):
     z = most * torch.exp2((level - LEVELS) * OCTAVES / LEVELS)
     return z * (level > 0), words.int() >> 6 & 1023
 
-def packed_rows(saes, rows):
-    """[Row]: those of the rows whose code is that of the dual budget, in words."""
-    if not saes or max(sae.n_latents for sae in saes.values()) > 1 << 10:
+def packed_rows(saes, names, rows):
+    """[Row]: those of the rows that have one of the names, in words, if words can name the atoms of
+    saes {(layer, kind): SAE}."""
+    if max((sae.n_latents for sae in saes.values()), default=0) > 1 << 10:
         return []
     new_rows = []
-    for row in rows:
-        if row.name in ("dual", "searched", "stretched"):
-            codecs = {layer: Packed(codec, saes[layer, "key"], saes[layer, "value"])
-                      for layer, codec in row.codecs.items()}
-            name = row.name + PACKED if row.name != "dual" else "packed"
-            new_rows.append(dataclasses.replace(row, name=name, method=row.method or row.name,
-                                                codecs=codecs))
+    for row in (row for row in rows if row.name in names):
+        of_layer = {layer: [sae for (other, _), sae in saes.items() if other == layer]
+                    for layer in row.codecs}
+        codecs = {layer: Packed(codec, *of_layer[layer]) for layer, codec in row.codecs.items()}
+        name = row.name + PACKED if row.name != "dual" else "packed"
+        new_rows.append(dataclasses.replace(row, name=name, method=row.method or row.name,
+                                            codecs=codecs))
     return new_rows
 
 # ------------------------------------------------------------------ a stretch per head
@@ -232,8 +233,12 @@ class PerLayer:
         return fitted["mean"], torch.linalg.cholesky(metric.double()).float()
 
     def vectors(self, layer, keys, values):
-        mean, root = self.spaces[layer]
-        return {"layer": ((side_by_side(keys, values) - mean) @ root)[:, None]}  # (tokens, 1, P)
+        return {"layer": into_space(self.spaces[layer], keys, values)}
+
+def into_space(space, keys, values):
+    """(mean, root), keys and values (..., H, D) -> y (..., 1, P), as PerLayer has it."""
+    mean, root = space
+    return ((side_by_side(keys, values) - mean) @ root)[..., None, :]
 
 class LayerBudget:
     """A codec of one layer: k atoms of one SAE for the keys and values of all heads."""
@@ -241,26 +246,25 @@ class LayerBudget:
     def __init__(self, sae, k, shape, space, encode=sta.TopKSAE.encode):
         """shape: (n_kv_heads, head_dim); space: (mean, root), as PerLayer has it; encode: or
         `pursue`. By one pass, mean and root could be a part of the SAE's weights."""
-        self.sae, self.k, self.shape, (self.mean, self.root) = sae, k, shape, space
-        self.inverse, self.encode_with = torch.linalg.inv(self.root), encode
+        self.sae, self.k, self.shape, self.space = sae, k, shape, space
+        self.inverse, self.encode_with = torch.linalg.inv(space[1]), encode
 
     def encode(self, keys, values):
         """-> coefficients fp16 and indices int16, (..., k) each."""
-        y = (side_by_side(keys, values) - self.mean) @ self.root  # (..., P)
-        return sta.pack(*self.encode_with(self.sae, y[..., None, :], self.k), self.sae.n_latents)
+        y = into_space(self.space, keys, values)  # (..., 1, P)
+        return sta.pack(*self.encode_with(self.sae, y, self.k), self.sae.n_latents)
 
     def decode(self, stored):
         z, idx = stored[0].float()[..., None, :], stored[1].int()[..., None, :]  # (..., 1, k)
-        return apart(self.sae.decode(z, idx)[..., 0, :] @ self.inverse + self.mean, self.shape)
+        return apart(self.sae.decode(z, idx)[..., 0, :] @ self.inverse + self.space[0], self.shape)
 
 def share_atoms(saes, spaces, vectors, total):
     """{layer: k}, `total` in all: 4 for each layer, and the others, in steps of 4, where they lower
     the error in y most. vectors: {(layer, kind): (tokens, H, D)}."""
     curves = {}
-    for layer, (mean, root) in spaces.items():
+    for layer, space in spaces.items():
         sae = saes[layer, "layer"]
-        x = side_by_side(*(vectors[layer, kind] for kind in sta.KINDS))
-        y = ((x - mean) @ root)[:, None]  # (tokens, 1, P)
+        y = into_space(space, *(vectors[layer, kind] for kind in sta.KINDS))  # (tokens, 1, P)
         z, idx = sae.encode(y, min(2 * sae.k, sae.n_latents) // 4 * 4)
         curves[layer] = torch.stack([
             (y - sae.decode(z[..., :k], idx[..., :k])).square().sum(-1).mean()
@@ -370,12 +374,9 @@ def layer_rows(model, folder, layers, args, what="layer"):
     def add(name, ks, encode, settings):
         codecs = {layer: LayerBudget(saes[layer, "layer"], ks[layer], shape, spaces[layer], encode)
                   for layer in layers}
-        packed = {layer: Packed(codec, codec.sae) for layer, codec in codecs.items()
-                  if codec.sae.n_latents <= 1 << 10}
-        once_bytes = evaluate.dictionary_bytes(saes, "layer")
-        for ending, codecs in (("", codecs), (PACKED, packed)):
-            new_rows.append(evaluate.Row(name + ending, codecs, method=name, settings=settings,
-                                         once_bytes=once_bytes, with_tasks=False))
+        row = evaluate.Row(name, codecs, settings=settings, with_tasks=False,
+                           once_bytes=evaluate.dictionary_bytes(saes, "layer"))
+        new_rows.extend([row, *packed_rows(saes, [name], [row])])
 
     by_search = searched(metadata["settings"])
     add(name, same_k, sta.TopKSAE.encode, metadata["settings"])
@@ -385,7 +386,7 @@ def layer_rows(model, folder, layers, args, what="layer"):
         vectors = sta.harvest(model, ids[:max(1, 4096 // ids.shape[1])], layers)
         shared = share_atoms(saes, spaces, vectors, sum(same_k.values()))
         add(f"{name}, shared{SEARCHED}", shared, pursue, by_search)
-    return [row for row in new_rows if row.codecs]
+    return new_rows
 
 def split_rows(model, folder, layers, args):
     """Uniform and reverse, by SAEs trained for them, by one pass and searched."""
@@ -424,7 +425,7 @@ def rows(model, tokenizer, saes, args, before):
         if (beside(folder, what) / f"layer{layers[0]}.{sae_name}").exists():
             new_rows += rows_of(model, folder, layers, args)
     new_rows += stretched_rows(model, folder, [*before, *new_rows])
-    new_rows += packed_rows(saes, [*before, *new_rows])
+    new_rows += packed_rows(saes, ("dual", "searched", "stretched"), [*before, *new_rows])
     if not new_rows:
         raise sta.UsageError("--rows variants: needs SAEs; first run: python train_sae.py")
     return new_rows
