@@ -5,7 +5,7 @@
 
 For each model <model>-overview.png: what k atoms leave; keys against values, by layer; perplexity.
 Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes tell them
-apart in grey. beyond/report.py calls draw_bytes for the rivals, in the same colours.
+apart in grey. beyond/report.py calls draw_curves for the rivals, in the same colours.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
@@ -102,25 +102,26 @@ def draw_overview(result):
     figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10, parse_math=False)
     return figure
 
-def draw_bytes(curves, title):
-    """The rise of perplexity against the bytes: {method: [(share of bf16, rise), ...]}, both in %.
-    A point at or below dense is drawn at the lower edge, with an arrow."""
+def draw_curves(curves, title, x_label, x_scale):
+    """The rise of perplexity, in %, against bytes or something else: {method: [(x, rise), ...]}. A
+    point at or below dense is drawn at the lower edge, with an arrow."""
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
     edge = min(rises, default=100) / 2
     for method, points in curves.items():
         label, colour, marker, dash = STYLE[method]
-        panel.plot([share for share, _ in points], [max(edge, rise) for _, rise in points],
+        panel.plot([x for x, _ in points], [max(edge, rise) for _, rise in points],
                    color=colour, marker=marker, ls=dash, label=label)
-        for share, _ in (point for point in points if point[1] <= edge):
-            panel.annotate("", (share, edge), xytext=(0, 16), textcoords="offset points",
+        for x, _ in (point for point in points if point[1] <= edge):
+            panel.annotate("", (x, edge), xytext=(0, 16), textcoords="offset points",
                            arrowprops={"arrowstyle": "->", "color": colour})
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten
     panel.yaxis.set_minor_formatter(NullFormatter())
-    panel.set_xlim(left=0)
-    panel.set_xlabel("bytes of the KV cache, % of bf16")
+    panel.set_xscale(x_scale)
+    panel.set_xlim(left=0 if x_scale == "linear" else None)
+    panel.set_xlabel(x_label)
     panel.set_ylabel("perplexity above dense")
     panel.set_title(title, parse_math=False)
     panel.legend()

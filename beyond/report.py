@@ -31,6 +31,7 @@ READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
 BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key", "rel_norm_key")  # what verdicts need
+OF_EXPERIMENTS = ("dual", "stretched", "searched", "packed")
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
@@ -39,8 +40,8 @@ OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
 
 # ------------------------------------------------------------------ taking results in
 def lines_of(result, experiment=None):
-    """What a result file holds -> [line of results.jsonl]. Of an experiment, only the row of the
-    dual budget is kept, under the experiment's name."""
+    """What a result file holds -> [line of results.jsonl]. The rows of an experiment are not of
+    kind "row", so that no table takes them for the others."""
     about = {name: result.get(name) for name in PROVENANCE}
     about["sink"] = result.get("config", {}).get("sink", 1)
     new_lines = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
@@ -55,8 +56,8 @@ def lines_of(result, experiment=None):
     if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
         raise ValueError("nothing that a README shows, or a row whose loss is nan")
     if experiment:
-        new_lines = [{**line, "kind": "experiment", "name": experiment} for line in new_lines
-                     if line["name"] == "dual"]
+        new_lines = [{**line, "kind": "experiment", "experiment": experiment}
+                     for line in new_lines if line["name"] in OF_EXPERIMENTS]
     return [{**about, **line} for line in new_lines]
 
 def of_layers(row):
@@ -74,7 +75,8 @@ def fit_of(settings):
 
 def key_of(line):
     """What tells lines apart: of two with one key, the later replaces the earlier."""
-    names = ("kind", "name", "model", "text_sha256", "seq_len", "sink", "dtype", "k_key", "k_val")
+    names = ("kind", "experiment", "name", "model", "text_sha256", "seq_len", "sink", "dtype",
+             "k_key", "k_val")
     return json.dumps([*(line.get(name) for name in names), seed_of(line)])
 
 def check_together(old, new):
@@ -315,6 +317,26 @@ def ladder(lines, model, share):
                     *map(statistics.mean, zip(*gains)))
     return table("step", cells)
 
+def by_length(lines, model):
+    """{(row, tokens of its SAEs' training): lines} by rising tokens, on the longest part of each
+    text: the rows of OF_EXPERIMENTS, and those of experiments named "N tokens"."""
+    found = longest([line for line in pick(lines, model=model) if line["name"] in OF_EXPERIMENTS
+                     and line.get("experiment", "tokens").endswith("tokens")])
+    groups = {}
+    for line in sorted(found, key=lambda line: line["settings"]["tokens"]):
+        groups.setdefault((line["name"], line["settings"]["tokens"]), []).append(line)
+    return groups
+
+def lengths(lines, model):
+    """Ratio to dense perplexity by text and row, by the tokens of the SAEs' training."""
+    cells = {}
+    for (name, n_tokens), group in by_length(lines, model).items():
+        for text in ("valid", "prose", "code"):
+            of_text = [line for line in group if stem(line) == text]
+            if of_text:
+                cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
+    return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
+
 def token_times(lines):
     """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
     return table("cache", {
@@ -385,12 +407,14 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "pee
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))},
           "tiny ladder": functools.partial(ladder, model="tiny", share="9.375"),
+          "smollm2 lengths": functools.partial(lengths, model=SMOLLM2),
           "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-ROWS = {"dual": 8, "searched": 8, "reverse": 16, "sink 0": 8, "layer 3 alone": 8, "k 1": 1,
-        "64 latents": 8, "transform 9.375": None, "transform 18.75": None,
-        "additive 9.375": None, "additive 18.75": None}  # {name: atoms per key}
+ROWS = {"dual": 8, "searched": 8, "reverse": 16, "layer 3 alone": 8, "transform 9.375": None,
+        "transform 18.75": None, "additive 9.375": None, "additive 18.75": None}
+# {name: atoms per key}
+EXPERIMENTS = ("sink 0", "k 1", "64 latents")  # of tiny
 
 def share(lines, **wanted):
     """The share of bf16's bytes, in %, of the rows wanted."""
@@ -408,16 +432,18 @@ def accuracy(lines, task, **wanted):
 def of_rows(ending, make, **wanted):
     """The figures that `make` makes of each model's ROWS: {"tiny dual" + ending: function}."""
     return {f"{short} {name}{ending}": functools.partial(
-                make, model=model, name=name, k_key=k_key, **wanted)
+                make, kind="row", model=model, name=name, k_key=k_key, **wanted)
             for short, model in MODELS.items() for name, k_key in ROWS.items()}
 
 FIGURES = {
     "tiny one layer": lambda lines: "{:.3f}".format(math.exp(next(
         x["figure"] for x in judged(lines)["tiny"] if x["part"].startswith("median layer alone")))),
     "tiny break even": lambda lines: "{:,}".format(
-        pick(lines, model="tiny", name="dual")[0]["break_even_tokens"]),
-    **{f"qwen {text} {name}": functools.partial(ratio, model=QWEN, name=name, text=text,
-                                                digits=digits)
+        pick(lines, kind="row", model="tiny", name="dual")[0]["break_even_tokens"]),
+    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
+       for name in EXPERIMENTS},
+    **{f"qwen {text} {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
+                                                text=text, digits=digits)
        for text in ("prose", "code") for name, digits in (
            ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))},
     **of_rows("", ratio), **of_rows(" cell", ratio, in_table=True),
@@ -426,14 +452,28 @@ FIGURES = {
     **of_rows(" openbookqa", accuracy, task="openbookqa")}
 
 def curves_by_bytes(lines, model):
-    """For plots.draw_bytes: {method: [(share of bf16, rise of perplexity)]}, both in %, means over
-    seeds, on the kind of text that the codes were fitted to."""
+    """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of
+    text that the codes were fitted to."""
     curves = {method: [] for method in METHODS}
     for (method, share, text), rows in compared(lines, model).items():
         if text == "valid":
-            rise = statistics.mean(row["ratio"] for row in rows) - 1
-            curves[method].append((100 * share, 100 * rise))
+            curves[method].append((100 * share, mean_rise(rows)))
     return {method: points for method, points in curves.items() if points}
+
+def curves_by_length(lines, model):
+    """{row: [(tokens of its SAEs' training, rise of perplexity in %)]}, the same."""
+    curves = {}
+    for (name, n_tokens), group in by_length(lines, model).items():
+        rows = [line for line in group if stem(line) == "valid"]
+        if name != "packed" and rows:
+            curves.setdefault(name, []).append((n_tokens, mean_rise(rows)))
+    return curves
+
+def mean_rise(rows):
+    return 100 * (statistics.mean(row["ratio"] for row in rows) - 1)
+
+PICTURES = (("bytes", curves_by_bytes, "bytes of the KV cache, % of bf16", "linear"),
+            ("lengths", curves_by_length, "tokens on which the SAEs were trained", "log"))
 
 # ------------------------------------------------------------------ the READMEs
 def filled(text, lines):
@@ -454,15 +494,16 @@ def main(argv=None):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["add", "write"])
     parser.add_argument("results", nargs="*", type=pathlib.Path, help="for add: JSON files")
-    parser.add_argument("--experiment", help="for add: keep the dual row only, under this name")
+    parser.add_argument("--experiment", help="for add: what sets these rows apart from others")
     args = parser.parse_args(argv)
     if args.what == "add":
         return add(args.results, experiment=args.experiment)
     lines = read()
     for path in READMES:
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
-    figure = plots.draw_bytes(curves_by_bytes(lines, SMOLLM2), OTHERS[SMOLLM2])
-    plots.save(figure, FILE.with_name("smollm2-135m-instruct-bytes.png"))
+    for name, curves_of, x_label, x_scale in PICTURES:
+        figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
+        plots.save(figure, FILE.with_name(f"smollm2-135m-instruct-{name}.png"))
 
 if __name__ == "__main__":
     run_main(main)

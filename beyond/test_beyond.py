@@ -1407,6 +1407,30 @@ def test_windows_of_a_length_and_the_last_scores_are_shown():
                     "18.8<!--=qwen dual share-->, -6.0 ± 1.0<!--=qwen dual piqa-->")
     assert report.filled(made, lines) == made
 
+def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
+    """Another fit of the same row is refused as a row, and shown as an experiment; one that is
+    named by its tokens is a point of the curve over the length of training."""
+    result = read_json(judged / "tiny.json")
+    for row in result["rows"]:
+        if row["settings"]:
+            row["settings"]["tokens"] = 99
+            row["ratio"] = 3.0
+    write_atomic(tmp_path / "short.json", json.dumps(result))
+    before = report.read(results)
+    with pytest.raises(sta.UsageError, match="two fits, whose tokens is .* there, 99 here"):
+        report.add([tmp_path / "short.json"], results)
+    for experiment in ("99 tokens", "other weather"):
+        report.add([tmp_path / "short.json"], results, experiment)
+    lines = report.read(results)
+    assert lines[:len(before)] == before
+    assert {line["name"] for line in lines[len(before):]} == {*report.OF_EXPERIMENTS}
+    short, default = (dict(report.curves_by_length(some, "tiny")["dual"])
+                      for some in (lines, before))
+    assert short == {99: pytest.approx(200), **default} and len(default) == 1
+    heading, _, first, second = report.lengths(lines, "tiny")
+    assert heading.startswith("| tokens | dual, valid | ") and heading.count("|") == 6
+    assert first.startswith("| 99 | 3.000 (") and second.startswith(f"| {max(short):,} | ")
+
 def test_the_readmes_show_what_the_file_says():
     lines, shown = report.read(), ""
     for path in report.READMES:
