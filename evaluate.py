@@ -344,12 +344,15 @@ def read_input(run, args):
     return windows, load_tasks(specs, args.task_dir, args.limit, run.tokenizer,
                                context_length(run.model))
 
-def main(argv=None):
-    """Evaluate as `argv` says; returns the path of the JSON."""
+def main(argv=None, codec=None):
+    """Evaluate as `argv` says, and a codec of yours in all layers that have SAEs, under the name of
+    its class; returns the path of the JSON."""
     args = parse_args(argv)
     run = load_run(args, needs_saes=not args.rows)
     windows, tasks = read_input(run, args)
     rows, n_layers = choose_rows(run, args), run.model.get_decoder().config.num_hidden_layers
+    if codec:
+        rows.append(Row(type(codec).__name__, dict.fromkeys(run.layers, codec)))
     print(f"{run.name}{f' with the SAEs of {run.folder}' if run.saes else ''}: {len(run.layers)} "
           f"of {n_layers} layers reconstructed, {windows.numel():,} tokens in windows of "
           f"{windows.shape[1]}")

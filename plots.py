@@ -10,6 +10,7 @@ Non-goals: styling options, several models in one picture.
 """
 import argparse
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -39,7 +40,7 @@ STYLE = {
 
 # ------------------------------------------------------------------ one panel each
 def draw_budget(panel, result):
-    """FVU against k, means over layers; dashed beyond the budgets that the SAEs were trained for;
+    """FVU against k, means over layers, up to the largest budget that the SAEs were trained for;
     the elbow of each curve is circled."""
     layers = list(result["curves"].values())
     for kind in sta.KINDS:
@@ -47,49 +48,53 @@ def draw_budget(panel, result):
         curve = [{"k": points[0]["k"], "fvu": statistics.mean(point["fvu"] for point in points)}
                  for points in zip(*(layer[kind] for layer in layers))]
         most = 2 * layers[0][f"k_{kind}"]
-        for some, dash in (([p for p in curve if p["k"] <= most], "-"),
-                           ([p for p in curve if p["k"] >= most], "--")):
-            panel.plot([p["k"] for p in some], [p["fvu"] for p in some], color=colour, ls=dash,
-                       marker=marker, ms=4, label=label if dash == "-" else None)
+        fvus = {p["k"]: p["fvu"] for p in curve if 1 <= p["k"] <= most}
+        panel.plot(fvus.keys(), fvus.values(), color=colour, marker=marker, ms=4, label=label)
         at = sta.elbow(curve, most)
-        panel.plot(at, next((p["fvu"] for p in curve if p["k"] == at), at), marker="o", ms=14,
-                   mfc="none", mec=colour, ls="", label=f"elbow, k = {at}")
-    panel.set_xticks([p["k"] for p in curve if p["k"] in (0, 8, 16, 32, 64)])
+        panel.plot(at, fvus.get(at, at), marker="o", ms=14, mfc="none", mec=colour, ls="",
+                   label=f"elbow, k = {at}")
+    panel.set_xscale("log", base=2)
+    panel.xaxis.set_major_formatter("{x:g}")
     panel.set_xlabel("k, atoms per vector")
     panel.set_ylabel("variance left within heads (FVU)")
     panel.set_ylim(0, 1.05)
+    panel.set_title("What k atoms leave")
     panel.legend()
 
 def draw_asymmetry(panel, result):
-    """FVU of keys and values by layer, each at the budget that its SAEs were trained for."""
-    for kind in sta.KINDS:
-        label, colour, marker, dash = STYLE[f"{kind}s"]
-        points = [[p for p in curves[kind] if p["k"] <= curves[f"k_{kind}"]][-1]
-                  for curves in result["curves"].values()]
-        panel.plot([int(layer) for layer in result["curves"]], [p["fvu"] for p in points],
-                   color=colour, marker=marker, ms=4, ls=dash,
-                   label=f"{label}, k = {points[-1]['k']}")
+    """FVU of keys and values by layer, both at k_key and both at k_val atoms."""
+    some = next(iter(result["curves"].values()))
+    for k, fill in ((some["k_key"], "full"), (some["k_value"], "none")):
+        for kind in sta.KINDS:
+            label, colour, marker, dash = STYLE[f"{kind}s"]
+            points = [[p for p in curves[kind] if p["k"] <= k][-1]
+                      for curves in result["curves"].values()]
+            panel.plot([int(layer) for layer in result["curves"]], [p["fvu"] for p in points],
+                       color=colour, marker=marker, ms=4, fillstyle=fill,
+                       ls=dash if fill == "full" else "--", label=f"{label}, k = {points[-1]['k']}")
     panel.xaxis.get_major_locator().set_params(integer=True)
     panel.set_xlabel("layer")
     panel.set_ylabel("variance left within heads (FVU)")
     panel.set_ylim(bottom=0)
+    panel.set_title("Keys and values at equal k")
     panel.legend()
 
 def draw_perplexity(panel, result):
-    """The rise of perplexity by keys, values, dual, uniform and reverse, with 95 % intervals."""
+    """Perplexity by keys, values, dual, its rivals and searched, with 95 % intervals."""
     ticks = []
     for row in result["rows"]:
-        if row["name"] in ("keys", "values", "dual", "uniform", "reverse"):
-            rise, high = row["ratio"] - 1, row["ratio_ci95"][1] - row["ratio"]
+        if row["name"] in ("keys", "values", "dual", "searched", "uniform", "reverse"):
+            ratio, high = row["ratio"], row["ratio_ci95"][1] - row["ratio"]
             if math.isfinite(high):
-                panel.bar(len(ticks), 100 * rise, yerr=100 * high, color=STYLE[row["name"]][1],
-                          capsize=3)
+                panel.bar(len(ticks), ratio - 1, bottom=1, yerr=high, capsize=3,
+                          color=STYLE[row["name"]][1])
             budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
             ticks.append(f"{row['name']}\n{budget if math.isfinite(high) else 'not finite'}")
-    panel.set_xticks(range(len(ticks)), ticks, fontsize=8)
-    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=6.5)
+    panel.axhline(1, color="black", lw=0.8)
     panel.set_xlabel("what is coded, and its atoms per vector")
-    panel.set_ylabel("perplexity above dense, %")
+    panel.set_ylabel("perplexity, ratio to dense")
+    panel.set_title("All layers coded")
 
 # ------------------------------------------------------------------ the pictures
 def draw_overview(result):
@@ -109,9 +114,9 @@ def draw_curves(curves, title, x_label, x_scale):
     rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
     edge = min(rises, default=100) / 2
     for method, points in curves.items():
-        label, colour, marker, dash = STYLE[method]
+        _, colour, marker, dash = STYLE[method]
         panel.plot([x for x, _ in points], [max(edge, rise) for _, rise in points],
-                   color=colour, marker=marker, ls=dash, label=label)
+                   color=colour, marker=marker, ls=dash)
         for x, _ in (point for point in points if point[1] <= edge):
             panel.annotate("", (x, edge), xytext=(0, 16), textcoords="offset points",
                            arrowprops={"arrowstyle": "->", "color": colour})
@@ -120,11 +125,61 @@ def draw_curves(curves, title, x_label, x_scale):
     panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xscale(x_scale)
-    panel.set_xlim(left=0 if x_scale == "linear" else None)
+    most = max((x for points in curves.values() for x, _ in points), default=1)
+    if x_scale == "linear":  # with room for the labels
+        panel.set_xlim(0, 1.2 * most)
+    else:
+        panel.set_xlim(right=2 * most)
     panel.set_xlabel(x_label)
     panel.set_ylabel("perplexity above dense")
     panel.set_title(title, parse_math=False)
-    panel.legend()
+    for method, points in curves.items():
+        (x, rise), label = points[-1], STYLE[method][0]
+        panel.annotate(label, (x, max(edge, rise)), xytext=(6, 0), textcoords="offset points",
+                       color=STYLE[method][1], va="center", fontsize=8)
+    return figure
+
+def draw_attention(look, title):
+    """Where the last token of a sentence looks, from beyond/atoms.py: a column for each earlier
+    token, of the parts of its logit; above, its attention weight. The nine atoms with the largest
+    parts have a colour each. Attention depends on differences of logits alone, so the part of the
+    mean key is drawn less its average."""
+    figure, (top, panel) = plt.subplots(2, 1, figsize=(10, 4.5), sharex=True, height_ratios=(1, 4),
+                                        layout="constrained")
+    places = range(len(look["tokens"]))
+    top.bar(places, look["weights"], color="dimgrey")
+    top.set_ylabel("attention")
+    size = {}  # atom: the largest of its parts
+    for m, part in itertools.chain(*look["atoms"]):
+        size[m] = max(size.get(m, 0), abs(part))
+    largest = sorted(size, key=size.get, reverse=True)[:9]
+    palette = [colour for i, colour in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # no grey
+    colours = dict(zip(largest, palette))
+    ends = {1: [0.0] * len(places), -1: [0.0] * len(places)}  # of columns, above and below zero
+
+    def stack(x, part, **style):
+        sign = 1 if part > 0 else -1
+        panel.bar(x, part, bottom=ends[sign][x], lw=0.4, **style)
+        ends[sign][x] += part
+
+    average = statistics.mean(look["mean"])
+    for x, (atoms, mean, missed) in enumerate(zip(look["atoms"], look["mean"], look["missed"])):
+        stack(x, mean - average, color="darkgrey", ec="white")
+        for m, part in sorted(atoms, key=lambda pair: (pair[0] not in colours, -abs(pair[1]))):
+            stack(x, part, color=colours.get(m, "#f0e4cc"), ec="white")
+        stack(x, missed, color="white", hatch="////", ec="grey")
+    for m in largest:
+        on = [token.strip() for token, atoms in zip(look["tokens"], look["atoms"])
+              if m in dict(atoms)]
+        panel.bar(0, 0, color=colours[m], label=f"atom {m}: {' '.join(dict.fromkeys(on))[:40]}")
+    panel.bar(0, 0, color="#f0e4cc", label="other atoms")
+    panel.bar(0, 0, color="darkgrey", label="mean key, less its average")
+    panel.bar(0, 0, color="white", hatch="////", ec="grey", label="missed by the code")
+    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xticks(places, look["tokens"], rotation=60, ha="right", parse_math=False)
+    panel.set_ylabel("parts of the logit")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    top.set_title(title, fontsize=10, parse_math=False)
     return figure
 
 def save(figure, path):

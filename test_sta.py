@@ -555,17 +555,41 @@ def test_paired_comparison():
     assert np.log(row["ratio_ci95"]) == pytest.approx(
         [row["delta_ce"] - 1.96 * stderr, row["delta_ce"] + 1.96 * stderr])
 
+def in_readme(words):
+    """The block of Python in README.md that has these words."""
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    blocks = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
+    return next(block for block in blocks if words in block)
+
+def test_the_readme_quotes_the_program():
+    program = (ROOT / "sta.py").read_text(encoding="utf-8")
+    quoted = in_readme("def encode(self, x, k)").splitlines()
+    assert len(quoted) >= 8
+    for line in filter(None, quoted):
+        assert line.strip() in program
+
+def test_your_own_codec_has_its_row(trained, tmp_path, monkeypatch, capsys):
+    """The README's ten lines, as printed: a byte per number costs next to nothing."""
+    shutil.copytree(trained, tmp_path / "saes")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "mine.py"])
+    exec(in_readme("class Int8").replace('"dual"]', '"dual", "--max-tokens", "1024"]'), {})
+    dense, dual_row, own = read_json(tmp_path / "results" / "tiny.json")["rows"]
+    assert (dual_row["name"], own["name"]) == ("dual", "Int8")
+    layers, (H, D) = 2, (2, 128)  # the others stay in bf16
+    assert own["bytes_per_token"] == layers * 2 * H * (D + 2) + 4 * 4 * H * D
+    assert abs(own["delta_ce"]) < 0.01 < dual_row["delta_ce"]
+
 def test_the_readmes_repl_prints_what_it_says(tmp_path, monkeypatch, capsys):
     """With SAEs of the quick start's settings: shapes are equal, figures close."""
     assert script(train_sae, "--layer", "2", "--out", tmp_path / "saes") == 0
     monkeypatch.chdir(tmp_path)
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    code = readme.split("```python\n")[1].split("```")[0]
     capsys.readouterr()
-    exec(code, {})
+    exec(in_readme("import torch, sta"), {})
     numbers = re.compile(r"\d+\.?\d*")
     printed = capsys.readouterr().out.splitlines()
-    promised = [line.split("#")[1] for line in code.splitlines() if line.startswith("print")]
+    promised = [line.split("#")[1] for line in in_readme("import torch, sta").splitlines()
+                if line.startswith("print")]
     assert len(promised) == 4 and printed[4].startswith("The President of the United")
     for there, here in zip(promised, printed):
         there, here = numbers.findall(there), numbers.findall(here)

@@ -1,24 +1,24 @@
-"""What atoms stand for: a page to browse, and a blind check by rule.
+"""What atoms do: attention taken apart, and a page to browse.
 
     python -m beyond.atoms                     # the newest SAEs: two minutes for tiny
     python -m beyond.atoms --model FOLDER --layer 14 --sentence "The capital of France is Paris"
 
-The page, results/<model>-atoms.html, is one file without network, made from atoms.html. Of each
-atom it shows the strongest tokens of a text, each a different word; tokens drawn at random from all
-for which the atom fires; and how its coefficients are distributed. Of a value atom, the tokens that
-it makes likelier and less likely, through W_O, the last norm's weights and the unembedding; of a
-key atom, the words whose queries have the largest product with it, before RoPE. These two are those
-of the kv head in which the atom fires most. A sentence stands above; a click shows a token's code.
+A query's logit at an earlier token is q.k, with both turned by RoPE. As the key is its head's mean
+plus its atoms plus what the code misses, the logit is a sum of such parts, and one can say which
+atoms made a head look where it looked.
 
-The check: ten tokens are *describable* if eight of them share the token, the token before, or a
-shape of it (digits, punctuation, a capital, the last three letters). It is made of each live atom's
-ten strongest tokens, and of ten drawn at random from all for which it fires. Two rivals fire for as
-many tokens as an average atom: random directions, and directions through the mean of one frequent
-token's vectors, which find that token and need no SAE.
-Writes the check, and the code of the sentence's last token, to results/<model>-atoms.json.
-Non-goal: naming atoms by a language model.
+The page, results/<model>-atoms.html, is one file without network, made from atoms.html. A sentence
+stands above; a click shows a token's code, and where it looks, part by part. Of each atom the page
+shows the strongest tokens of a text, each a different word; tokens drawn at random from all for
+which the atom fires; and how its coefficients are distributed. Of a value atom, the tokens that it
+makes likelier and less likely, through W_O, the last norm's weights and the unembedding; of a key
+atom, the words whose queries have the largest product with it, before RoPE. These two are those of
+the kv head in which the atom fires most.
+
+results/<model>-atoms.json has the code of the sentence's last key, and the parts of one head's
+attention from the last token: that head of all which looks most at a token that is neither the
+first nor one of the last NEAR. Non-goal: naming atoms by a language model.
 """
-import collections
 import functools
 import json
 import pathlib
@@ -26,14 +26,16 @@ import pathlib
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
 import sta
 from beyond import LOOK, begin_look, capture_queries, parse_args
-from support.files import ROOT, run_main, write_atomic
+from support.files import ROOT, explain, run_main, write_atomic
 from support.text import encode_text
 
-N_RIVALS = 200  # directions of each kind to compare atoms with
-N_KEPT, N_SHOWN = 200, 6  # tokens per atom: kept of each kind, shown on the page
+NEAR = 4  # tokens: attention that is not to one of the last NEAR, nor to the first, is called far
+N_KEPT, N_SHOWN = 200, 6  # tokens per atom: from which different words are chosen, shown
+BEFORE, AFTER = 8, 6  # tokens around one that is shown
 
 def words_of(tokenizer, windows):
     """The text of each token, with the space before it, which some tokenizers drop when the token
@@ -43,124 +45,32 @@ def words_of(tokenizer, windows):
     text = {i: tokenizer.decode([*first, i])[n:] for i in windows.unique().tolist()}
     return [text[i] for i in windows.flatten().tolist()]
 
-# ------------------------------------------------------------------ what is seen of a latent
-class Kept:
-    """For each of M latents, the tokens of a stream that come first in some order, strongest or
-    random, and their z; where z = 0 there is none."""
-
-    def __init__(self, n_latents):
-        self.order, self.z = torch.zeros(2, n_latents, N_KEPT)
-        self.token = torch.zeros(n_latents, N_KEPT).long()
-
-    def update(self, order, z, first):
-        """order (M, T), above 0 where a latent fires; z (M, T). The stream's tokens are numbered,
-        and `first` is the number of the first of these."""
-        order, places = order.topk(min(N_KEPT, order.shape[1]))
-        joined = torch.cat([self.order, order], 1)
-        z = torch.cat([self.z, z.gather(1, places)], 1)
-        token = torch.cat([self.token, first + places], 1)
-        self.order, places = joined.topk(N_KEPT)
-        self.z, self.token = z.gather(1, places), token.gather(1, places)
-
-class Seen:
-    """What is kept of M latents: the strongest tokens, some at random, and how many there were."""
-
-    def __init__(self, n_latents, generator):
-        self.strongest, self.sample = Kept(n_latents), Kept(n_latents)
-        self.n_fired, self.generator = torch.zeros(n_latents).long(), generator
-
-    def update(self, z, first):
-        """z (T, M) of T tokens."""
-        z = z.T.cpu()  # (M, T)
-        at_random = 1 - torch.rand(z.shape, generator=self.generator)  # in (0, 1]
-        self.n_fired += (z > 0).sum(1)
-        self.strongest.update(z, z, first)
-        self.sample.update(at_random * (z > 0), z, first)
-
-class Directions:
-    """A rival of atoms: R unit directions (R, D), each of which fires for a given share of
-    tokens, those with the largest products."""
-
-    def __init__(self, directions, generator):
-        self.directions, self.threshold = directions, None
-        self.seen = Seen(len(directions), generator)
-
-    def update(self, x, live, share, first):
-        """x (T, H, D), centred, of which `live` (T,) may fire. The first call finds the thresholds
-        at which a share of them does."""
-        products = (x @ self.directions.to(x.device).T).amax(1)  # (T, R): the strongest head's
-        if self.threshold is None:
-            self.threshold = products[live].quantile(1 - share, dim=0)  # (R,)
-        self.seen.update(F.relu(products - self.threshold) * live[:, None], first)
-
-def token_means(x, ids, generator):
-    """Directions (R, D) through the mean of one token's vectors in one head, less the head's mean:
-    R of the tokens that occur ten times or more, at random. x (T, H, D), centred; ids (T,)."""
-    frequent, counts = ids.unique(return_counts=True)
-    frequent = frequent[counts >= 10]
-    chosen = frequent[torch.randperm(len(frequent), generator=generator)[:N_RIVALS]].tolist()
-    means = [x[ids == token, i % x.shape[1]].mean(0) for i, token in enumerate(chosen)]
-    return F.normalize(torch.stack(means), dim=-1) if means else x.new_zeros(0, x.shape[2])
-
-def find_rivals(x, ids, generator):
-    """{name: Directions} for x (T, H, D), centred vectors of tokens ids (T,)."""
-    random = F.normalize(torch.randn(N_RIVALS, x.shape[2], generator=generator), dim=-1)
-    return {"random": Directions(random, generator),
-            "token means": Directions(token_means(x, ids, generator), generator)}
-
+# ------------------------------------------------------------------ on which tokens atoms fire
 @torch.no_grad()
-def read_atoms(model, saes, windows, ks, seed=0):
-    """Windows (n, T), budgets {kind: k} -> {(layer, kind): {name: Seen}} of atoms, random and token
-    means; {(layer, kind): (H, M), for how many tokens an atom fires in a head}."""
-    length, generator, seen, n_fired = windows.shape[1], torch.Generator().manual_seed(seed), {}, {}
-    layers, rivals = sorted({layer for layer, _ in saes}), {}
-    per_batch = max(1, 16_384 // length)
-    for n, ids in enumerate(tqdm(windows.split(per_batch), desc="atoms", disable=None)):
-        for (layer, kind), x in sta.harvest(model, ids, layers, sink=0).items():
-            sae, first = saes[layer, kind], n * per_batch * length
-            z, idx = sae.encode(x.float(), ks[kind])  # (tokens, H, k)
-            inside = (x.float() - sae.b_dec) / sae.scale
-            live = torch.arange(len(x), device=x.device) % length > 0  # first tokens are kept exact
-            z = z * live[:, None, None]
-            by_head = z.new_zeros(*x.shape[:2], sae.n_latents).scatter_(2, idx, z)
-            fired = (by_head > 0).sum(0)  # (H, M)
-            if n == 0:
-                seen[layer, kind] = Seen(sae.n_latents, generator)
-                n_fired[layer, kind] = torch.zeros_like(fired)
-                rivals[layer, kind] = find_rivals(inside, ids.flatten(), generator)
-            n_fired[layer, kind] += fired
-            dense = by_head.amax(1)  # (tokens, M)
-            seen[layer, kind].update(dense, first)
-            ever = (dense > 0).any(0)
-            share = (dense[:, ever] > 0).float().mean().item()  # of tokens, for the average atom
-            for rival in rivals[layer, kind].values():
-                rival.update(inside, live, share, first)
-    return {site: {"atoms": seen[site], **{name: rival.seen for name, rival in some.items()}}
-            for site, some in rivals.items()}, n_fired
+def read_codes(model, saes, windows, ks):
+    """Windows (n, T), budgets {kind: k} -> {(layer, kind): (z, idx)}, (n * T, H, k) each; z is 0 in
+    first tokens, which are kept exact."""
+    kept, layers = {site: [] for site in saes}, sorted({layer for layer, _ in saes})
+    for ids in tqdm(windows.split(max(1, 16_384 // windows.shape[1])), desc="codes", disable=None):
+        for site, x in sta.harvest(model, ids, layers, sink=0).items():
+            z, idx = saes[site].encode(x.float(), ks[site[1]])  # (tokens, H, k)
+            z[::windows.shape[1]] = 0
+            kept[site].append((z.half().cpu(), idx.short().cpu()))
+    return {site: tuple(map(torch.cat, zip(*parts))) for site, parts in kept.items()}
 
-# ------------------------------------------------------------------ the check
-def describable(tokens):
-    """Whether ten [(previous token, token)] meet the rule above."""
-    bare = [(a.strip().lower(), b.strip()) for a, b in tokens]
-    shared = [[b.lower() for _, b in bare], [a for a, _ in bare], [b[-3:] for _, b in bare]]
-    most = [collections.Counter(shape).most_common(1)[0][1] for shape in shared]
-    most.append(sum(b.isdigit() for _, b in bare))
-    most.append(sum(bool(b) and not any(map(str.isalnum, b)) for _, b in bare))  # punctuation
-    most.append(sum(b[:1].isupper() for _, b in bare))
-    return max(most) >= 8
+def by_atom(z, idx, n_latents):
+    """A code (tokens, H, k) -> (M, tokens): an atom's coefficients, in whichever head it is
+    largest."""
+    dense = torch.zeros(len(z), n_latents)
+    for of_head in zip(z.float().unbind(1), idx.long().unbind(1)):
+        dense = dense.maximum(torch.zeros_like(dense).scatter_(1, *reversed(of_head)))
+    return dense.T
 
-def check_site(seen, words):
-    """{name: Seen} of a site -> {name: {n, strongest, range}}: of how many latents that fire for
-    ten tokens or more, and which shares of them are describable."""
-    rows = {}
-    for name, latents in seen.items():
-        live = (latents.n_fired >= 10).nonzero().squeeze(1).tolist()
-        rows[name] = {"n": len(live)}
-        for column, kept in (("strongest", latents.strongest), ("range", latents.sample)):
-            verdicts = [describable([(words[i - 1], words[i]) for i in kept.token[m, :10].tolist()])
-                        for m in live]
-            rows[name][column] = sum(verdicts) / max(1, len(live))
-    return rows
+def strongest_head(z, idx, n_latents):
+    """A code (tokens, H, k) -> (M,): the head in which an atom fires most."""
+    fired = [torch.bincount(i[v > 0].int(), minlength=n_latents)
+             for v, i in zip(z.unbind(1), idx.unbind(1))]
+    return torch.stack(fired).argmax(0)
 
 # ------------------------------------------------------------------ what writes, and what reads
 @torch.no_grad()
@@ -204,20 +114,21 @@ def different(items, text):
         chosen.setdefault(text(item).strip().lower(), item)
     return list(chosen.values())[:N_SHOWN]
 
-def find_readers(run, windows, n_fired):
-    """{site: [[word]]}: what tokens key atoms are read by, and value atoms promote and suppress."""
+def find_readers(run, windows, heads):
+    """heads: {site: (M,)}, in which head an atom fires most -> {site: {name: [[word]]}}: by which
+    tokens' queries key atoms are read, and what value atoms promote and suppress."""
     windows = windows.to(run.model.device)
     with capture_queries(run.model, run.layers) as queries:
         run.model.get_decoder()(input_ids=windows, use_cache=False)
     found = {}
     for (layer, kind), sae in run.saes.items():
-        heads = n_fired[layer, kind].argmax(0)  # (M,): in which an atom fires most
         if kind == "key":
             H = len(sae.b_dec)
             mean = queries[layer].unflatten(2, (H, -1)).mean(3).flatten(0, 1).float()
-            found[layer, kind] = {"queries": readers(mean, windows.flatten(), sae.W_dec, heads)}
+            found[layer, kind] = {"queries": readers(mean, windows.flatten(), sae.W_dec,
+                                                     heads[layer, kind])}
         else:
-            both = promoted(run.model, layer, sae.W_dec, heads)
+            both = promoted(run.model, layer, sae.W_dec, heads[layer, kind])
             found[layer, kind] = dict(zip(("promoted", "suppressed"), both)) if both else {}
     decode = functools.lru_cache(None)(lambda i: run.tokenizer.decode([i]))
 
@@ -227,22 +138,116 @@ def find_readers(run, windows, n_fired):
     return {site: {name: [words(row) for row in ids.tolist()] for name, ids in lists.items()}
             for site, lists in found.items()}
 
-# ------------------------------------------------------------------ the page
-def pairs_of(kept, m):
-    """[[token number, z]] of latent m's kept tokens, in their order."""
-    pairs = zip(kept.token[m].tolist(), kept.z[m].tolist())
-    return [[i, round(z, 2)] for i, z in pairs if z > 0]
+# ------------------------------------------------------------------ attention taken apart
+@torch.no_grad()
+def read_attention(model, layers, ids):
+    """Token ids (B, T) -> {layer: (queries after RoPE (B, T, query heads, D), keys and values (B,
+    T, H, D))}, float32. Raises UsageError if attention is not the softmax of q.k after Llama's
+    RoPE, as it is in Qwen, Mistral, Yi and others."""
+    def read(ids, **options):
+        with sta.capture(model, layers) as vectors, capture_queries(model, layers) as queries:
+            output = model.get_decoder()(input_ids=ids.to(model.device), use_cache=False, **options)
+        return output, {layer: (rotated(model, queries[layer].float()),
+                                *(vectors[layer, kind].float() for kind in sta.KINDS))
+                        for layer in layers}
 
-def page_of_site(atoms, words):
-    """What atoms.html shows of a site's atoms, a Seen."""
-    page = {"fired": [round(n / len(words), 5) for n in atoms.n_fired.tolist()],
-            "strongest": [], "sample": [], "bars": []}
-    for m in range(len(atoms.n_fired)):
-        strongest, sample = (pairs_of(kept, m) for kept in (atoms.strongest, atoms.sample))
-        page["strongest"].append(different(strongest, lambda pair: words[pair[0]]))
-        page["sample"].append(sorted(sample[:N_SHOWN], key=lambda pair: -pair[1]))
-    for z in atoms.sample.z:  # up to N_KEPT at random of all: ten bars from 0 to the largest
-        page["bars"].append(torch.histc(z[z > 0], 10, 0, z.max().item()).int().tolist())
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")  # the only one that returns its weights
+    with explain("this attention is no softmax of q.k after Llama's RoPE, and not taken apart"):
+        output, few = read(ids[:, :64], output_attentions=True)
+        for layer, (queries, keys, _) in few.items():
+            weights = softmax(logits(model, layer, queries, keys))
+            if not torch.allclose(weights, output.attentions[layer].float(), atol=2e-2):
+                raise ValueError(f"layer {layer} attends otherwise")
+    model.set_attn_implementation(before)
+    return read(ids)[1]
+
+def rotated(model, x):
+    """Vectors (B, T, n, D) of tokens 0 to T - 1, after RoPE."""
+    cos, sin = model.get_decoder().rotary_emb(x, torch.arange(x.shape[1], device=x.device)[None])
+    return apply_rotary_pos_emb(x, x, cos, sin, unsqueeze_dim=2)[0]
+
+def logits(model, layer, queries, vectors):
+    """Queries after RoPE (B, T, n, D), keys or parts of them before RoPE (B, T, H, D) -> their
+    scaled products (B, n, T, T): of head and query token with earlier token."""
+    n_groups = queries.shape[2] // vectors.shape[2]
+    turned = rotated(model, vectors).repeat_interleave(n_groups, 2)  # (B, T, n, D)
+    scale = model.get_decoder().layers[layer].self_attn.scaling
+    return scale * torch.einsum("btnd,bind->bnti", queries, turned)
+
+def softmax(x):
+    """Of logits (..., T, T), over tokens up to the query's."""
+    future = torch.ones(x.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+    return x.masked_fill(future, -torch.inf).softmax(-1)
+
+@torch.no_grad()
+def take_apart(model, layer, sae, k, queries, keys):
+    """Queries and keys of a layer, as `read_attention` returns them -> idx (B, T, H, k), and the
+    parts of all logits, which add up to them: of the mean (B, n, T, T), of each atom (B, n, T, T,
+    k), of what the code misses (B, n, T, T)."""
+    z, idx = sae.encode(keys, k)  # (B, T, H, k)
+    atoms = sae.scale * z[..., None] * sae.W_dec[idx]  # (B, T, H, k, D)
+    missed = keys - sae.decode(z, idx)
+    mean, rest = (logits(model, layer, queries, x) for x in (sae.b_dec.expand_as(keys), missed))
+    parts = [logits(model, layer, queries, atoms[..., j, :]) for j in range(k)]
+    return idx, mean, torch.stack(parts, -1), rest
+
+@torch.no_grad()
+def measure_attention(model, rows, layers, ids, sink=1):
+    """How well the keys of {name: {layer: codec}} serve dense queries, over token ids (B, T) ->
+    {name: {layer: {r2, slope, height, fvu}}}. Of a query's logits at coded tokens, less their mean:
+    the share of their variance that the coded keys explain; the slope of the coded logits on the
+    exact ones; how high the largest still is, as a share. And the keys' own FVU."""
+    measured = {name: {} for name in rows}
+    for layer, (queries, keys, values) in read_attention(model, layers, ids).items():
+        exact = logits(model, layer, queries, keys)
+        live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
+        for name, codecs in rows.items():
+            keys_hat = sta.roundtrip(codecs[layer], keys, values, live)[0]
+            measured[name][layer] = compare_logits(
+                exact, logits(model, layer, queries, keys_hat), sink)
+            measured[name][layer]["fvu"] = sta.fidelity(keys[:, sink:], keys_hat[:, sink:])["fvu"]
+    return measured
+
+def compare_logits(exact, coded, sink):
+    """Logits (B, n, T, T) -> {r2, slope, height}, as `measure_attention` has them."""
+    seen = torch.ones(exact.shape[-2:], dtype=torch.bool, device=exact.device).tril()
+    seen[:, :sink] = False
+    n_seen = seen.sum(-1, keepdim=True).clamp_min(1)
+    exact, coded = ((x - (x * seen).sum(-1, keepdim=True) / n_seen) * seen for x in (exact, coded))
+    highest = exact.masked_fill(~seen, -torch.inf).argmax(-1, keepdim=True)
+    variance = exact.square().sum()
+    return {"r2": 1 - ((coded - exact).square().sum() / variance).item(),
+            "slope": ((coded * exact).sum() / variance).item(),
+            "height": (coded.gather(-1, highest).sum() / exact.gather(-1, highest).sum()).item()}
+
+def furthest_look(weights):
+    """Attention weights {layer: (n, T, T)} -> (layer, head): whose last query looks most at a token
+    that is neither the first nor one of the last NEAR."""
+    most = {(layer, head): x[-1, 1:-NEAR].max().item()
+            for layer, of_layer in weights.items() for head, x in enumerate(of_layer)
+            if of_layer.shape[-1] > NEAR + 1}
+    return max(most, key=most.get) if most else None
+
+# ------------------------------------------------------------------ the page
+def page_of_site(by_atom, words, generator):
+    """What atoms.html shows of a site's atoms, whose coefficients are by_atom (M, tokens). A context
+    is a token, and hundredths of the coefficients at the BEFORE tokens before it, at it, and at the
+    AFTER tokens behind it."""
+    page = {"fired": [], "strongest": [], "sample": [], "bars": []}
+    for z in by_atom:  # (tokens,)
+        fires = z.nonzero()[:, 0]
+        some = fires[torch.randperm(len(fires), generator=generator)[:N_SHOWN]]
+        best = z.topk(min(N_KEPT, len(fires))).indices.tolist()
+        padded = F.pad((100 * z).round().int(), (BEFORE, AFTER))
+
+        def contexts(tokens):
+            return [[i, *padded[i:i + BEFORE + 1 + AFTER].tolist()] for i in tokens]
+
+        page["fired"].append(round(len(fires) / len(words), 5))
+        page["strongest"].append(contexts(different(best, lambda i: words[i])))
+        page["sample"].append(contexts(some[z[some].argsort(descending=True)].tolist()))
+        page["bars"].append(torch.histc(z[fires], 10, 0, z.max().item()).int().tolist())
     return page
 
 @torch.no_grad()
@@ -257,47 +262,84 @@ def code_of(run, ids, ks):
             codes[f"{layer}.{kind}"].append(heads)
     return codes
 
-def example(page, words, codes):
+def looks_of(run, ids, k_key):
+    """Token ids (T,) -> {layer: (idx (T, H, k), weights (n, T, T), parts (n, T, T, 2 + k): of the
+    mean, of what the code misses, of each atom)}."""
+    looks = {}
+    for layer, (queries, keys, _) in read_attention(run.model, run.layers, ids[None]).items():
+        idx, mean, atoms, missed = take_apart(
+            run.model, layer, run.saes[layer, "key"], k_key, queries, keys)
+        parts = torch.cat([mean[..., None], missed[..., None], atoms], -1)
+        looks[layer] = idx[0], softmax(parts.sum(-1))[0], parts[0]
+    return looks
+
+def looks_of_page(weights, parts):
+    """What atoms.html shows of a layer's attention: of each head, query token and token up to it,
+    thousandths of its weight and hundredths of the parts of its logit."""
+    whole = torch.cat([1000 * weights[..., None], 100 * parts], -1).round().int().tolist()
+    return [[of_query[:t + 1] for t, of_query in enumerate(of_head)] for of_head in whole]
+
+def example_of_attention(looks, said):
+    """For plots.draw_attention: where the last token of the sentence looks, by the head that
+    `furthest_look` finds; without the first token, which stays exact."""
+    found = furthest_look({layer: weights for layer, (_, weights, _) in looks.items()})
+    if not found:
+        return None
+    layer, head = found
+    idx, weights, parts = looks[layer]
+    idx = idx[:, head * idx.shape[1] // len(weights)]  # (T, k): of the kv head that it reads
+    atoms = [[[m, round(x, 4)] for m, x in zip(*pair)]
+             for pair in zip(idx.tolist(), parts[head, -1, :, 2:].tolist())]
+    mean, missed = parts[head, -1, :, :2].T.tolist()
+    return {"layer": layer, "head": head, "tokens": said[1:], "mean": mean[1:], "atoms": atoms[1:],
+            "missed": missed[1:], "weights": weights[head, -1, 1:].tolist()}
+
+def example_of_key(page, words, codes):
     """The key of the sentence's last token in each layer's first head: its atoms with their
     coefficients, and what the page shows of them."""
     rows = {}
     for site, shown in page.items():
         if site.endswith("key"):
             rows[site] = [{"atom": m, "z": z, "fired": shown["fired"][m],
-                           "strongest": [words[i] for i, _ in shown["strongest"][m]],
-                           "sample": [words[i] for i, _ in shown["sample"][m]],
+                           "strongest": [words[i] for i, *_ in shown["strongest"][m]],
+                           "sample": [words[i] for i, *_ in shown["sample"][m]],
                            "queries": shown["queries"][m]}
                           for m, z in codes[site][-1][0] if z > 0]
     return rows
 
 def main(argv=None):
     args = parse_args(__doc__, argv, LOOK, sentence=dict(
-        help="whose codes the page shows (default: the text's first 48 tokens)"))
+        help="that the page takes apart (default: the text's first 48 tokens)"))
     run = begin_look(args, "-atoms")
     ks = {"key": args.k_key, "value": args.k_val}
-    seen, n_fired = read_atoms(run.model, run.saes, run.windows, ks)
-    words = words_of(run.tokenizer, run.windows)
-    readers_of = find_readers(run, run.windows[:max(1, 16_384 // run.windows.shape[1])], n_fired)
     sentence = run.windows[0, 1:49]
     if args.sentence:
         sentence = torch.tensor(encode_text(run.tokenizer, args.sentence))
-    codes, page, check = code_of(run, sentence, ks), {}, {}
-    print("share that the rule describes, by the ten strongest tokens / by ten at random:")
-    for (layer, kind), latents in seen.items():
-        site = f"{layer}.{kind}"
-        check[site] = check_site(latents, words)
-        page[site] = {**page_of_site(latents["atoms"], words), **readers_of.get((layer, kind), {}),
-                      "sentence": codes[site]}
-        print(f"{site:9}" + "".join(f"  {row['n']:5} {name} {row['strongest']:.2f} / "
-                                    f"{row['range']:.2f}" for name, row in check[site].items()))
+    words, said = (words_of(run.tokenizer, ids) for ids in (run.windows, sentence[None]))
+    codes, page, generator = code_of(run, sentence, ks), {}, torch.Generator().manual_seed(0)
+    of_text = read_codes(run.model, run.saes, run.windows, ks)
+    heads = {site: strongest_head(*code, run.saes[site].n_latents)
+             for site, code in of_text.items()}
+    readers_of = find_readers(run, run.windows[:max(1, 16_384 // run.windows.shape[1])], heads)
+    for (layer, kind), code in of_text.items():
+        dense = by_atom(*code, run.saes[layer, kind].n_latents)
+        page[f"{layer}.{kind}"] = {**page_of_site(dense, words, generator),
+                                   **readers_of[layer, kind], "sentence": codes[f"{layer}.{kind}"]}
+    try:
+        looks = looks_of(run, sentence, args.k_key)
+    except sta.UsageError as error:
+        print(f"the page shows no attention: {error}")
+        looks = {}
+    for layer, (_, weights, parts) in looks.items():
+        page[f"{layer}.key"]["looks"] = looks_of_page(weights, parts)
     about = {**run.about, "k_key": args.k_key, "k_val": args.k_val}
-    said = words_of(run.tokenizer, sentence[None])
     data = {"model": pathlib.Path(run.name).name, "words": words, "sentence": said, "sites": page,
-            **{name: about[name] for name in ("tokens", "k_key", "k_val")}}
+            "before": BEFORE, **{name: about[name] for name in ("tokens", "k_key", "k_val")}}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
     template = (ROOT / "beyond" / "atoms.html").read_text(encoding="utf-8")
-    result = {**about, "check": check, "sentence": said, "example": example(page, words, codes)}
+    result = {**about, "sentence": said, "example": example_of_key(page, words, codes),
+              "look": example_of_attention(looks, said)}
     for path, content in ((run.path.with_suffix(".html"), template.replace("DATA", data)),
                           (run.path, json.dumps(result) + "\n")):
         write_atomic(path, content)

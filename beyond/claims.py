@@ -1,9 +1,10 @@
 """Verdicts on the paper's claims P1 to P8 (as README.md numbers them), each beside its control.
 
     python -m beyond.claims                       # tiny: ten minutes, with the SAEs of the controls
+    python -m beyond.claims --rows variants,rivals,additive    # and whatever else is fitted
     python -m beyond.report write                 # judges again, over seeds, from results.jsonl
 
-Runs evaluate.py with --rows variants,claims, measures what else a verdict needs, and writes
+Runs evaluate.py with --rows and claims, measures what else a verdict needs, and writes
 evaluate.py's <model>.json and <model>-claims.json. The controls of P1, P3 and P4 are SAEs of
 beyond/variants.py. For tiny they are trained if they are missing; for other models, a part without
 its rows gets no verdict.
@@ -21,13 +22,15 @@ import re
 import statistics
 import sys
 
+import numpy
 import torch
 
 import evaluate
 import sta
 import train_sae
 from beyond import begin_look, parse_args
-from beyond.depth import measure_depth
+from beyond.atoms import measure_attention
+from beyond.meaning import measure_depth
 from beyond.variants import SEARCHED, VARIANTS, beside, search, searched, settings_of
 from support.files import load_sae, run_main, write_atomic
 from support.models import context_length
@@ -35,7 +38,10 @@ from support.tasks import mean_stderr
 
 # ------------------------------------------------------------------ the rows
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
-FACTORS = {"splits": {}, "l1": {"tokens": 3, "lr": 4}}
+FACTORS = {"splits": {}, "twin": {}, "l1": {"tokens": 3, "lr": 4}}
+# Rows of which attention is measured
+LOOKED_AT = (r"dual|stretched|searched|l1|untrained twin|layer SAE(, searched)?|grouped . bits|"
+             r"rotated . bits|(transform|additive) (9.375|18.75)")
 
 def train_controls(variant, folder, model_name, layers):
     """Train a variant's SAEs beside a folder's, with their settings times FACTORS, if missing."""
@@ -64,6 +70,16 @@ class Turned:
         decoded = sta.roundtrip(self.codec, keys, values, live)
         return [x + (x_hat - x) @ self.turn.to(x.device)
                 for x, x_hat in zip((keys, values), decoded)]
+
+class OnAxes:
+    """A codec of keys: their mean, and what lies along k random axes, the rival of k atoms."""
+
+    def __init__(self, sae, k):
+        x = torch.randn(sae.b_dec.shape[1], k, generator=torch.Generator().manual_seed(0))
+        self.mean, self.axes = sae.b_dec, torch.linalg.qr(x).Q.to(sae.b_dec.device)  # (D, k)
+
+    def roundtrip(self, keys, values, live):
+        return self.mean + (keys - self.mean) @ self.axes @ self.axes.T, values
 
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row], for P5 and P6."""
@@ -115,8 +131,8 @@ def stream_change(model, codecs, windows, sink):
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
-           "length of coded keys as a share of theirs, Top-K less L1: above 0",
-           "nats by which L1 is worse: above 0"),
+           "slope of coded on exact logits, Top-K with the FVU of L1, less that of L1: above 0",
+           "the same for untrained atoms, which no penalty shrinks: less"),
     "P2": ("8 atoms recover over 80 % of a key's direction",
            "cosine of key and code, both less the head's mean, mean over layers: above 0.8",
            "plain cosine of the head's mean alone: below the code's own"),
@@ -193,12 +209,25 @@ def excess(a, b, windows=slice(None)):
     """(nats by which row a is worse than b on some windows, its standard error)."""
     return evaluate.mean_excess(a["window_ce"][windows], b["window_ce"][windows])
 
-def judge_shrinkage(rows):
-    estimates = [over_layers(dual, "rel_norm_key", l1, "rel_norm_key")
-                 for dual, l1 in rows.together("dual", "l1")]
-    if estimates:
-        worse = rows.mean(lambda dual, l1: excess(l1, dual)[0], "dual", "l1")
-        yield verdict("P1", "", estimates, 0, (worse, worse <= 0))
+def flattened(by_row, name):
+    """[slope of as many Top-K atoms as have the row's FVU, less the row's slope] by layer, between
+    numbers of atoms on a straight line. by_row: what `measure_attention` returned."""
+    gaps = []
+    for layer, row in by_row[name].items():
+        points = sorted((columns[layer]["fvu"], columns[layer]["slope"])
+                        for other, columns in by_row.items() if other.startswith("k = "))
+        gaps.append(float(numpy.interp(row["fvu"], *zip(*points))) - row["slope"])
+    return gaps
+
+def judge_shrinkage(attention):
+    """attention: what `measure_attention` returned, by seed."""
+    attention = [by_row for by_row in attention if "l1" in by_row and "untrained twin" in by_row]
+    if attention:
+        control = statistics.mean(itertools.chain(*(flattened(by_row, "untrained twin")
+                                                    for by_row in attention)))
+        estimates = [mean_stderr(flattened(by_row, "l1")) for by_row in attention]
+        figure = statistics.mean(x for x, _ in estimates)
+        yield verdict("P1", "", estimates, 0, (control, control >= figure))
 
 def judge_direction(rows):
     duals = rows.together("dual", "means")
@@ -311,7 +340,8 @@ def judge(lines):
     rows = Rows([line for line in lines if line["kind"] == "row"])
     measured = [line for line in lines if line["kind"] == "measured"]
     depths = [line["depth"] for line in measured if line["depth"]]
-    verdicts = [*judge_shrinkage(rows), *judge_direction(rows), *judge_asymmetry(rows),
+    attention = [line["attention"] for line in measured if line.get("attention")]
+    verdicts = [*judge_shrinkage(attention), *judge_direction(rows), *judge_asymmetry(rows),
                 *judge_split(rows), *judge_noise(rows), *judge_parity_alone(rows),
                 *judge_parity(rows)]
     if measured:
@@ -323,13 +353,32 @@ def print_verdict(x):
           f"{x['half']:.4f} against {x['threshold']:.4g}; control {x['control']:.4f} {x['n']}")
 
 # ------------------------------------------------------------------ the run
+def attention_by_rows(run, args):
+    """What `measure_attention` returns on 4,096 tokens, of LOOKED_AT, of OnAxes, and of k atoms per
+    key for several k; None if the model's attention cannot be taken apart."""
+    ids = run.windows[:max(1, 4096 // run.windows.shape[1])]
+    before = evaluate.paper_rows(run.saes, sta.kv_shape(run.model.get_decoder().config), args.k_key,
+                                 args.k_val, run.settings)
+    all_rows = evaluate.more_rows(before, run.model, run.tokenizer, run.saes, args)
+    rows = {row.name: row.codecs for row in all_rows if re.fullmatch(LOOKED_AT, row.name)}
+    rows["random axes"] = {layer: OnAxes(run.saes[layer, "key"], args.k_key)
+                           for layer in run.layers}
+    for k in (0, 1, 2, 4, 8, 16):
+        rows[f"k = {k}"] = evaluate.dual_codecs(run.saes, k, 0)
+    try:
+        return measure_attention(run.model, rows, run.layers, ids, args.sink)
+    except sta.UsageError as error:
+        print(f"no verdict on P1: {error}")
+
 def measure(run, args):
-    """What verdicts and tables need beside the rows: the change of the residual stream by dual, on
-    512 tokens; which atoms occurrences share, by depth; the model's context."""
+    """What verdicts and tables need beside the rows: how well coded keys serve queries; the change
+    of the residual stream by dual, on 512 tokens; which atoms occurrences share, by depth; the
+    model's context."""
     ks = {"key": args.k_key, "value": args.k_val}
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
     codecs = evaluate.dual_codecs(run.saes, args.k_key, args.k_val)
-    return {"stream": stream_change(run.model, codecs, windows, args.sink),
+    return {"attention": attention_by_rows(run, args),
+            "stream": stream_change(run.model, codecs, windows, args.sink),
             "stream_tokens": windows.numel(), "depth": measure_depth(run, ks),
             "depth_tokens": run.windows.numel(), "context": context_length(run.model)}
 
@@ -338,6 +387,7 @@ def main(argv=None):
     args = parse_args(
         __doc__, argv, "model saes layer text seq-len k-key k-val sink device dtype out",
         max_tokens=dict(type=int, default=32_768, help="tokens to score (default 32,768)"),
+        rows=dict(default="variants", help="as for evaluate.py (default variants)"),
         resume=dict(action="store_true", help="as for evaluate.py"),
         **{name: dict(help="as for evaluate.py") for name in ("tasks", "task_dir", "limit")})
     n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
@@ -345,7 +395,8 @@ def main(argv=None):
     if run.name == "tiny":
         for variant in FACTORS:
             train_controls(variant, run.folder, run.name, run.layers)
-    path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", "variants,claims"])
+    path = evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows",
+                          f"{args.rows},claims"])
     result, measured = json.loads(path.read_text(encoding="utf-8")), measure(run, args)
     rows = [{"kind": "row", **row} for row in result["rows"]]
     for line in judge([*rows, {"kind": "measured", **measured}]):

@@ -25,6 +25,7 @@ import sta
 from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
+from support.tasks import mean_stderr
 
 FILE = ROOT / "figures" / "results.jsonl"
 READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
@@ -52,7 +53,7 @@ def lines_of(result, experiment=None):
         new_lines.append({"kind": "measured", "name": "measured", **result["measured"]})
     new_lines += [{"kind": kind, "name": kind, kind: result[kind],
                    "example": result.get("example")}
-                  for kind in ("check", "caches", "peers", "retrieval") if kind in result]
+                  for kind in ("look", "meaning", "caches", "peers") if kind in result]
     if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
         raise ValueError("nothing that a README shows, or a row whose loss is nan")
     if experiment:
@@ -214,13 +215,13 @@ def one_key(lines):
                         and "`" not in word and "|" not in word)
 
     cells = {}
-    for line in pick(lines, kind="check", model=QWEN)[-1:]:
-        for atom in line["example"]["27.key"]:
+    for line in pick(lines, kind="look", model=QWEN)[-1:]:
+        for atom in line["example"]["27.key"][:4]:
             row = str(atom["atom"])
             cells[row, "coefficient"] = f"{atom['z']:.2f}"
             cells[row, "fires on"] = f"{100 * atom['fired']:.1f} %"
             cells[row, "strongest tokens"] = quoted(atom["strongest"])
-            cells[row, "any tokens, at random"] = quoted(atom["sample"])
+            cells[row, "tokens at random"] = quoted(atom["sample"])
             cells[row, "words whose queries seek it most"] = quoted(atom["queries"])
     return table("atom", cells)
 
@@ -231,16 +232,61 @@ def judged(lines):
                             if stem(row) == "valid"), *pick(lines, kind="measured", model=model)])
             for model in models}
 
+SHORT_NAMES = {"P6 median layer alone, one pass": "one layer coded, the median one",
+               "P6 worst layer alone, one pass": "one layer coded, the worst one",
+               "P6 all layers, one pass": "all layers coded",
+               "P6 all layers, searched": "all layers coded, atoms found by search",
+               "P7 per token": "per token", "P7 4,096 tokens": "4,096 tokens, with dictionaries"}
+
 def verdicts(lines):
-    """P1 to P8 in words; a part that has a name of its own has its own verdict."""
-    by_model, cells = judged(lines), {}
+    """P1 to P8 in words. Some parts of P6 and P7 stand in lines of their own; of P8's, the word
+    that all have in common, or no if none holds, else how many hold."""
+    cells = {}
     for claim, (statement, *_) in CLAIMS.items():
         cells[claim, "claim"] = statement
-        for model, parts in by_model.items():
-            words = [f"{x['part']}: {x['verdict']}" if x["part"] else x["verdict"]
-                     for x in parts if x["claim"] == claim]
-            cells[claim, pathlib.Path(model).name] = "; ".join(words)
-    return table("", cells)
+    for model, parts in judged(lines).items():
+        of_depth = [x["verdict"] for x in parts if x["claim"] == "P8"]
+        for x in parts:
+            row = x["claim"]
+            if row in ("P6", "P7"):
+                name = SHORT_NAMES.get(f"{row} {x['part']}")
+                if not name:
+                    continue
+                row = f"{row}, {name}"
+                cells[row, "claim"] = ""
+            cells[row, pathlib.Path(model).name] = x["verdict"] if row != "P8" else (
+                "no" if "holds" not in of_depth else of_depth[0] if len(set(of_depth)) == 1
+                else f"{of_depth.count('holds')} of {len(of_depth)} parts hold")
+    rows = sorted({row for row, _ in cells}, key=lambda row: (row[:2], [*SHORT_NAMES.values()].index(
+        row[4:]) if row[4:] else -1))
+    columns = list(dict.fromkeys(column for _, column in cells))
+    return table("", {(row, column): cells.get((row, column), "")
+                      for row in rows for column in columns})
+
+SUMMARY = {"dual": "8 atoms per key and 16 per value", "searched": "the same, found by search",
+           "packed": "the same, not searched, in smaller numbers", "grouped 3 bits": "grouped, 3 bits",
+           "rotated 3 bits": "rotated, 3 bits", "transform 9.375": "transform",
+           "additive 9.375": "additive codes"}
+
+def summary(lines, model):
+    """For the first screen: how much perplexity rises, and what the cache takes."""
+    rows = [row for row in longest(pick(lines, kind="row", model=model)) if stem(row) == "valid"]
+    alone = next((x["n"] for x in judged(lines).get(model, []) if x["part"].startswith(
+        "median layer alone, one pass")), "")
+    names = {f"layer {alone.split()[1]} alone": "one layer: 8 atoms per key and 16 per value"
+             } if alone else {}
+    dense, cells = pick(lines, kind="row", model=model, name="dense")[-1], {}
+    for name, label in {**names, **SUMMARY}.items():
+        of_name = pick(rows, name=name)
+        for row in of_name[:1]:
+            rise = spread([100 * (row["ratio"] - 1) for row in of_name], 1)
+            low, high = (100 * (x - 1) for x in row["ratio_ci95"])
+            cells[label, "perplexity rises by"] = f"{rise} %" + (
+                f" ({low:.1f} to {high:.1f})" if len(of_name) == 1 else f" ({len(of_name)})")
+            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
+            cells[label, "4,096 tokens, with dictionaries"] = percent(
+                share_with_dictionaries(row, dense, 4096))
+    return table("what is kept of keys and values", cells)
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict."""
@@ -257,8 +303,12 @@ def verdict_inputs(lines):
 
 def by_share(lines, model):
     """Ratio to dense perplexity of each method and share of bf16, by text; then the bytes of one
-    text of 4,096 tokens and of one context, dictionaries included, as shares of bf16's."""
-    groups, cells = compared(lines, model), {}
+    text of 4,096 tokens and of one context, dictionaries included, as shares of bf16's. Of the
+    methods with many shares, two; the picture has the others."""
+    groups = {(method, share, text): rows for (method, share, text), rows in compared(
+        lines, model).items() if method not in ("transform", "additive")
+        or min(abs(share - 0.09375), abs(share - 0.1875)) < 0.005}
+    cells = {}
     dense = pick(lines, kind="row", model=model, name="dense")[-1]
     texts = sorted({text for _, _, text in groups}, key=["valid", "prose", "code"].index)
     for method, share in sorted({key[:2] for key in groups},
@@ -271,20 +321,6 @@ def by_share(lines, model):
                 cells[label, f"{n_tokens:,} tokens"] = percent(
                     share_with_dictionaries(rows[0], dense, n_tokens))
     return table("method, share of bf16 per token", cells)
-
-def paired(lines):
-    """Nats per token by which transform is worse than additive codes, by share, with the standard
-    error over windows: on each model and text, of one seed."""
-    cells = {}
-    for model, label in OTHERS.items():
-        groups = compared(lines, model)
-        for (method, share, text), rows in groups.items():
-            rivals = groups.get(("transform", share, text), []) if method == "additive" else []
-            for a, b in itertools.product(rows, rivals):
-                if seed_of(a) == seed_of(b) and a["dtype"] == b["dtype"]:
-                    cells[f"{label}, {text}", percent(share)] = "{:+.4f} ± {:.4f}".format(
-                        *excess(b, a))
-    return table("transform worse than additive, nats", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
     "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
@@ -358,18 +394,52 @@ def one_layer(lines, model):
             cells[str(layer), label] = spread([line["stream"][str(layer)] for line in streams])
     return table("layer", cells)
 
-def describable(lines):
-    """Which share of directions the blind rule of beyond/atoms.py describes."""
+def attention(lines):
+    """How well coded keys serve queries: means over layers and seeds, by model."""
     cells = {}
-    for line in pick(lines, kind="check"):
+    for short, model in MODELS.items():
+        measured = [line["attention"] for line in pick(lines, kind="measured", model=model)
+                    if line.get("attention")]
+        for name in measured[0] if measured else ():
+            for column, heading in (("r2", "r²"), ("slope", "slope"), ("height", "height"),
+                                    ("fvu", "FVU of keys")):
+                cells[name, f"{heading}, {short}"] = spread([statistics.mean(
+                    layer[column] for layer in by_row[name].values()) for by_row in measured])
+    return table("", cells)
+
+def meaning_of_words(lines):
+    """AUROC on other words by model, layer and kind: means over concepts; then over all of these,
+    with the paired standard error over concepts of what a rival lacks to atoms."""
+    cells = {}
+    for line in pick(lines, kind="meaning"):
+        model, gaps = pathlib.Path(line["model"]).name, {}
+        for site, by_concept in line["meaning"]["words"].items():
+            for name in next(iter(by_concept.values())):
+                cells[f"{model}, {site}", name] = spread([statistics.mean(
+                    x[name] for x in by_concept.values())])
+                for concept, x in by_concept.items():
+                    gaps.setdefault(name, {}).setdefault(concept, []).append(
+                        x["atoms"] - x[name])
+        for name, by_concept in gaps.items():
+            mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
+            if name != "atoms":
+                cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
+    return table("model, layer and kind", cells)
+
+def meaning_of_seeds(lines):
+    """How alike atoms are to those of another seed, by model, layer and kind."""
+    cells = {}
+    for line in pick(lines, kind="meaning"):
         model = pathlib.Path(line["model"]).name
-        for layer in dict.fromkeys(site.split(".")[0] for site in line["check"]):
-            key, value = (line["check"][f"{layer}.{kind}"] for kind in sta.KINDS)
-            for column, heading in (("strongest", "ten strongest"), ("range", "ten at random")):
-                for name in ("atoms", "token means", "random"):
-                    cells[f"{model}, {layer}", f"{name}, {heading}"] = (
-                        f"{key[name][column]:.2f} / {value[name][column]:.2f}")
-    return table("model, layer; key / value", cells)
+        for site, columns in line["meaning"]["seeds"].items():
+            for name, heading in (("median", "largest cosine, median"),
+                                  ("random", "of a random dictionary"), ("alike", "above 0.7"),
+                                  ("logits", "stable half's share of logits")):
+                if name in columns:
+                    cells[f"{model}, {site}", heading] = f"{columns[name]:.2f}"
+        for name, (nats, stderr) in line["meaning"]["without"].items():
+            cells[f"{model}, dropped: the {name} half", "nats"] = f"{nats:+.3f} ± {stderr:.3f}"
+    return table("model, layer and kind", cells)
 
 def peers(lines):
     """FVU of held-out vectors by site and library, then ms per step by shape."""
@@ -387,22 +457,10 @@ def rules(lines):
         cells |= {(claim, "figure, and what is wanted"): figure, (claim, "control"): control}
     return table("claim", cells)
 
-def next_tokens(lines):
-    """How the distribution of the next token changes, for tiny: means over seeds."""
-    cells = {}
-    for name in QUICK_START[1:]:
-        rows = longest(pick(lines, kind="row", model="tiny", name=name))
-        for column, heading, scale, digits in (("kl", "mean KL, nats", 1, 4), (
-                "kl_p99", "99 % of tokens below", 1, 3), ("same_top", "same likeliest token, %",
-                                                         100, 1)):
-            cells[name, heading] = spread([scale * row[column] for row in rows if column in row],
-                                          digits)
-    return table("", cells)
-
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
-          "token times": token_times, "describable": describable, "one key": one_key,
-          "paired": paired, "verdict inputs": verdict_inputs,
-          "next tokens": next_tokens,
+          "token times": token_times, "one key": one_key, "attention": attention,
+          "qwen summary": functools.partial(summary, model=QWEN), "words": meaning_of_words, "seeds": meaning_of_seeds,
+          "verdict inputs": verdict_inputs,
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))},
@@ -435,11 +493,32 @@ def of_rows(ending, make, **wanted):
                 make, kind="row", model=model, name=name, k_key=k_key, **wanted)
             for short, model in MODELS.items() for name, k_key in ROWS.items()}
 
+def break_even(lines, model):
+    """The tokens from which on the dual budget takes less than bf16, dictionaries included."""
+    return "".join("{:,}".format(row["break_even_tokens"])
+                   for row in pick(lines, kind="row", model=model, name="dual")[:1])
+
+def auroc(lines, model, name):
+    """Mean over a model's layers, kinds and concepts."""
+    values = [x[name] for line in pick(lines, kind="meaning", model=model)
+              for by_concept in line["meaning"]["words"].values() for x in by_concept.values()]
+    return f"{statistics.mean(values):.3f}" if values else ""
+
+def alike(lines, model):
+    """The share of atoms, in %, that are much like one of another seed."""
+    values = [columns["alike"] for line in pick(lines, kind="meaning", model=model)
+              for columns in line["meaning"]["seeds"].values()]
+    return f"{100 * statistics.mean(values):.0f}" if values else ""
+
 FIGURES = {
     "tiny one layer": lambda lines: "{:.3f}".format(math.exp(next(
         x["figure"] for x in judged(lines)["tiny"] if x["part"].startswith("median layer alone")))),
-    "tiny break even": lambda lines: "{:,}".format(
-        pick(lines, kind="row", model="tiny", name="dual")[0]["break_even_tokens"]),
+    **{f"{short} break even": functools.partial(break_even, model=model)
+       for short, model in MODELS.items()},
+    **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
+    **{f"{short} auroc {name}": functools.partial(auroc, model=model, name=name)
+       for short, model in MODELS.items()
+       for name in ("atoms", "untrained twin", "numbers of the vector")},
     **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
        for name in EXPERIMENTS},
     **{f"qwen {text} {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
@@ -501,6 +580,11 @@ def main(argv=None):
     lines = read()
     for path in READMES:
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
+    for line in pick(lines, kind="look"):
+        name, look = pathlib.Path(line["model"]).name, line["look"]
+        title = "{}, layer {}, head {}: to which tokens {!r} attends".format(
+            name, look["layer"], look["head"], look["tokens"][-1].strip())
+        plots.save(plots.draw_attention(look, title), FILE.with_name(f"{name}-attention.png"))
     for name, curves_of, x_label, x_scale in PICTURES:
         figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
         plots.save(figure, FILE.with_name(f"smollm2-135m-instruct-{name}.png"))

@@ -21,7 +21,7 @@ import evaluate
 import plots
 import sta
 import train_sae
-from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, depth,
+from beyond import (additive, atoms, benchmark, cache, calibrate, capture_queries, claims, meaning,
                     report, rivals, s3, variants)
 from test_sta import (FAMILIES, SHORT, across, assert_one_line, dual, evaluated, read_json,
                       rows_of, script, small_model, small_sae, small_saes, through, tokens_of,
@@ -507,7 +507,7 @@ def all_variants(trained, tmp_path_factory):
     """The short run's folder, with a stretch, and with the other variants beside it."""
     out = shutil.copytree(trained, tmp_path_factory.mktemp("variants") / "saes")
     assert script(calibrate, "--tokens", 4096, "--layer", "1-2", "--out", out) == 0
-    for what in ("layer", "metric", "splits", "l1"):
+    for what in ("layer", "metric", "splits", "twin", "l1"):
         assert script(variants, "--what", what, *SHORT, "--out", out) == 0
     assert script(variants, "--what", "stretch", "--saes", out) == 0
     return out
@@ -522,8 +522,8 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
         for name in ("", ", searched", ", metric", ", metric, searched",
                      ", metric, shared, searched") for ending in ("", ", packed")), *(
         f"{name}, trained for it{ending}" for name in ("uniform", "reverse")
-        for ending in ("", variants.SEARCHED)), "l1", "stretched", "packed", "searched, packed",
-        "stretched, packed"]
+        for ending in ("", variants.SEARCHED)), "untrained twin", "l1", "stretched", "packed",
+        "searched, packed", "stretched, packed"]
     assert rows["searched"]["settings"]["rounds"] == variants.ROUNDS
     assert rows["searched"]["fvu_val"] < rows["dual"]["fvu_val"]
     assert rows["searched"]["bytes_per_token"] == rows["dual"]["bytes_per_token"] == rows[
@@ -542,6 +542,8 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     assert_one_line(capsys.readouterr().err, r"stretch/dual was trained with budget = .8, 16")
     assert script(variants, "--what", "stretch", *run, "--row", "dull") == 2
     assert_one_line(capsys.readouterr().err, "--row dull: want one of means, keys, values, dual")
+    assert script(variants, "--what", "stretch", "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "a stretch is written beside its SAEs, in --saes")
     assert script(evaluate, "--model", "tiny", "--saes", tmp_path, "--rows", "variants") == 2
     assert_one_line(capsys.readouterr().err, "--rows variants: needs SAEs")
     assert script(variants, *SHORT, "--k-val", 40, "--out", tmp_path) == 2
@@ -737,10 +739,15 @@ def lines_where_all_holds():
                   made_up_row(f"reverse, trained for it{ending}", 3.2),
                   made_up_row(f"layer 1 alone{ending}", 2.99)]
     lines.append(made_up_row("layer 1 alone, means", 3.5))
-    gaps = {f"{gap} of {kind}s": [0.4, 0.01] for gap in depth.GAPS for kind in sta.KINDS}
+    gaps = {f"{gap} of {kind}s": [0.4, 0.01] for gap in meaning.GAPS for kind in sta.KINDS}
     weak = {gap: [0.1, 0.01] for gap in gaps}
-    return [*lines, {"kind": "measured", "context": 256, "settings": {"seed": 0}, "depth": {
-        "changes": {"atoms": gaps, "random": weak, "vectors": weak}}}]
+    slopes = {"k = 0": (1.0, 0.4), "k = 4": (0.2, 0.8), "l1": (0.2, 0.5),
+              "untrained twin": (0.6, 0.6)}
+    attention = {name: {layer: {"fvu": fvu, "slope": slope + 0.01 * int(layer)} for layer in "01"}
+                 for name, (fvu, slope) in slopes.items()}
+    return [*lines, {"kind": "measured", "context": 256, "settings": {"seed": 0},
+                     "attention": attention, "depth": {
+                         "changes": {"atoms": gaps, "random": weak, "vectors": weak}}}]
 
 def of(name, **columns):
     """A change of a line's columns; nats are added to all windows."""
@@ -755,6 +762,12 @@ def of(name, **columns):
             line.update({column: value})
     return change
 
+def of_slope(name, slope):
+    def change(lines):
+        for layer in lines[-1]["attention"][name].values():
+            layer["slope"] = slope
+    return change
+
 def of_depth(name, change):
     new = {"sense of keys": [change, 0.01]}
     return lambda lines: lines[-1]["depth"]["changes"][name].update(new)
@@ -762,7 +775,7 @@ def of_depth(name, change):
 TASK = {"cloze": {"n": 100, "delta_acc": -0.1, "delta_acc_stderr": 0.01}}
 NO_LOSS = {"cloze": {**TASK["cloze"], "delta_acc": 0.0}}
 ACROSS = [  # a part, an input moved across its threshold, a control that wins
-    ("P1", of("dual", rel_norm_key=0.5), of("l1", nats=-0.5)),
+    ("P1", of_slope("l1", 0.9), of_slope("untrained twin", 0.1)),
     ("P2", of("dual", cos_centred_key=0.7), of("means", cos_key=0.95)),
     ("P3", of("reverse, trained for it", fvu_val=0.05),
      of("uniform, trained for it, searched", fvu_val=0.05)),
@@ -817,6 +830,8 @@ def test_what_a_single_measurement_leaves_undecided():
         row |= {"delta_ce_stderr": None, "window_ce": row["window_ce"][:2],
                 "by_layer": {"0": row["by_layer"]["0"]},
                 "tasks": {"cloze": {**row["tasks"]["cloze"], "delta_acc_stderr": None}}}
+    for by_layer in lines[-1]["attention"].values():
+        del by_layer["1"]
     words = words_of_verdicts(lines)
     for part, word in words.items():
         assert word == ("holds" if part[:2] in ("P7", "P8", "P4") else "undecided"), part
@@ -872,7 +887,7 @@ def test_hierarchy_finds_what_was_put_in():
     words, vectors = [vocabulary[i] for i in flat], {site: torch.nn.functional.one_hot(
         flat, 62)[:, None].half() for site in codes}
     kept = {"atoms": codes, "random": twins, "vectors": vectors}
-    result = depth.hierarchy(kept, ids, words, seed=0)
+    result = meaning.hierarchy(kept, ids, words, seed=0)
     assert result["words"] == ["run", "walk", "work"] and result["layers"] == [1, 2, 3]
     changes = result["changes"]["atoms"]
     for name, expected in (("lexical", 2 / 3 - 0.6), ("ngram", 1 / 3 - 0.07), ("sense", 1 / 3)):
@@ -880,25 +895,25 @@ def test_hierarchy_finds_what_was_put_in():
         assert changes[f"{name} of keys"][0] > 2 * changes[f"{name} of keys"][1]
         for other in ("random", "vectors"):  # the same in all layers
             assert result["changes"][other][f"{name} of values"][0] == 0
-    few = depth.hierarchy(kept, ids, ["x"] * len(words), 0)  # no word with two senses
+    few = meaning.hierarchy(kept, ids, ["x"] * len(words), 0)  # no word with two senses
     assert few["words"] == [] and set(few["changes"]["atoms"]) == {
         f"{gap} of {kind}s" for gap in ("lexical", "ngram") for kind in sta.KINDS}
     turned = {(4 - i, kind): x for (i, kind), x in codes.items()}
-    turned = depth.hierarchy({**kept, "atoms": turned}, ids, words, 0)["changes"]["atoms"]
+    turned = meaning.hierarchy({**kept, "atoms": turned}, ids, words, 0)["changes"]["atoms"]
     assert all(change < 0 for change, _ in turned.values())
 
 def test_errors_are_those_of_words_not_of_pairs():
     """Each word's pairs all say the same: a hundred copies are worth one, as numpy has it."""
     of_each = rows_of(30, 1)[:, 0]
     x, words = of_each.repeat_interleave(100), torch.arange(30).repeat_interleave(100)
-    means = depth.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
+    means = meaning.bootstrap({"a": x}, {"a": words}, torch.Generator().manual_seed(0))["a"]
     assert means.std().item() == pytest.approx(of_each.std().item() / 30 ** 0.5, rel=0.2)
 
 def test_codes_for_p8(trained):
     model, tokenizer, _ = load_model("tiny")
     saes, _ = load_saes(trained / "tiny", model)
     windows = token_windows(read_text(None, "valid", "tiny"), tokenizer, model, 64, 0, 640)
-    kept = depth.read_codes(model, saes, windows, {"key": 3, "value": 60})
+    kept = meaning.read_twins(model, saes, windows, {"key": 3, "value": 60})
     with sta.capture(model, [1]) as rows:
         model(windows[9:])
     for kind, k in (("key", 3), ("value", 60)):
@@ -908,52 +923,78 @@ def test_codes_for_p8(trained):
         i, j = torch.tensor([3, 70]), torch.tensor([100, 9])
         unit = torch.nn.functional.normalize(torch.cat([
             sta.harvest(model, windows, [1], sink=0)[1, kind] - sae.b_dec]), dim=-1)
-        torch.testing.assert_close(depth.alike(kept["vectors"], kind, [1], i, j),
+        torch.testing.assert_close(meaning.alike(kept["vectors"], kind, [1], i, j),
                                    (unit[i] * unit[j]).sum(-1).mean(1), atol=2e-3, rtol=0)
-        twin = depth.random_twin(sae)
+        twin = meaning.random_twin(sae)
         assert not torch.equal(twin.encode(x, k)[1], idx)
     assert (kept["atoms"][1, "value"] == -1).any()  # of sixty, not all are positive
 
 # ---------------------------------------------------------------- atoms.py
-def test_kept_tokens_are_those_of_a_sort():
-    z = torch.relu(rows_of(6, 2000))  # six latents, two thousand tokens
-    seen = atoms.Seen(6, torch.Generator().manual_seed(0))
-    for first, last in ((0, 70), (70, 300), (300, 2000)):
-        seen.update(z.T[first:last], first)
-    torch.testing.assert_close(seen.strongest.z, z.sort(descending=True)[0][:, :atoms.N_KEPT])
-    for kept in (seen.strongest, seen.sample):
-        assert torch.equal(kept.z, z.gather(1, kept.token))
-        assert all(len(tokens.unique()) == atoms.N_KEPT for tokens in kept.token)
-    assert torch.equal(seen.n_fired, (z > 0).sum(1))
-    assert seen.sample.z.mean().item() == pytest.approx(z[z > 0].mean().item(), rel=0.1)  # no best
-    assert 900 < seen.sample.token.float().mean() < 1100  # of the whole stream alike
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_the_parts_of_a_logit_add_up_to_it(family):
+    """By the model's own attention: differences of logits are those of the logs of its weights."""
+    model, ids = small_model(family), tokens_of(2, 9)
+    for p in model.parameters():
+        p.mul_(4 if p.dim() > 1 else 1)  # so that attention is not flat
+    sae = small_saes(model)[1, "key"]
+    queries, keys, _ = atoms.read_attention(model, [1], ids)[1]
+    idx, mean, parts, missed = atoms.take_apart(model, 1, sae, 5, queries, keys)
+    assert idx.shape == (2, 9, 2, 5) and parts.shape == (2, 4, 9, 9, 5)
+    added = (mean + parts.sum(-1) + missed)[:, :, -1]  # of the last query
+    model.set_attn_implementation("eager")
+    logs = model.get_decoder()(input_ids=ids, output_attentions=True).attentions[1][:, :, -1].log()
+    assert logs.std() > 0.1
+    torch.testing.assert_close(added - added[..., :1], logs - logs[..., :1], atol=1e-4, rtol=0)
+    one = atoms.logits(model, 1, queries, sae.scale * sae.encode(keys, 5)[0][..., 2, None]
+                       * sae.W_dec[idx[..., 2]])
+    torch.testing.assert_close(parts[..., 2], one)
 
-def test_a_rival_fires_for_the_share_that_it_is_given():
-    x, live = vectors_of(2000, dim=8), torch.ones(2000, dtype=torch.bool)
-    rival = atoms.Directions(torch.eye(8)[:3], torch.Generator())
-    rival.update(x, live, 0.05, 0)
-    assert rival.seen.n_fired.tolist() == pytest.approx([100] * 3, abs=1)
-    best = x[..., 1].amax(1).argsort(descending=True)[:10]
-    assert rival.seen.strongest.token[1, :10].tolist() == best.tolist()
+@pytest.mark.parametrize("family", ["cohere", "gpt_neox"])
+def test_attention_of_another_kind_is_not_taken_apart(family):
+    """Cohere turns other pairs of numbers; GPT-NeoX turns only some."""
+    model = small_model(family)
+    for p in model.parameters():
+        p.mul_(4 if p.dim() > 1 else 1)
+    with pytest.raises(sta.UsageError, match="no softmax of q.k after Llama's RoPE, and not"):
+        atoms.read_attention(model, [0], tokens_of(2, 9))
 
-def test_directions_through_token_means():
-    ids = torch.arange(40).repeat(10)  # forty tokens, ten times each; and one of nine
-    x = rows_of(40, 2 * 8).view(40, 2, 8).repeat(10, 1, 1) + 0.01 * vectors_of(400, dim=8)
-    ids[:40][7] = 99
-    means = atoms.token_means(x, ids, torch.Generator().manual_seed(0))
-    assert len(means) == 39
-    cos = means @ torch.nn.functional.normalize(x[:40], dim=-1).flatten(0, 1).T  # (39, 80)
-    assert (cos.amax(1) > 0.99).all() and len(cos.argmax(1).unique()) == 39
+class Shrunk:
+    """A codec of keys that halves their distance to a mean."""
+    def __init__(self, mean):
+        self.mean = mean
 
-def test_a_token_range_without_a_shape_is_not_describable():
-    """Ten strongest tokens are one word, the other two hundred are not."""
-    words = ["w", "a"] * 10 + [f"{chr(97 + i % 26)}{chr(97 + i // 26)}{i}" for i in range(400)]
-    z = torch.zeros(len(words), 1)
-    z[1:20:2], z[20:] = 9, torch.rand(400, 1)
-    seen = atoms.Seen(1, torch.Generator().manual_seed(0))
-    seen.update(z, 0)
-    assert atoms.check_site({"atoms": seen}, words) == {
-        "atoms": {"n": 1, "strongest": 1.0, "range": 0.0}}
+    def roundtrip(self, keys, values, live):
+        return self.mean + 0.5 * (keys - self.mean), values
+
+def test_what_attention_keeps():
+    """Of exact keys all; of keys shrunk to half, half of the slope, and so a quarter is missed."""
+    model, ids = small_model("llama"), tokens_of(3, 12)
+    rows = {"exact": {1: Exact()}, "half": {1: Shrunk(torch.zeros(2, 16))}}
+    measured = atoms.measure_attention(model, rows, [1], ids)
+    assert measured["exact"][1] == pytest.approx({"r2": 1, "slope": 1, "height": 1, "fvu": 0},
+                                                 abs=1e-5)
+    assert measured["half"][1] == pytest.approx(
+        {"r2": 0.75, "slope": 0.5, "height": 0.5, "fvu": measured["half"][1]["fvu"]}, abs=1e-5)
+    x = torch.tensor([[[[0., 0, 0], [0, 0, 0], [9, 1, 3]]]])  # the first token is left out
+    coded = torch.tensor([[[[0., 0, 0], [0, 0, 0], [-5, 1, 2]]]])
+    assert atoms.compare_logits(x, coded, 1) == pytest.approx(
+        {"r2": 0.75, "slope": 0.5, "height": 0.5})
+
+def test_the_head_that_looks_furthest():
+    """Neither the first token nor one of the last four counts; nor a query before the last."""
+    weights = {3: torch.zeros(2, 9, 9), 7: torch.zeros(2, 9, 9)}
+    weights[3][0, -1] = torch.tensor([.5, 0, 0, 0, .3, .1, 0, .1, 0])
+    weights[3][1, 5, 2] = 1
+    weights[7][1, -1] = torch.tensor([.1, .4, 0, 0, 0, .2, .2, .1, 0])
+    weights[7][0, -1, 5] = .9
+    assert atoms.furthest_look(weights) == (7, 1)
+    assert atoms.furthest_look({0: torch.ones(2, 5, 5)}) is None  # too short
+
+def test_coefficients_by_atom():
+    z = torch.tensor([[[2., 1], [3, 0]], [[0, 0], [5, 4]]])  # two tokens, two heads, two atoms each
+    idx = torch.tensor([[[0, 2], [0, 3]], [[1, 2], [2, 1]]])
+    assert atoms.by_atom(z, idx, 4).tolist() == [[3, 0], [0, 4], [1, 5], [0, 0]]
+    assert atoms.strongest_head(z, idx, 4).tolist()[1:3] == [1, 0]
 
 def test_what_a_value_atom_promotes_is_what_its_head_adds_to_the_logits():
     """By the model's own modules: the difference that the atom makes to W_O's output."""
@@ -1001,15 +1042,6 @@ def test_queries_that_are_not_found():
         with capture_queries(model, [0]):
             pass
 
-@pytest.mark.parametrize("pairs,expected", [
-    ([("a", f" w{i}") for i in range(8)] + [("b", "x"), ("c", "y")], True),  # the token before
-    ([("a", f" w{i}") for i in range(7)] + [("b", "x"), ("c", "y"), ("d", "z")], False),
-    ([(str(i), " Way"[:4 - i % 2]) for i in range(10)], True),  # a capital
-    ([(str(i), str(i)) for i in range(8)] + [("", "of"), (".", "is")], True),  # digits
-    ([(str(i), w) for i, w in enumerate("ab,cd;ef-gh")][:10], False)])
-def test_describable_atoms(pairs, expected):
-    assert atoms.describable(pairs) == expected
-
 def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     """Its strongest contexts against codes computed here; corpus text cannot end the data."""
     argv = ["--saes", trained, "--max-tokens", 2048, "--out", tmp_path]
@@ -1034,15 +1066,24 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     for i, value in sorted(best.items(), key=lambda item: -item[1]):
         by_word.setdefault(words[i].strip().lower(), (i, value))
     expected = list(by_word.values())[:6]
-    assert [i for i, _ in site["strongest"][5]] == [i for i, _ in expected]
-    assert [v for _, v in site["strongest"][5]] == pytest.approx([v for _, v in expected], abs=0.01)
+    n = atoms.BEFORE
+    shown = [(i, zs[n] / 100) for i, *zs in site["strongest"][5]]
+    assert [i for i, _ in shown] == [i for i, _ in expected]
+    assert [v for _, v in shown] == pytest.approx([v for _, v in expected], abs=0.01)
     assert site["fired"][5] == pytest.approx(len(best) / 2048, abs=1e-5)
-    assert all(best[i] == pytest.approx(v, abs=0.01) for i, v in site["sample"][5])
-    assert sum(site["bars"][5]) == min(len(best), atoms.N_KEPT)
+    for i, *zs in site["sample"][5]:  # also of the tokens around
+        assert i in best and len(zs) == n + 1 + atoms.AFTER
+        assert [v / 100 for v in zs] == pytest.approx(
+            [best.get(j, 0) for j in range(i - n, i + atoms.AFTER + 1)], abs=0.01)
+    assert sum(site["bars"][5]) == len(best)
     assert page["words"][:2048] == words
     assert page["sentence"] == ["The", " President", " of", " the", " United"]
     result = read_json(tmp_path / "tiny-atoms.json")
-    assert 0 <= result["check"]["1.value"]["atoms"]["range"] <= 1
+    looks = site["looks"]  # of a head, a query, a token: weight, mean, missed, atoms
+    assert len(looks) == 4 and [len(of_query) for of_query in looks[0]] == [1, 2, 3, 4, 5]
+    assert len(looks[0][0][0]) == 3 + 8
+    assert sum(token[0] for token in looks[3][4]) == pytest.approx(1000, abs=3)
+    assert result["look"] is None  # five tokens: none is neither the first nor near
     with sta.capture(model, [1]) as rows, torch.no_grad():
         model(tokenizer("The President of the United", return_tensors="pt").input_ids)
     z, idx = (x[0, -1, 0].tolist() for x in saes[1, "key"].encode(rows[1, "key"], 8))
@@ -1052,6 +1093,73 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: end * len(ids))
     assert script(atoms, *argv) == 0
     assert read()["words"][3] == end
+
+# ---------------------------------------------------------------- meaning.py: words and seeds
+def test_words_of_a_concept_are_found_where_they_end():
+    words = ["In", " New", " Mex", "ico", ",", " May", "be", " in", " May", "."]
+    assert meaning.find_words(words, ["May", "Mexico"]).tolist() == [0, 0, 0, 2, 0, 0, 0, 0, 1, 0]
+
+def test_words_chosen_by_are_not_those_tested_on():
+    label = torch.zeros(4000).long()
+    label[::7] = 1 + torch.arange(len(label[::7])) % 9
+    label[5] = -1
+    (chosen, others), (tested, _) = meaning.draw_words(label, torch.Generator().manual_seed(0))
+    assert not set(label[chosen].tolist()) & set(label[tested].tolist())
+    assert chosen.max() < 2000 <= tested.min() and (label[others] == 0).all()
+    counts = label[chosen].bincount()
+    assert counts.max() == meaning.MANY and len(counts[counts > 0]) >= 4
+    assert meaning.draw_words(label * (label < 6), torch.Generator()) is None  # two words in a half
+
+def test_auroc_is_the_chance_that_a_pair_is_in_order():
+    a, b = rows_of(7, 3), rows_of(11, 3, seed=1)
+    a[2, 0], b[:3, 0] = 0, 0  # ties
+    pairs = ((a[:, None] > b) + 0.5 * (a[:, None] == b)).flatten(0, 1)
+    torch.testing.assert_close(meaning.auroc(a, b), pairs.mean(0))
+
+def test_an_atom_for_a_concept_is_found_and_a_twin_has_none():
+    """Vectors of a concept's words hold one atom of the SAE: it is chosen, and serves other words;
+    so does the difference of means, and nothing else."""
+    sae, twin = (small_sae(16, 32, seed, heads=2).requires_grad_(False) for seed in (0, 1))
+    x = 0.3 * vectors_of(600, heads=2, dim=16)
+    drawn = [(torch.arange(40), torch.arange(100, 300)),
+             (torch.arange(40, 80), torch.arange(300, 500))]
+    x[:80] += 5 * sae.W_dec[3]
+    aurocs = meaning.word_aurocs(x, sae, twin, 4, drawn, torch.Generator().manual_seed(0))
+    assert aurocs["atoms"] > 0.95 and aurocs["difference of means"] > 0.95
+    assert aurocs["untrained twin"] < 0.9
+    x[40:80] -= 5 * sae.W_dec[3]  # in other words it is not there
+    assert meaning.word_aurocs(x, sae, twin, 4, drawn, torch.Generator())["atoms"] < 0.7
+
+def test_stable_atoms_and_the_budget_without_them():
+    alike, fired = torch.tensor([.9, .1, .8, .5]), torch.tensor([10, 20, 15, 15])
+    assert meaning.stable_half(alike, fired).tolist() == [True, False, True, False]
+    sae = small_sae(16, 32, heads=2)
+    x = vectors_of(9, heads=2, dim=16)
+    codec = sta.DualBudget(sae, sae, sta.Budget(4, 8))
+    none, every = torch.zeros(32).bool(), torch.ones(32).bool()
+    kept = meaning.Without(codec, none, every)
+    keys, values = kept.decode(kept.encode(x, x))
+    torch.testing.assert_close(keys, codec.decode(codec.encode(x, x))[0])
+    torch.testing.assert_close(values, sae.b_dec.expand_as(values))
+    torch.testing.assert_close(meaning.likeness(sae, sae), torch.ones(32))
+
+def test_a_twin_keeps_its_random_atoms_and_meaning_is_measured_beside_it(
+        trained, all_variants, tmp_path, capsys):
+    assert script(meaning, "--saes", trained, "--max-tokens", 512) == 2
+    assert "no untrained twins; first run" in capsys.readouterr().err
+    twin, metadata = load_sae(all_variants / "twin" / "tiny" / "layer1.key")
+    sae, other_metadata = load_sae(all_variants / "tiny" / "layer1.key")
+    products = twin.W_dec @ twin.W_dec.T - torch.eye(len(twin.W_dec))
+    assert products.std() == pytest.approx(128 ** -0.5, rel=0.05)  # as of random directions
+    assert metadata["held_out"]["fvu"] > 1.5 * other_metadata["held_out"]["fvu"]
+    assert not torch.allclose(twin.W_enc, sae.W_enc)
+    assert script(meaning, "--saes", all_variants / "tiny", "--other", trained,
+                  "--max-tokens", 8192, "--out", tmp_path) == 0
+    result = read_json(tmp_path / "tiny-meaning.json")["meaning"]
+    assert {len(x) for by_concept in result["words"].values() for x in by_concept.values()} == {5}
+    assert result["seeds"]["1.key"]["median"] == pytest.approx(1, abs=1e-5)
+    assert 0 < result["seeds"]["1.key"]["logits"] < 1
+    assert result["without"]["stable"][0] > 0
 
 # ---------------------------------------------------------------- benchmark.py
 def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypatch):
@@ -1367,15 +1475,6 @@ def test_a_row_of_nan_is_not_taken_in(results, judged, tmp_path):
         report.add([tmp_path / "nan.json"], results)
     assert results.read_text(encoding="utf-8") == before
 
-def test_paired_comparisons_are_of_windows():
-    lines = [{"kind": "row", "model": report.QWEN, "method": method, "name": method,
-              "text": "DIR/t.txt", "text_sha256": "h", "tokens": 24, "seq_len": 8, "dtype": "f",
-              "settings": {"seed": seed}, "k_key": None, "bytes_share": 0.1875, "window_ce": ce}
-             for method, seed, ce in (("additive", 1, [1.0, 2.0, 3.0]),
-                                      ("transform", 1, [1.1, 2.1, 3.4]),
-                                      ("transform", 2, [9.0, 9.0, 9.0]))]
-    assert report.paired(lines)[-1] == "| Qwen2.5-Coder-1.5B, t | +0.2000 ± 0.1000 |"
-
 def test_each_step_of_the_ladder_is_compared_with_the_one_before():
     lines = [{"kind": "row", "model": "tiny", "name": name, "text": "tiny/valid.txt", "tokens": 24,
               "seq_len": 8, "settings": {"seed": seed}, "bytes_share": 0.09, "window_ce": ce,
@@ -1444,8 +1543,8 @@ def test_the_readmes_show_what_the_file_says():
 # ---------------------------------------------------------------- all
 IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"},
            "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(),
-           "depth": {"atoms"},
-           "claims": {"variants", "depth"}, "s3": set(), "benchmark": set(),
+           "meaning": {"atoms", "variants"},
+           "claims": {"variants", "atoms", "meaning"}, "s3": set(), "benchmark": set(),
            "report": {"claims", "variants"}}
 
 @pytest.mark.parametrize("name", IMPORTS)

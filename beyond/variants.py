@@ -5,6 +5,7 @@
     python -m beyond.variants --what layer             # tiny: saes/layer/tiny/
     python -m beyond.variants --what splits            # tiny: saes/splits/tiny/
     python -m beyond.variants --what l1                # tiny: saes/l1/tiny/
+    python -m beyond.variants --what twin              # tiny: saes/twin/tiny/
 
 search     The encoder's one pass only guesses which atoms to use. Hard thresholding pursuit
            [Foucart 2011] solves for the coefficients of the chosen atoms by least squares, looks
@@ -26,6 +27,7 @@ metric     The same, but errors count as they cost the model: in the metric of b
 splits     SAEs trained for the other splits of the same bytes: as many atoms per key as per value,
            and the dual budget reversed. The controls of the dual budget, whose SAEs are trained
            for it.
+twin       The untrained twin: atoms stay random, and only the encoder is trained.
 l1         A ReLU autoencoder with an L1 penalty, whose weight is adapted until k latents are active
            on average: the rival of the paper's first claim. It needs three times the tokens and
            four times the learning rate of the others (beyond/claims.py).
@@ -312,6 +314,15 @@ class L1SAE(sta.TopKSAE):
         error = (inside - z @ self.W_dec).square().mean()
         return error + self.l1_weight * z.sum(-1).mean() / x.shape[-1]
 
+class Twin(train_sae.KeysAndValues):
+    """What train_sae.py trains for a layer: SAEs whose atoms stay random."""
+
+    def make_saes(self, model, layer, args, generator):
+        saes = super().make_saes(model, layer, args, generator)
+        for sae in saes.values():
+            sae.W_dec.requires_grad_(False)
+        return saes
+
 class L1(train_sae.KeysAndValues):
     """What train_sae.py trains for a layer: L1SAEs of keys and of values."""
 
@@ -348,7 +359,7 @@ class ReluCode:
 
 # ------------------------------------------------------------------ the rows, and the run
 VARIANTS = {"layer": PerLayer(in_metric=False), "metric": PerLayer(in_metric=True),
-            "splits": Splits(), "l1": L1()}
+            "splits": Splits(), "l1": L1(), "twin": Twin()}
 
 def beside(folder, what):
     """Where a variant's SAEs of a model lie, given saes/<model>, the folder of its other SAEs."""
@@ -403,6 +414,12 @@ def split_rows(model, folder, layers, args):
                 settings=searched(settings) if ending else settings))
     return new_rows
 
+def twin_rows(model, folder, layers, args):
+    saes, metadata = load_saes(beside(folder, "twin"), model, layers)
+    return [evaluate.Row("untrained twin", evaluate.dual_codecs(saes, args.k_key, args.k_val),
+                         (args.k_key, args.k_val), settings=metadata["settings"], with_tasks=False,
+                         once_bytes=evaluate.dictionary_bytes(saes, *sta.KINDS))]
+
 def l1_rows(model, folder, layers, args):
     saes, metadata = load_saes(beside(folder, "l1"), model, layers)
     codecs = {layer: ReluCode(saes[layer, "key"], saes[layer, "value"]) for layer in layers}
@@ -421,7 +438,8 @@ def rows(model, tokenizer, saes, args, before):
     for what, sae_name, rows_of in (
             ("layer", "layer", layer_rows),
             ("metric", "layer", functools.partial(layer_rows, what="metric")),
-            ("splits", f"key{uniform_key}", split_rows), ("l1", "key", l1_rows)):
+            ("splits", f"key{uniform_key}", split_rows), ("twin", "key", twin_rows),
+            ("l1", "key", l1_rows)):
         if (beside(folder, what) / f"layer{layers[0]}.{sae_name}").exists():
             new_rows += rows_of(model, folder, layers, args)
     new_rows += stretched_rows(model, folder, [*before, *new_rows])
@@ -438,11 +456,14 @@ def main(argv=None):
                "--device --dtype of evaluate.py, --row, --rows and --per")
     parser.add_argument("--what", choices=[*VARIANTS, "stretch"], default="layer",
                         help="(default layer)")
-    parser.add_argument("--out", type=pathlib.Path, default="saes", help="(default saes)")
+    parser.add_argument("--out", type=pathlib.Path, help="(default saes; a stretch lies in --saes)")
     args, rest = parser.parse_known_args(argv)
     if args.what == "stretch":
+        if args.out:
+            raise sta.UsageError(f"--out {args.out}: a stretch is written beside its SAEs, in --saes")
         return stretch(rest)
-    train_sae.main([*rest, "--out", str(args.out / args.what)], VARIANTS[args.what], __doc__)
+    out = (args.out or pathlib.Path("saes")) / args.what
+    train_sae.main([*rest, "--out", str(out)], VARIANTS[args.what], __doc__)
 
 if __name__ == "__main__":
     run_main(main)
