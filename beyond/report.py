@@ -404,7 +404,8 @@ def attention(lines):
             for column, heading in (("r2", "r²"), ("slope", "slope"), ("height", "height"),
                                     ("fvu", "FVU of keys")):
                 cells[name, f"{heading}, {short}"] = spread([statistics.mean(
-                    layer[column] for layer in by_row[name].values()) for by_row in measured])
+                    layer[column] for layer in by_row[name].values())
+                    for by_row in measured if name in by_row])
     return table("", cells)
 
 def meaning_of_words(lines):
