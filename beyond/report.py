@@ -460,8 +460,8 @@ def rules(lines):
 
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "one key": one_key, "attention": attention,
-          "qwen summary": functools.partial(summary, model=QWEN), "words": meaning_of_words, "seeds": meaning_of_seeds,
-          "verdict inputs": verdict_inputs,
+          "words": meaning_of_words, "seeds": meaning_of_seeds, "verdict inputs": verdict_inputs,
+          "qwen summary": functools.partial(summary, model=QWEN),
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))},
