@@ -32,7 +32,7 @@ from beyond import begin_look, parse_args
 from beyond.atoms import measure_attention
 from beyond.meaning import measure_depth
 from beyond.variants import SEARCHED, VARIANTS, beside, search, searched, settings_of
-from support.files import explain, load_sae, run_main, write_atomic
+from support.files import load_sae, run_main, write_atomic
 from support.models import context_length
 from support.tasks import mean_stderr
 
@@ -393,15 +393,15 @@ def main(argv=None):
         **{name: dict(help="as for evaluate.py") for name in ("tasks", "task_dir", "limit")})
     n_scored, args.max_tokens = args.max_tokens, 4 * args.max_tokens  # P8 reads more text
     run = begin_look(args, "-claims")
+    path = run.path.with_name(run.path.name.replace("-claims", ""))
+    if args.measure_only and not path.exists():
+        raise sta.UsageError(f"{path}: no rows to judge; leave out --measure-only")
     if run.name == "tiny":
         for variant in FACTORS:
             train_controls(variant, run.folder, run.name, run.layers)
-    path = run.path.with_name(run.path.name.replace("-claims", ""))
     if not args.measure_only:
         evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", f"{args.rows},claims"])
-    with explain(f"{path}: no rows to judge; leave out --measure-only"):
-        result = json.loads(path.read_text(encoding="utf-8"))
-    measured = measure(run, args)
+    result, measured = json.loads(path.read_text(encoding="utf-8")), measure(run, args)
     rows = [{"kind": "row", **row} for row in result["rows"]]
     for line in judge([*rows, {"kind": "measured", **measured}]):
         print_verdict(line)

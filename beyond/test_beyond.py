@@ -844,6 +844,8 @@ def test_verdicts_refuse_what_they_cannot_judge(trained, evaluated, tmp_path, ca
     assert claims.judge([]) == []  # nor without their rows
     assert script(claims, "--saes", tmp_path, "--model", "tiny", "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "no SAEs of .*; first run")
+    assert script(claims, "--saes", trained, "--measure-only", "--out", tmp_path) == 2
+    assert_one_line(capsys.readouterr().err, "tiny.json: no rows to judge; leave out --measure")
     assert script(claims, "--saes", trained, "--only", "dual") == 2  # it takes all rows
     capsys.readouterr()
     for row in ("claims", "variants"):
