@@ -373,6 +373,30 @@ def lengths(lines, model):
                 cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
     return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
+def windows(lines):
+    """Ratio to dense perplexity in windows of two lengths, on text of the kind fitted to."""
+    cells = {}
+    for model, label in OTHERS.items():
+        for name, seq_len in itertools.product(("dual", "searched"), (512, 2048)):
+            rows = longest([row for row in pick(lines, kind="row", model=model, name=name,
+                                                seq_len=seq_len) if stem(row) == "valid"])
+            if rows:
+                cells[f"{label}, {name}", f"{seq_len:,}"] = cell(rows)
+    return table("windows of", cells)
+
+def accuracies(lines):
+    """Changes of accuracy from dense, in points, with their paired standard errors."""
+    cells = {}
+    for model, label in OTHERS.items():
+        for row in pick(lines, kind="row", model=model):
+            for task, score in row["tasks"].items():
+                if row["name"] in ("dual", "searched", "additive 9.375", "additive 18.75"):
+                    name = f"{label}, {row['name']}"
+                    cells[name, "size per token, of bf16"] = percent(row["bytes_share"])
+                    cells[name, task] = "{:+.1f} ± {:.1f}".format(
+                        100 * score["delta_acc"], 100 * score["delta_acc_stderr"])
+    return table("change of accuracy, points", cells)
+
 def token_times(lines):
     """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
     return table("cache", {
@@ -461,6 +485,7 @@ def rules(lines):
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "one key": one_key, "attention": attention,
           "words": meaning_of_words, "seeds": meaning_of_seeds, "verdict inputs": verdict_inputs,
+          "windows": windows, "accuracies": accuracies,
           "qwen summary": functools.partial(summary, model=QWEN),
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
@@ -470,30 +495,6 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "pee
           "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-ROWS = {"dual": 8, "searched": 8, "reverse": 16, "layer 3 alone": 8, "transform 9.375": None,
-        "transform 18.75": None, "additive 9.375": None, "additive 18.75": None}
-# {name: atoms per key}
-EXPERIMENTS = ("sink 0", "k 1", "64 latents")  # of tiny
-
-def share(lines, **wanted):
-    """The share of bf16's bytes, in %, of the rows wanted."""
-    shares = [row["bytes_share"] for row in pick(lines, **wanted)]
-    return f"{100 * max(shares, default=float('nan')):.3g}"
-
-def accuracy(lines, task, **wanted):
-    """The change of a task's accuracy from dense, in points, with its paired standard error; of a
-    row that was scored more than once, the last time."""
-    scores = [row["tasks"][task] for row in pick(lines, **wanted) if task in row["tasks"]]
-    return "".join("{:+.1f} ± {:.1f}".format(100 * score["delta_acc"],
-                                             100 * score["delta_acc_stderr"])
-                   for score in scores[-1:])
-
-def of_rows(ending, make, **wanted):
-    """The figures that `make` makes of each model's ROWS: {"tiny dual" + ending: function}."""
-    return {f"{short} {name}{ending}": functools.partial(
-                make, kind="row", model=model, name=name, k_key=k_key, **wanted)
-            for short, model in MODELS.items() for name, k_key in ROWS.items()}
-
 def break_even(lines, model):
     """The tokens from which on the dual budget takes less than bf16, dictionaries included."""
     return "".join("{:,}".format(row["break_even_tokens"])
@@ -511,25 +512,26 @@ def alike(lines, model):
               for columns in line["meaning"]["seeds"].values()]
     return f"{100 * statistics.mean(values):.0f}" if values else ""
 
+def one_layer_alone(lines):
+    """The ratio of tiny's median layer."""
+    return "{:.3f}".format(math.exp(next(x["figure"] for x in judged(lines)["tiny"]
+                                         if x["part"].startswith("median layer alone"))))
+
 FIGURES = {
-    "tiny one layer": lambda lines: "{:.3f}".format(math.exp(next(
-        x["figure"] for x in judged(lines)["tiny"] if x["part"].startswith("median layer alone")))),
+    "tiny one layer": one_layer_alone,
+    **{f"tiny {name}": functools.partial(ratio, kind="row", model="tiny", name=name, k_key=k_key)
+       for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 3 alone", 8))},
+    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
+       for name in ("sink 0", "k 1", "64 latents")},
+    **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
+                                              text="code", digits=digits)
+       for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
     **{f"{short} break even": functools.partial(break_even, model=model)
        for short, model in MODELS.items()},
     **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
     **{f"{short} auroc {name}": functools.partial(auroc, model=model, name=name)
        for short, model in MODELS.items()
-       for name in ("atoms", "untrained twin", "numbers of the vector")},
-    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
-       for name in EXPERIMENTS},
-    **{f"qwen {text} {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
-                                                text=text, digits=digits)
-       for text in ("prose", "code") for name, digits in (
-           ("dual", 1), ("keys", 1), ("values", 1), ("searched", 1), ("additive 18.75", 3))},
-    **of_rows("", ratio), **of_rows(" cell", ratio, in_table=True),
-    **of_rows(" 2048", ratio, seq_len=2048, in_table=True), **of_rows(" share", share),
-    **of_rows(" piqa", accuracy, task="piqa"), **of_rows(" boolq", accuracy, task="boolq"),
-    **of_rows(" openbookqa", accuracy, task="openbookqa")}
+       for name in ("atoms", "untrained twin", "numbers of the vector")}}
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of

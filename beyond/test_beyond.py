@@ -1492,21 +1492,17 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
     assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
 
 def test_windows_of_a_length_and_the_last_scores_are_shown():
-    def row(ratio, tokens, seq_len, delta_acc=None, k_key=8):
+    def row(ratio, tokens, seq_len, delta_acc=None):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
         return {"kind": "row", "model": report.QWEN, "name": "dual", "ratio": ratio,
-                "ratio_ci95": [1.0, 2.5],
-                "text": "DIR/valid.txt", "tokens": tokens, "seq_len": seq_len, "k_key": k_key,
-                "k_val": 16, "bytes_share": 0.1875,
+                "ratio_ci95": [1.0, 2.5], "text": "DIR/valid.txt", "tokens": tokens,
+                "seq_len": seq_len, "bytes_share": 0.1875,
                 "tasks": {} if delta_acc is None else {"piqa": task}}
 
-    lines = [row(1.3, 4096, 512, -0.05), row(1.4, 4096, 2048), row(1.9, 1024, 512, -0.06),
-             row(2.5, 4096, 512, k_key=4)]
-    made = report.filled("1<!--=qwen dual-->, 1<!--=qwen dual 2048-->, 1<!--=qwen dual share-->, "
-                         "+1 ± 2<!--=qwen dual piqa-->", lines)
-    assert made == ("1.300<!--=qwen dual-->, 1.400 (1.000 to 2.500)<!--=qwen dual 2048-->, "
-                    "18.8<!--=qwen dual share-->, -6.0 ± 1.0<!--=qwen dual piqa-->")
-    assert report.filled(made, lines) == made
+    lines = [row(1.3, 4096, 512, -0.05), row(1.4, 4096, 2048), row(1.9, 1024, 512, -0.06)]
+    assert report.windows(lines)[2:] == [
+        "| Qwen2.5-Coder-1.5B, dual | 1.300 (1.000 to 2.500) | 1.400 (1.000 to 2.500) |"]
+    assert report.accuracies(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8 % | -6.0 ± 1.0 |"]
 
 def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
     """Another fit of the same row is refused as a row, and shown as an experiment; one that is
