@@ -50,10 +50,11 @@ def lines_of(result, experiment=None):
                   "tasks": {name: {**task, "right": None} for name, task in row["tasks"].items()}}
                  for row in result.get("rows", [])]
     if "measured" in result:
-        new_lines.append({"kind": "measured", "name": "measured", **result["measured"]})
-    new_lines += [{"kind": kind, "name": kind, kind: result[kind],
-                   "example": result.get("example")}
+        new_lines.append({"kind": "measured", "name": "measured", **short(result["measured"], 4)})
+    new_lines += [{"kind": kind, "name": kind, kind: short(result[kind], 4)}
                   for kind in ("look", "meaning", "caches", "peers") if kind in result]
+    if "example" in result:  # of the last layer
+        new_lines[-1]["example"] = list(result["example"].values())[-1]
     if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
         raise ValueError("nothing that a README shows, or a row whose loss is nan")
     if experiment:
@@ -116,13 +117,14 @@ def add(paths, file=FILE, experiment=None):
     write_atomic(file, text)
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
-def short(x):
-    """The same with nine significant digits in each number; the READMEs show up to eight."""
+def short(x, digits=9):
+    """The same with so many significant digits in each number; the READMEs show up to eight of a
+    row's."""
     if isinstance(x, dict):
-        return {name: short(value) for name, value in x.items()}
+        return {name: short(value, digits) for name, value in x.items()}
     if isinstance(x, list):
-        return [short(value) for value in x]
-    return float(f"{x:.9g}") if isinstance(x, float) else x
+        return [short(value, digits) for value in x]
+    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
 
 def read(file=FILE):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -216,7 +218,7 @@ def one_key(lines):
 
     cells = {}
     for line in pick(lines, kind="look", model=QWEN)[-1:]:
-        for atom in line["example"]["27.key"][:4]:
+        for atom in line["example"][:4]:
             row = str(atom["atom"])
             cells[row, "coefficient"] = f"{atom['z']:.2f}"
             cells[row, "fires on"] = f"{100 * atom['fired']:.1f} %"
@@ -583,7 +585,7 @@ def main(argv=None):
     lines = read()
     for path in READMES:
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
-    for line in pick(lines, kind="look"):
+    for line in (line for line in pick(lines, kind="look") if line["look"]):
         name, look = pathlib.Path(line["model"]).name, line["look"]
         title = "{}, layer {}, head {}: to which tokens {!r} attends".format(
             name, look["layer"], look["head"], look["tokens"][-1].strip())
