@@ -587,8 +587,8 @@ def main(argv=None):
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
     for line in (line for line in pick(lines, kind="look") if line["look"]):
         name, look = pathlib.Path(line["model"]).name, line["look"]
-        title = "{}, layer {}, head {}: to which tokens {!r} attends".format(
-            name, look["layer"], look["head"], look["tokens"][-1].strip())
+        title = "{}, layer {}, head {}: what the last token attends to".format(
+            OTHERS.get(line["model"], name), look["layer"], look["head"])
         plots.save(plots.draw_attention(look, title), FILE.with_name(f"{name}-attention.png"))
     for name, curves_of, x_label, x_scale in PICTURES:
         figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
