@@ -231,9 +231,9 @@ def furthest_look(weights):
 
 # ------------------------------------------------------------------ the page
 def page_of_site(by_atom, words, generator):
-    """What atoms.html shows of a site's atoms, whose coefficients are by_atom (M, tokens). A context
-    is a token, and hundredths of the coefficients at the BEFORE tokens before it, at it, and at the
-    AFTER tokens behind it."""
+    """What atoms.html shows of a site's atoms, whose coefficients are by_atom (M, tokens). Contexts
+    are a token, and hundredths of the coefficients at the BEFORE tokens before it, at it, and at
+    the AFTER tokens behind it."""
     page = {"fired": [], "strongest": [], "sample": [], "bars": []}
     for z in by_atom:  # (tokens,)
         fires = z.nonzero()[:, 0]

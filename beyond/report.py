@@ -259,14 +259,15 @@ def verdicts(lines):
             cells[row, pathlib.Path(model).name] = x["verdict"] if row != "P8" else (
                 "no" if "holds" not in of_depth else of_depth[0] if len(set(of_depth)) == 1
                 else f"{of_depth.count('holds')} of {len(of_depth)} parts hold")
-    rows = sorted({row for row, _ in cells}, key=lambda row: (row[:2], [*SHORT_NAMES.values()].index(
-        row[4:]) if row[4:] else -1))
+    order = ["", *SHORT_NAMES.values()]
+    rows = sorted({row for row, _ in cells}, key=lambda row: (row[:2], order.index(row[4:])))
     columns = list(dict.fromkeys(column for _, column in cells))
     return table("", {(row, column): cells.get((row, column), "")
                       for row in rows for column in columns})
 
 SUMMARY = {"dual": "8 atoms per key and 16 per value", "searched": "the same, found by search",
-           "packed": "the same, not searched, in smaller numbers", "grouped 3 bits": "grouped, 3 bits",
+           "packed": "the same, not searched, in smaller numbers",
+           "grouped 3 bits": "grouped, 3 bits",
            "rotated 3 bits": "rotated, 3 bits", "transform 9.375": "transform",
            "additive 9.375": "additive codes"}
 

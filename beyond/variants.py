@@ -460,7 +460,8 @@ def main(argv=None):
     args, rest = parser.parse_known_args(argv)
     if args.what == "stretch":
         if args.out:
-            raise sta.UsageError(f"--out {args.out}: a stretch is written beside its SAEs, in --saes")
+            raise sta.UsageError(f"--out {args.out}: a stretch is written beside its SAEs, in "
+                                 "--saes")
         return stretch(rest)
     out = (args.out or pathlib.Path("saes")) / args.what
     train_sae.main([*rest, "--out", str(out)], VARIANTS[args.what], __doc__)
