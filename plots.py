@@ -109,7 +109,7 @@ def draw_overview(result):
 
 def draw_curves(curves, title, x_label, x_scale):
     """The rise of perplexity, in %, against bytes or something else: {method: [(x, rise), ...]}. A
-    point at or below dense is drawn at the lower edge, with an arrow."""
+    point at or below dense is drawn at the lower edge."""
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
     edge = min(rises, default=100) / 2
@@ -117,9 +117,6 @@ def draw_curves(curves, title, x_label, x_scale):
         _, colour, marker, dash = STYLE[method]
         panel.plot([x for x, _ in points], [max(edge, rise) for _, rise in points],
                    color=colour, marker=marker, ls=dash)
-        for x, _ in (point for point in points if point[1] <= edge):
-            panel.annotate("", (x, edge), xytext=(0, 16), textcoords="offset points",
-                           arrowprops={"arrowstyle": "->", "color": colour})
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten

@@ -224,7 +224,7 @@ def one_key(lines):
             cells[row, "fires on"] = f"{100 * atom['fired']:.1f} %"
             cells[row, "strongest tokens"] = quoted(atom["strongest"])
             cells[row, "tokens at random"] = quoted(atom["sample"])
-            cells[row, "words whose queries seek it most"] = quoted(atom["queries"])
+            cells[row, "tokens whose queries match it best"] = quoted(atom["queries"])
     return table("atom", cells)
 
 def judged(lines):
@@ -286,10 +286,10 @@ def summary(lines, model):
             low, high = (100 * (x - 1) for x in row["ratio_ci95"])
             cells[label, "perplexity rises by"] = f"{rise} %" + (
                 f" ({low:.1f} to {high:.1f})" if len(of_name) == 1 else f" ({len(of_name)})")
-            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
-            cells[label, "4,096 tokens, with dictionaries"] = percent(
+            cells[label, "bytes per token, of bf16"] = percent(row["bytes_share"])
+            cells[label, "of 4,096 tokens, with dictionaries"] = percent(
                 share_with_dictionaries(row, dense, 4096))
-    return table("what is kept of keys and values", cells)
+    return table("how keys and values are stored", cells)
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict."""
