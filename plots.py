@@ -122,11 +122,14 @@ def draw_curves(curves, title, x_label, x_scale):
     panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xscale(x_scale)
-    most = max((x for points in curves.values() for x, _ in points), default=1)
-    if x_scale == "linear":  # with room for the labels
-        panel.set_xlim(0, 1.2 * most)
+    panel.xaxis.set_major_formatter("{x:,.10g}")
+    panel.xaxis.set_minor_formatter(NullFormatter())
+    places = sorted({x for points in curves.values() for x, _ in points})
+    if x_scale == "log":
+        panel.set_xticks(places)
+        panel.set_xlim(right=2 * max(places, default=1))  # with room for the labels
     else:
-        panel.set_xlim(right=2 * most)
+        panel.set_xlim(0, 1.2 * max(places, default=1))
     panel.set_xlabel(x_label)
     panel.set_ylabel("perplexity above dense")
     panel.set_title(title, parse_math=False)
