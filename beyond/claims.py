@@ -357,10 +357,9 @@ def attention_by_rows(run, args):
     """What `measure_attention` returns on 4,096 tokens, of LOOKED_AT, of OnAxes, and of k atoms per
     key for several k; None if the model's attention cannot be taken apart."""
     ids = run.windows[:max(1, 4096 // run.windows.shape[1])]
-    before = evaluate.paper_rows(run.saes, sta.kv_shape(run.model.get_decoder().config), args.k_key,
-                                 args.k_val, run.settings)
-    all_rows = evaluate.more_rows(before, run.model, run.tokenizer, run.saes, args)
-    rows = {row.name: row.codecs for row in all_rows if re.fullmatch(LOOKED_AT, row.name)}
+    args.only = f"^({LOOKED_AT})$"
+    _, *chosen = evaluate.choose_rows(run, args)  # without dense
+    rows = {row.name: row.codecs for row in chosen}
     rows["random axes"] = {layer: OnAxes(run.saes[layer, "key"], args.k_key)
                            for layer in run.layers}
     for k in (0, 1, 2, 4, 8, 16):

@@ -147,9 +147,9 @@ def measure_words(run, twins, ks):
     return measured
 
 # ------------------------------------------------------------------ other seeds
-def likeness(sae, other):
-    """(M,): the largest cosine of each atom with an atom of another SAE, or with atoms (M, D)."""
-    return (sae.W_dec @ getattr(other, "W_dec", other).T).amax(1)
+def likeness(atoms, others):
+    """Unit atoms (M, D) of two dictionaries -> (M,): each one's largest cosine with the others."""
+    return (atoms @ others.T).amax(1)
 
 def stable_half(likeness, fired):
     """(M,) likeness and number of firings -> (M,) bool: the atoms that are most alike to another
@@ -189,13 +189,13 @@ def measure_seeds(run, others, args):
     stable, measured = {}, {}
     for site, (z, idx) in read_codes(run.model, run.saes, run.windows[:32], ks).items():
         sae = run.saes[site]
-        alike = likeness(sae, others[site])
+        alike = likeness(sae.W_dec, others[site].W_dec)
         random = F.normalize(torch.randn(sae.W_dec.shape, generator=generator), dim=-1)
         fired = idx[z > 0].int().bincount(minlength=sae.n_latents)
         stable[site] = stable_half(alike.cpu(), fired).to(alike.device)
         measured[f"{site[0]}.{site[1]}"] = {
             "median": alike.median().item(), "alike": (alike > 0.7).float().mean().item(),
-            "random": likeness(sae, random.to(alike.device)).median().item()}
+            "random": likeness(sae.W_dec, random.to(alike.device)).median().item()}
     ids = run.windows[:8, :128]
     for layer, (queries, keys, _) in read_attention(run.model, run.layers, ids).items():
         measured[f"{layer}.key"]["logits"] = share_of_logits(

@@ -31,7 +31,7 @@ FILE = ROOT / "figures" / "results.jsonl"
 READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
-BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key", "rel_norm_key")  # what verdicts need
+BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key")  # what verdicts need
 OF_EXPERIMENTS = ("dual", "stretched", "searched", "packed")
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
@@ -179,11 +179,10 @@ def cell(rows, digits=3):
     return "{} ({:.{d}f} to {:.{d}f})".format(
         spread(ratios, digits), *rows[0]["ratio_ci95"], d=digits) if rows else ""
 
-def ratio(lines, digits=3, text="valid", in_table=False, **wanted):
-    """The ratio to the dense model's perplexity of the rows wanted, over seeds: for a sentence, or
-    as a cell."""
+def ratio(lines, digits=3, text="valid", **wanted):
+    """The ratio to the dense model's perplexity of the rows wanted, over seeds, for a sentence."""
     rows = longest([row for row in pick(lines, **wanted) if stem(row) == text])
-    return cell(rows, digits) if in_table else spread([row["ratio"] for row in rows], digits)
+    return spread([row["ratio"] for row in rows], digits)
 
 def percent(share):
     return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"

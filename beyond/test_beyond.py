@@ -1143,7 +1143,7 @@ def test_stable_atoms_and_the_budget_without_them():
     keys, values = kept.decode(kept.encode(x, x))
     torch.testing.assert_close(keys, codec.decode(codec.encode(x, x))[0])
     torch.testing.assert_close(values, sae.b_dec.expand_as(values))
-    torch.testing.assert_close(meaning.likeness(sae, sae), torch.ones(32))
+    torch.testing.assert_close(meaning.likeness(sae.W_dec, sae.W_dec), torch.ones(32))
 
 def test_a_twin_keeps_its_random_atoms_and_meaning_is_measured_beside_it(
         trained, all_variants, tmp_path, capsys):

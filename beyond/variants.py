@@ -190,9 +190,8 @@ def stretch(argv):
                  "head, layer or model, or per head, with its mean learned, too (default head)"))
     args.out = args.saes
     run = load_run(args, needs_saes=not args.rows)
-    rows = {row.name: row for row in evaluate.more_rows(
-        evaluate.paper_rows(run.saes, sta.kv_shape(run.model.get_decoder().config), args.k_key,
-                            args.k_val, run.settings), run.model, run.tokenizer, run.saes, args)}
+    args.only = ""
+    rows = {row.name: row for row in evaluate.choose_rows(run, args)}
     if args.row not in rows or not rows[args.row].codecs:
         raise sta.UsageError(f"--row {args.row}: want one of {', '.join(list(rows)[1:])}")
     windows = token_windows(read_text(args.text, "train", run.name), run.tokenizer, run.model,
