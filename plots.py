@@ -10,7 +10,6 @@ Non-goals: styling options, several models in one picture.
 """
 import argparse
 import io
-import itertools
 import json
 import math
 import pathlib
@@ -137,49 +136,6 @@ def draw_curves(curves, title, x_label, x_scale):
         (x, rise), label = points[-1], STYLE[method][0]
         panel.annotate(label, (x, max(edge, rise)), xytext=(6, 0), textcoords="offset points",
                        color=STYLE[method][1], va="center", fontsize=8)
-    return figure
-
-def draw_attention(look, title):
-    """Where the last token of a sentence looks, from beyond/atoms.py: a column for each earlier
-    token, of the parts of its logit; above, its attention weight. The nine atoms with the largest
-    parts have a colour each. Attention depends on differences of logits alone, so the part of the
-    mean key is drawn less its average."""
-    figure, (top, panel) = plt.subplots(2, 1, figsize=(10, 4.5), sharex=True, height_ratios=(1, 4),
-                                        layout="constrained")
-    places = range(len(look["tokens"]))
-    top.bar(places, look["weights"], color="dimgrey")
-    top.set_ylabel("attention")
-    size = {}  # atom: the largest of its parts
-    for m, part in itertools.chain(*look["atoms"]):
-        size[m] = max(size.get(m, 0), abs(part))
-    largest = sorted(size, key=size.get, reverse=True)[:9]
-    palette = [colour for i, colour in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # no grey
-    colours = dict(zip(largest, palette))
-    ends = {1: [0.0] * len(places), -1: [0.0] * len(places)}  # of columns, above and below zero
-
-    def stack(x, part, **style):
-        sign = 1 if part > 0 else -1
-        panel.bar(x, part, bottom=ends[sign][x], lw=0.4, **style)
-        ends[sign][x] += part
-
-    average = statistics.mean(look["mean"])
-    for x, (atoms, mean, missed) in enumerate(zip(look["atoms"], look["mean"], look["missed"])):
-        stack(x, mean - average, color="darkgrey", ec="white")
-        for m, part in sorted(atoms, key=lambda pair: (pair[0] not in colours, -abs(pair[1]))):
-            stack(x, part, color=colours.get(m, "#f0e4cc"), ec="white")
-        stack(x, missed, color="white", hatch="////", ec="grey")
-    for m in largest:
-        on = [token.strip() for token, atoms in zip(look["tokens"], look["atoms"])
-              if m in dict(atoms)]
-        panel.bar(0, 0, color=colours[m], label=f"atom {m}: {' '.join(dict.fromkeys(on))[:40]}")
-    panel.bar(0, 0, color="#f0e4cc", label="other atoms")
-    panel.bar(0, 0, color="darkgrey", label="mean key, less its average")
-    panel.bar(0, 0, color="white", hatch="////", ec="grey", label="missed by the code")
-    panel.axhline(0, color="black", lw=0.8)
-    panel.set_xticks(places, look["tokens"], rotation=60, ha="right", parse_math=False)
-    panel.set_ylabel("parts of the logit")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=7)
-    top.set_title(title, fontsize=10, parse_math=False)
     return figure
 
 def save(figure, path):

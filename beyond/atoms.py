@@ -15,19 +15,23 @@ makes likelier and less likely, through W_O, the last norm's weights and the une
 atom, the words whose queries have the largest product with it, before RoPE. These two are those of
 the kv head in which the atom fires most.
 
-results/<model>-atoms.json has the code of the sentence's last key, and the parts of one head's
-attention from the last token: that head of all which looks most at a token that is neither the
-first nor one of the last NEAR. Non-goal: naming atoms by a language model.
+results/<model>-atoms.png shows the parts of one head's attention from the last token: that head of
+all which looks most at a token that is neither the first nor one of the last NEAR. The .json has
+these parts, and the code of the last key. Non-goal: naming atoms by a language model.
 """
 import functools
+import itertools
 import json
 import pathlib
+import statistics
 
+import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+import plots
 import sta
 from beyond import LOOK, begin_look, capture_queries, parse_args
 from support.files import ROOT, explain, run_main, write_atomic
@@ -229,6 +233,66 @@ def furthest_look(weights):
             if of_layer.shape[-1] > NEAR + 1}
     return max(most, key=most.get) if most else None
 
+# ------------------------------------------------------------------ the picture
+def example_of_attention(looks, said):
+    """For `draw_attention`: where the last token of the sentence looks, by the head that
+    `furthest_look` finds; without the first token, which stays exact."""
+    found = furthest_look({layer: weights for layer, (_, weights, _) in looks.items()})
+    if not found:
+        return None
+    layer, head = found
+    idx, weights, parts = looks[layer]
+    idx = idx[:, head * idx.shape[1] // len(weights)]  # (T, k): of the kv head that it reads
+    atoms = [[[m, round(x, 4)] for m, x in zip(*pair)]
+             for pair in zip(idx.tolist(), parts[head, -1, :, 2:].tolist())]
+    mean, missed = parts[head, -1, :, :2].T.tolist()
+    return {"layer": layer, "head": head, "tokens": said[1:], "mean": mean[1:], "atoms": atoms[1:],
+            "missed": missed[1:], "weights": weights[head, -1, 1:].tolist()}
+
+def draw_attention(look, model_name):
+    """The picture of what `example_of_attention` returned: a column for each earlier token, of the
+    parts of its logit; above, its attention weight. The nine atoms with the largest parts have a
+    colour each. Attention depends on differences of logits alone, so the part of the mean key is
+    drawn less its average."""
+    figure, (top, panel) = plt.subplots(2, 1, figsize=(10, 4.5), sharex=True, height_ratios=(1, 4),
+                                        layout="constrained")
+    places = range(len(look["tokens"]))
+    top.bar(places, look["weights"], color="dimgrey")
+    top.set_ylabel("attention")
+    size = {}  # atom: the largest of its parts
+    for m, part in itertools.chain(*look["atoms"]):
+        size[m] = max(size.get(m, 0), abs(part))
+    largest = sorted(size, key=size.get, reverse=True)[:9]
+    palette = [colour for i, colour in enumerate(plt.get_cmap("tab10").colors) if i != 7]  # no grey
+    colours = dict(zip(largest, palette))
+    ends = {1: [0.0] * len(places), -1: [0.0] * len(places)}  # of columns, above and below zero
+
+    def stack(x, part, **style):
+        sign = 1 if part > 0 else -1
+        panel.bar(x, part, bottom=ends[sign][x], lw=0.4, **style)
+        ends[sign][x] += part
+
+    average = statistics.mean(look["mean"])
+    for x, (atoms, mean, missed) in enumerate(zip(look["atoms"], look["mean"], look["missed"])):
+        stack(x, mean - average, color="darkgrey", ec="white")
+        for m, part in sorted(atoms, key=lambda pair: (pair[0] not in colours, -abs(pair[1]))):
+            stack(x, part, color=colours.get(m, "#f0e4cc"), ec="white")
+        stack(x, missed, color="white", hatch="////", ec="grey")
+    for m in largest:
+        on = [token.strip() for token, atoms in zip(look["tokens"], look["atoms"])
+              if m in dict(atoms)]
+        panel.bar(0, 0, color=colours[m], label=f"atom {m}: {' '.join(dict.fromkeys(on))[:40]}")
+    panel.bar(0, 0, color="#f0e4cc", label="other atoms")
+    panel.bar(0, 0, color="darkgrey", label="mean key, less its average")
+    panel.bar(0, 0, color="white", hatch="////", ec="grey", label="missed by the code")
+    panel.axhline(0, color="black", lw=0.8)
+    panel.set_xticks(places, look["tokens"], rotation=60, ha="right", parse_math=False)
+    panel.set_ylabel("parts of the logit")
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    top.set_title(f"{model_name}, layer {look['layer']}, head {look['head']}: what the last token "
+                  "attends to", fontsize=10, parse_math=False)
+    return figure
+
 # ------------------------------------------------------------------ the page
 def page_of_site(by_atom, words, generator):
     """What atoms.html shows of a site's atoms, whose coefficients are by_atom (M, tokens). Contexts
@@ -279,21 +343,6 @@ def looks_of_page(weights, parts):
     whole = torch.cat([1000 * weights[..., None], 100 * parts], -1).round().int().tolist()
     return [[of_query[:t + 1] for t, of_query in enumerate(of_head)] for of_head in whole]
 
-def example_of_attention(looks, said):
-    """For plots.draw_attention: where the last token of the sentence looks, by the head that
-    `furthest_look` finds; without the first token, which stays exact."""
-    found = furthest_look({layer: weights for layer, (_, weights, _) in looks.items()})
-    if not found:
-        return None
-    layer, head = found
-    idx, weights, parts = looks[layer]
-    idx = idx[:, head * idx.shape[1] // len(weights)]  # (T, k): of the kv head that it reads
-    atoms = [[[m, round(x, 4)] for m, x in zip(*pair)]
-             for pair in zip(idx.tolist(), parts[head, -1, :, 2:].tolist())]
-    mean, missed = parts[head, -1, :, :2].T.tolist()
-    return {"layer": layer, "head": head, "tokens": said[1:], "mean": mean[1:], "atoms": atoms[1:],
-            "missed": missed[1:], "weights": weights[head, -1, 1:].tolist()}
-
 def example_of_key(page, words, codes):
     """The key of the sentence's last token in each layer's first head: its atoms with their
     coefficients, and what the page shows of them."""
@@ -333,13 +382,16 @@ def main(argv=None):
     for layer, (_, weights, parts) in looks.items():
         page[f"{layer}.key"]["looks"] = looks_of_page(weights, parts)
     about = {**run.about, "k_key": args.k_key, "k_val": args.k_val}
-    data = {"model": pathlib.Path(run.name).name, "words": words, "sentence": said, "sites": page,
-            "before": BEFORE, **{name: about[name] for name in ("tokens", "k_key", "k_val")}}
+    name, look = pathlib.Path(run.name).name, example_of_attention(looks, said)
+    data = {"model": name, "words": words, "sentence": said, "sites": page, "before": BEFORE,
+            "tokens": about["tokens"], "k_key": args.k_key, "k_val": args.k_val}
     data = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     data = data.replace("<", "\\u003c")  # so that no tag of the page begins in it
     template = (ROOT / "beyond" / "atoms.html").read_text(encoding="utf-8")
-    result = {**about, "sentence": said, "example": example_of_key(page, words, codes),
-              "look": example_of_attention(looks, said)}
+    if look:
+        plots.save(draw_attention(look, name), run.path.with_suffix(".png"))
+    example = example_of_key(page, words, codes)
+    result = {**about, "sentence": said, "example": example, "look": look}
     for path, content in ((run.path.with_suffix(".html"), template.replace("DATA", data)),
                           (run.path, json.dumps(result) + "\n")):
         write_atomic(path, content)

@@ -22,6 +22,7 @@ import statistics
 import evaluate
 import plots
 import sta
+from beyond.atoms import draw_attention
 from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
@@ -375,17 +376,6 @@ def lengths(lines, model):
                 cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
     return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
-def windows(lines):
-    """Ratio to dense perplexity in windows of two lengths, on text of the kind fitted to."""
-    cells = {}
-    for model, label in OTHERS.items():
-        for name, seq_len in itertools.product(("dual", "searched"), (512, 2048)):
-            rows = longest([row for row in pick(lines, kind="row", model=model, name=name,
-                                                seq_len=seq_len) if stem(row) == "valid"])
-            if rows:
-                cells[f"{label}, {name}", f"{seq_len:,}"] = cell(rows)
-    return table("windows of", cells)
-
 def accuracies(lines):
     """Changes of accuracy from dense, in points, with their paired standard errors."""
     cells = {}
@@ -435,38 +425,44 @@ def attention(lines):
     return table("", cells)
 
 def meaning_of_words(lines):
-    """AUROC on other words by model, layer and kind: means over concepts; then over all of these,
-    with the paired standard error over concepts of what a rival lacks to atoms."""
+    """AUROC on other words by model and layer: means over keys, values and concepts; then over all
+    layers, with the paired standard error over concepts, by how much atoms are better."""
     cells = {}
     for line in pick(lines, kind="meaning"):
-        model, gaps = pathlib.Path(line["model"]).name, {}
+        model, aurocs, gaps = pathlib.Path(line["model"]).name, {}, {}
         for site, by_concept in line["meaning"]["words"].items():
-            for name in next(iter(by_concept.values())):
-                cells[f"{model}, {site}", name] = spread([statistics.mean(
-                    x[name] for x in by_concept.values())])
-                for concept, x in by_concept.items():
-                    gaps.setdefault(name, {}).setdefault(concept, []).append(
-                        x["atoms"] - x[name])
+            for concept, x in by_concept.items():
+                for name in x:
+                    aurocs.setdefault((site.split(".")[0], name), []).append(x[name])
+                    gaps.setdefault(name, {}).setdefault(concept, []).append(x["atoms"] - x[name])
+        for (layer, name), values in aurocs.items():
+            cells[f"{model}, layer {layer}", name] = spread([statistics.mean(values)])
         for name, by_concept in gaps.items():
             mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
             if name != "atoms":
                 cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
-    return table("model, layer and kind", cells)
+    return table("model and layer", cells)
 
 def meaning_of_seeds(lines):
-    """How alike atoms are to those of another seed, by model, layer and kind."""
+    """How alike atoms are to those of another seed, by model and layer."""
     cells = {}
     for line in pick(lines, kind="meaning"):
         model = pathlib.Path(line["model"]).name
         for site, columns in line["meaning"]["seeds"].items():
-            for name, heading in (("median", "largest cosine, median"),
-                                  ("random", "of a random dictionary"), ("alike", "above 0.7"),
-                                  ("logits", "stable half's share of logits")):
-                if name in columns:
-                    cells[f"{model}, {site}", heading] = f"{columns[name]:.2f}"
-        for name, (nats, stderr) in line["meaning"]["without"].items():
-            cells[f"{model}, dropped: the {name} half", "nats"] = f"{nats:+.3f} ± {stderr:.3f}"
-    return table("model, layer and kind", cells)
+            layer, kind = site.split(".")
+            row = f"{model}, layer {layer}"
+            cells[row, f"{kind}s: nearest cosine"] = f"{columns['median']:.2f}"
+            cells[row, f"{kind}s: random"] = f"{columns['random']:.2f}"
+            cells[row, f"{kind}s: above 0.7"] = f"{100 * columns['alike']:.0f} %"
+            if "logits" in columns:
+                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
+    return table("model and layer", cells)
+
+def dropped(lines, model, name):
+    """Nats that it costs to drop the atoms of the stable or unstable half."""
+    return "".join("{:.2f} ± {:.2f}".format(*line["meaning"]["without"][name])
+                   for line in pick(lines, kind="meaning", model=model)[-1:]
+                   if line["meaning"]["without"])
 
 def peers(lines):
     """FVU of held-out vectors by site and library, then ms per step by shape."""
@@ -487,7 +483,7 @@ def rules(lines):
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
           "token times": token_times, "one key": one_key, "attention": attention,
           "words": meaning_of_words, "seeds": meaning_of_seeds, "verdict inputs": verdict_inputs,
-          "windows": windows, "accuracies": accuracies,
+          "accuracies": accuracies,
           "qwen summary": functools.partial(summary, model=QWEN),
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
@@ -531,6 +527,8 @@ FIGURES = {
     **{f"{short} break even": functools.partial(break_even, model=model)
        for short, model in MODELS.items()},
     **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
+    **{f"{short} dropped {name}": functools.partial(dropped, model=model, name=name)
+       for short, model in MODELS.items() for name in ("stable", "unstable")},
     **{f"{short} auroc {name}": functools.partial(auroc, model=model, name=name)
        for short, model in MODELS.items()
        for name in ("atoms", "untrained twin", "numbers of the vector")}}
@@ -586,10 +584,9 @@ def main(argv=None):
     for path in READMES:
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
     for line in (line for line in pick(lines, kind="look") if line["look"]):
-        name, look = pathlib.Path(line["model"]).name, line["look"]
-        title = "{}, layer {}, head {}: what the last token attends to".format(
-            OTHERS.get(line["model"], name), look["layer"], look["head"])
-        plots.save(plots.draw_attention(look, title), FILE.with_name(f"{name}-attention.png"))
+        name = pathlib.Path(line["model"]).name
+        figure = draw_attention(line["look"], OTHERS.get(line["model"], name))
+        plots.save(figure, FILE.with_name(f"{name}-attention.png"))
     for name, curves_of, x_label, x_scale in PICTURES:
         figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
         plots.save(figure, FILE.with_name(f"smollm2-135m-instruct-{name}.png"))

@@ -1086,6 +1086,7 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     assert len(looks[0][0][0]) == 3 + 8
     assert sum(token[0] for token in looks[3][4]) == pytest.approx(1000, abs=3)
     assert result["look"] is None  # five tokens: none is neither the first nor near
+    assert not (tmp_path / "tiny-atoms.png").exists()
     with sta.capture(model, [1]) as rows, torch.no_grad():
         model(tokenizer("The President of the United", return_tensors="pt").input_ids)
     z, idx = (x[0, -1, 0].tolist() for x in saes[1, "key"].encode(rows[1, "key"], 8))
@@ -1094,7 +1095,7 @@ def test_atoms_and_their_page(trained, tmp_path, monkeypatch):
     end = "</script><script>alert(1)</script>"
     monkeypatch.setattr(type(tokenizer), "decode", lambda self, ids: end * len(ids))
     assert script(atoms, *argv) == 0
-    assert read()["words"][3] == end
+    assert read()["words"][3] == end and (tmp_path / "tiny-atoms.png").exists()
 
 # ---------------------------------------------------------------- meaning.py: words and seeds
 def test_words_of_a_concept_are_found_where_they_end():
@@ -1491,17 +1492,13 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
         "+0.2000 ± 0.0577", "", "+1.0000 ± 0.2887"]
     assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
 
-def test_windows_of_a_length_and_the_last_scores_are_shown():
-    def row(ratio, tokens, seq_len, delta_acc=None):
+def test_the_last_scores_are_shown():
+    def row(delta_acc):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
-        return {"kind": "row", "model": report.QWEN, "name": "dual", "ratio": ratio,
-                "ratio_ci95": [1.0, 2.5], "text": "DIR/valid.txt", "tokens": tokens,
-                "seq_len": seq_len, "bytes_share": 0.1875,
+        return {"kind": "row", "model": report.QWEN, "name": "dual", "bytes_share": 0.1875,
                 "tasks": {} if delta_acc is None else {"piqa": task}}
 
-    lines = [row(1.3, 4096, 512, -0.05), row(1.4, 4096, 2048), row(1.9, 1024, 512, -0.06)]
-    assert report.windows(lines)[2:] == [
-        "| Qwen2.5-Coder-1.5B, dual | 1.300 (1.000 to 2.500) | 1.400 (1.000 to 2.500) |"]
+    lines = [row(-0.05), row(None), row(-0.06)]
     assert report.accuracies(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8 % | -6.0 ± 1.0 |"]
 
 def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
@@ -1543,7 +1540,7 @@ IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"
            "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(),
            "meaning": {"atoms", "variants"},
            "claims": {"variants", "atoms", "meaning"}, "s3": set(), "benchmark": set(),
-           "report": {"claims", "variants"}}
+           "report": {"atoms", "claims", "variants"}}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):
