@@ -44,7 +44,7 @@ def parse_args(argv=None, description=__doc__):
     add("--text", help="UTF-8 file, or hub data set (default: tiny's own, else WikiText-103)")
     # how much
     add("--tokens", type=int, help="to train on; a shorter text is read again (default 131,072 "
-                                   "for tiny, else 10 million)")
+                                   "for tiny, else 1,000,000)")
     add("--seq-len", type=int, help="tokens per window (default 512, or the model's limit)")
     add("--batch-tokens", type=int, default=512,
         help="tokens per step; each gives a vector for each kv head (default 512)")
@@ -53,7 +53,7 @@ def parse_args(argv=None, description=__doc__):
     add("--k-key", type=int, default=8, help="atoms per key (default 8)")
     add("--k-val", type=int, default=16, help="atoms per value (default 16)")
     add("--lr", type=float, help="Adam's peak rate; the fewer steps, the higher (default 0.01 for "
-                                 "tiny, else 0.005)")
+                                 "tiny, else 0.003)")
     add("--seed", type=int, default=0)
     # where
     add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
@@ -62,7 +62,7 @@ def parse_args(argv=None, description=__doc__):
     add("--out", type=pathlib.Path, default=pathlib.Path("saes"), help="(default saes)")
     add("--resume", action="store_true", help="continue the unfinished run in --out")
     args = parser.parse_args(argv)
-    defaults = {"tokens": 10_000_000, "n_latents": 1024, "lr": 0.005}
+    defaults = {"tokens": 1_000_000, "n_latents": 1024, "lr": 0.003}
     if args.model == "tiny":
         defaults = {"tokens": 131_072, "n_latents": 512, "lr": 0.01}
     for name, value in defaults.items():

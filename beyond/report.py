@@ -24,7 +24,7 @@ import plots
 import sta
 from beyond.atoms import draw_attention
 from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
-from beyond.variants import SEARCHED
+from beyond.variants import SEARCHED, STRETCHED
 from support.files import ROOT, explain, run_main, write_atomic
 from support.tasks import mean_stderr
 
@@ -336,12 +336,17 @@ LADDERS = ({  # names of rows, of which each changes one thing; % stands for the
     "transform %, per layer": "transform: axes of a layer",
     "transform %, metric": "transform: in the metric of the loss",
     "transform %": "transform: bits shared between layers"})
+STRETCHES = ({"dual": "dual", "stretched per model": "a factor per model",
+              "stretched per layer": "per layer and kind", "stretched": "per head and kind",
+              "stretched per mean": "per head and kind, and its mean"},
+             *({name: name, name + STRETCHED: name + STRETCHED} for name in (
+                 "l1", "grouped 2 bits", "rotated 2 bits", "transform 9.375", "additive 9.375")))
 
-def ladder(lines, model, share):
+def ladder(lines, model, ladders=LADDERS, share=""):
     """Ratio to dense perplexity of each step, and nats by which it is better than the step before,
     paired over windows and seeds, with its standard error over windows."""
     rows, cells = longest(pick(lines, kind="row", model=model)), {}
-    for steps, text in itertools.product(LADDERS, ("valid", "prose", "code")):
+    for steps, text in itertools.product(ladders, ("valid", "prose", "code")):
         before, of_text = [], [row for row in rows if stem(row) == text]
         for name, label in steps.items():
             here = pick(of_text, name=name.replace("%", share))
@@ -489,6 +494,8 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "pee
              for short, model in MODELS.items()
              for name, table_of in (("by share", by_share), ("one layer", one_layer))},
           "tiny ladder": functools.partial(ladder, model="tiny", share="9.375"),
+          **{f"{short} stretches": functools.partial(ladder, model=model, ladders=STRETCHES)
+             for short, model in MODELS.items()},
           "smollm2 lengths": functools.partial(lengths, model=SMOLLM2),
           "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 

@@ -1487,7 +1487,7 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
                                     ("stretched, packed", 2, [1.9, 2.8, 3.7]),
                                     ("transform 9.375, per head", 1, [8.0, 8.0, 8.0]),
                                     ("transform 9.375", 1, [7.0, 7.5, 6.5]))]
-    made = report.ladder(lines, "tiny", "9.375")
+    made = report.ladder(lines, "tiny", share="9.375")
     assert [line.split("|")[-2].strip() for line in made[3:]] == [
         "+0.2000 ± 0.0577", "", "+1.0000 ± 0.2887"]
     assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
