@@ -35,7 +35,7 @@ STYLE = {
     "layer SAE": ("Top-K, one SAE per layer", "#882255", "p", "-."),
     "l1": ("L1", "#56B4E9", "h", "--"), "grouped": ("grouped", "black", "P", "-."),
     "rotated": ("rotated", "dimgrey", "<", "--"), "transform": ("transform", "#56B4E9", ">", ":"),
-    "additive": ("additive", "black", "*", ":")}
+    "additive": ("additive", "#D55E00", "*", ":")}
 
 # ------------------------------------------------------------------ one panel each
 def draw_budget(panel, result):
@@ -88,8 +88,8 @@ def draw_perplexity(panel, result):
                 panel.bar(len(ticks), ratio - 1, bottom=1, yerr=high, capsize=3,
                           color=STYLE[row["name"]][1])
             budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
-            ticks.append(f"{row['name']}\n{budget if math.isfinite(high) else 'not finite'}")
-    panel.set_xticks(range(len(ticks)), ticks, fontsize=6.5)
+            ticks.append(f"{row['name']}: {budget if math.isfinite(high) else 'not finite'}")
+    panel.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=35, ha="right")
     panel.axhline(1, color="black", lw=0.8)
     panel.set_xlabel("what is coded, and its atoms per vector")
     panel.set_ylabel("perplexity, ratio to dense")
@@ -100,7 +100,7 @@ def draw_overview(result):
     """The figure of one result."""
     plt.rcParams.update({"font.size": 9, "legend.fontsize": 8, "axes.grid": True,
                          "grid.alpha": 0.25, "axes.axisbelow": True})
-    figure, panels = plt.subplots(1, 3, layout="constrained", figsize=(10, 3.6))
+    figure, panels = plt.subplots(1, 3, layout="constrained", figsize=(9, 3.9))
     for panel, draw in zip(panels, (draw_budget, draw_asymmetry, draw_perplexity)):
         draw(panel, result)
     figure.suptitle(pathlib.Path(result["model"]).name, fontsize=10, parse_math=False)

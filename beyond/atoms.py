@@ -254,7 +254,7 @@ def draw_attention(look, model_name):
     parts of its logit; above, its attention weight. The nine atoms with the largest parts have a
     colour each. Attention depends on differences of logits alone, so the part of the mean key is
     drawn less its average."""
-    figure, (top, panel) = plt.subplots(2, 1, figsize=(10, 4.5), sharex=True, height_ratios=(1, 4),
+    figure, (top, panel) = plt.subplots(2, 1, figsize=(8.5, 5.2), sharex=True, height_ratios=(1, 4),
                                         layout="constrained")
     places = range(len(look["tokens"]))
     top.bar(places, look["weights"], color="dimgrey")
@@ -281,14 +281,15 @@ def draw_attention(look, model_name):
     for m in largest:
         on = [token.strip() for token, atoms in zip(look["tokens"], look["atoms"])
               if m in dict(atoms)]
-        panel.bar(0, 0, color=colours[m], label=f"atom {m}: {' '.join(dict.fromkeys(on))[:40]}")
+        panel.bar(0, 0, color=colours[m], label=f"atom {m}: {' '.join(dict.fromkeys(on))[:26]}")
     panel.bar(0, 0, color="#f0e4cc", label="other atoms")
     panel.bar(0, 0, color="darkgrey", label="mean key, less its average")
     panel.bar(0, 0, color="white", hatch="////", ec="grey", label="missed by the code")
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xticks(places, look["tokens"], rotation=60, ha="right", parse_math=False)
     panel.set_ylabel("parts of the logit")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside right center", fontsize=7)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=3,
+                  fontsize=8.5)
     top.set_title(f"{model_name}, layer {look['layer']}, head {look['head']}: what the last token "
                   "attends to", fontsize=10, parse_math=False)
     return figure

@@ -234,60 +234,54 @@ def judged(lines):
                             if stem(row) == "valid"), *pick(lines, kind="measured", model=model)])
             for model in models}
 
-SHORT_NAMES = {"P6 median layer alone, one pass": "one layer coded, the median one",
-               "P6 worst layer alone, one pass": "one layer coded, the worst one",
-               "P6 all layers, one pass": "all layers coded",
-               "P6 all layers, searched": "all layers coded, atoms found by search",
-               "P7 per token": "per token", "P7 4,096 tokens": "4,096 tokens, with dictionaries"}
+PARTS = {  # lines of the table of verdicts: what is added to the claim; which parts it shows
+    "P6": (": one layer coded, within 1 % (the median layer / the worst)",
+           ("median layer alone, one pass", "worst layer alone, one pass")),
+    "P6, all layers": ("the same: all layers coded, within 2 % (by one pass / by search)",
+                       ("all layers, one pass", "all layers, searched")),
+    "P7": (": less than half of bf16 (per token / 4,096 tokens with dictionaries)",
+           ("per token", "4,096 tokens"))}
 
 def verdicts(lines):
-    """P1 to P8 in words. Some parts of P6 and P7 stand in lines of their own; of P8's, the word
-    that all have in common, or no if none holds, else how many hold."""
-    cells = {}
-    for claim, (statement, *_) in CLAIMS.items():
-        cells[claim, "claim"] = statement
-    for model, parts in judged(lines).items():
-        of_depth = [x["verdict"] for x in parts if x["claim"] == "P8"]
-        for x in parts:
-            row = x["claim"]
-            if row in ("P6", "P7"):
-                name = SHORT_NAMES.get(f"{row} {x['part']}")
-                if not name:
-                    continue
-                row = f"{row}, {name}"
-                cells[row, "claim"] = ""
-            cells[row, pathlib.Path(model).name] = x["verdict"] if row != "P8" else (
-                "no" if "holds" not in of_depth else of_depth[0] if len(set(of_depth)) == 1
-                else f"{of_depth.count('holds')} of {len(of_depth)} parts hold")
-    order = ["", *SHORT_NAMES.values()]
-    rows = sorted({row for row, _ in cells}, key=lambda row: (row[:2], order.index(row[4:])))
-    columns = list(dict.fromkeys(column for _, column in cells))
-    return table("", {(row, column): cells.get((row, column), "")
-                      for row in rows for column in columns})
+    """P1 to P8 in words. A claim of which no part is named in PARTS holds as far as its parts do."""
+    cells, by_model = {}, judged(lines)
+    for label in sorted({*CLAIMS, *PARTS}):
+        claim, (detail, shown) = label[:2], PARTS.get(label, ("", ()))
+        cells[label, "claim"] = (CLAIMS[claim][0] if label == claim else "") + detail
+        for model, parts in by_model.items():
+            words = [x["verdict"] for x in parts
+                     if x["claim"] == claim and (not shown or x["part"] in shown)]
+            n_hold = words.count("holds")
+            cells[label, pathlib.Path(model).name] = (
+                " / ".join(words) if shown or len(words) < 2 else "no" if not n_hold
+                else f"{n_hold} of {len(words)} parts hold")
+    return table("", cells)
 
-SUMMARY = {"dual": "8 atoms per key and 16 per value", "searched": "the same, found by search",
-           "packed": "the same, not searched, in smaller numbers",
-           "grouped 3 bits": "grouped, 3 bits",
-           "rotated 3 bits": "rotated, 3 bits", "transform 9.375": "transform",
-           "additive 9.375": "additive codes"}
+SUMMARY = {"one layer": "8 atoms per key and 16 per value, in one layer only",
+           "dual": "8 atoms per key and 16 per value",
+           "packed": "the same, in 16-bit words",
+           "searched": "the same, atoms found by search",
+           "grouped 3 bits": "*grouped*, 3 bits per number",
+           "rotated 3 bits": "*rotated*, 3 bits per number",
+           "transform 9.375": "*transform*", "additive 9.375": "*additive* codes"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
     rows = [row for row in longest(pick(lines, kind="row", model=model)) if stem(row) == "valid"]
-    alone = next((x["n"] for x in judged(lines).get(model, []) if x["part"].startswith(
-        "median layer alone, one pass")), "")
-    names = {f"layer {alone.split()[1]} alone": "one layer: 8 atoms per key and 16 per value"
-             } if alone else {}
     dense, cells = pick(lines, kind="row", model=model, name="dense")[-1], {}
-    for name, label in {**names, **SUMMARY}.items():
+    for x in judged(lines).get(model, []):
+        if x["part"] == "median layer alone, one pass":
+            rows += [{**row, "name": "one layer"}
+                     for row in pick(rows, name=f"layer {x['n'].split()[1]} alone")]
+    for name, label in SUMMARY.items():
         of_name = pick(rows, name=name)
         for row in of_name[:1]:
-            rise = spread([100 * (row["ratio"] - 1) for row in of_name], 1)
             low, high = (100 * (x - 1) for x in row["ratio_ci95"])
-            cells[label, "perplexity rises by"] = f"{rise} %" + (
+            cells[label, "increase in perplexity"] = spread(
+                [100 * (row["ratio"] - 1) for row in of_name], 1) + " %" + (
                 f" ({low:.1f} to {high:.1f})" if len(of_name) == 1 else f" ({len(of_name)})")
-            cells[label, "bytes per token, of bf16"] = percent(row["bytes_share"])
-            cells[label, "of 4,096 tokens, with dictionaries"] = percent(
+            cells[label, "size per token"] = percent(row["bytes_share"])
+            cells[label, "size of 4,096 tokens and the dictionaries"] = percent(
                 share_with_dictionaries(row, dense, 4096))
     return table("how keys and values are stored", cells)
 
@@ -505,6 +499,12 @@ def break_even(lines, model):
     return "".join("{:,}".format(row["break_even_tokens"])
                    for row in pick(lines, kind="row", model=model, name="dual")[:1])
 
+def overtakes(lines, model, name, rival="rotated 3 bits"):
+    """The tokens from which on a row takes less than another, which keeps little once."""
+    mine, other = (pick(lines, kind="row", model=model, name=x)[0] for x in (name, rival))
+    return "{:,.0f}".format((mine["once_bytes"] - other["once_bytes"]) / (
+        other["bytes_per_token"] - mine["bytes_per_token"]))
+
 def auroc(lines, model, name):
     """Mean over a model's layers, kinds and concepts."""
     values = [x[name] for line in pick(lines, kind="meaning", model=model)
@@ -525,12 +525,14 @@ def one_layer_alone(lines):
 FIGURES = {
     "tiny one layer": one_layer_alone,
     **{f"tiny {name}": functools.partial(ratio, kind="row", model="tiny", name=name, k_key=k_key)
-       for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 3 alone", 8))},
+       for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
+                           ("layer 3 alone", 8))},
     **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
        for name in ("sink 0", "k 1", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
+    "qwen transform from": functools.partial(overtakes, model=QWEN, name="transform 9.375"),
     **{f"{short} break even": functools.partial(break_even, model=model)
        for short, model in MODELS.items()},
     **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
