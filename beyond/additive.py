@@ -29,8 +29,8 @@ from tqdm import tqdm
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (apart, keep_settings, principal_axes, read_fitted, read_settings,
-                              side_by_side, write_fitted)
+from beyond.calibrate import (EightBits, apart, keep_settings, principal_axes, read_fitted,
+                              read_settings, side_by_side, write_fitted)
 from support.files import check_out, run_main
 from support.models import load_model, pick_device
 from support.results import find_saes
@@ -121,37 +121,41 @@ def learn_layer(x, fitted, n_stages, seed):
 
 # ------------------------------------------------------------------ the codec
 class Additive:
-    """A codec of one layer: of what `learn_layer` returned, `stages` {block: bytes} are used."""
+    """A codec of one layer: of what `learn_layer` returned, `stages` {block: bytes} are used. Its
+    tables are kept in 8 bits per number."""
 
     def __init__(self, learned, stages, shape):
         """shape: (n_kv_heads, head_dim)."""
-        self.atoms = {i: learned[f"atoms.{i}"][:n] for i, n in sorted(stages.items()) if n}
+        self.atoms = {i: EightBits(learned[f"atoms.{i}"][:n])  # (S, 256, 16)
+                      for i, n in sorted(stages.items()) if n}
         n_axes = BLOCK * (1 + max(self.atoms, default=0))  # the axes Q in use
-        self.mean, self.W, self.inverse = (
-            learned["mean"], learned["W"][:, :n_axes], learned["inverse"][:n_axes])
-        self.shape = shape
+        self.mean, self.shape = learned["mean"], shape
+        self.axes = EightBits(learned["W"][:, :n_axes].T)  # (Q, P)
+        self.inverse = EightBits(learned["inverse"][:n_axes])  # (Q, P)
         self.nbytes = sum(
-            x.nbytes for x in (self.mean, self.W, self.inverse, *self.atoms.values()))
+            x.nbytes for x in (self.mean, self.axes, self.inverse, *self.atoms.values()))
 
     def encode(self, keys, values):
         """Keys before RoPE and values (..., H, D) -> one tensor of bytes (..., sum of stages)."""
         x = side_by_side(keys, values)  # (..., P)
-        y = (x.flatten(0, -2) - self.mean) @ self.W  # (N, Q)
+        y = (x.flatten(0, -2) - self.mean) @ self.axes.read().T  # (N, Q)
         codes = [y.new_empty(len(y), 0, dtype=torch.uint8)]  # all there is where no byte is given
-        codes += [torch.cat([beam_search(part, atoms)[0]
-                             for part in y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)])
-                  for i, atoms in self.atoms.items()]
+        for i, table in self.atoms.items():
+            atoms, parts = table.read(), y[:, BLOCK * i:BLOCK * (i + 1)].split(2048)
+            codes.append(torch.cat([beam_search(part, atoms)[0] for part in parts]))
         return (torch.cat(codes, 1).view(*x.shape[:-1], -1),)
 
     def decode(self, stored):
         codes = stored[0].flatten(0, -2).int()  # (N, sum of stages)
-        y, at = self.mean.new_zeros(len(codes), self.W.shape[1]), 0
-        for i, atoms in self.atoms.items():
+        inverse, at = self.inverse.read(), 0
+        y = inverse.new_zeros(len(codes), len(inverse))
+        for i, table in self.atoms.items():
+            atoms = table.read()
             first = N_ATOMS * torch.arange(len(atoms), device=codes.device, dtype=torch.int32)
             y[:, BLOCK * i:BLOCK * (i + 1)] = F.embedding_bag(
                 codes[:, at:at + len(atoms)] + first, atoms.flatten(0, 1), mode="sum")
             at += len(atoms)
-        x = y @ self.inverse + self.mean  # (N, P)
+        x = y @ inverse + self.mean  # (N, P)
         return apart(x.view(*stored[0].shape[:-1], -1), self.shape)
 
 def share_out(curves, n_bytes):

@@ -115,6 +115,19 @@ def principal_axes(covariance, metric):
     axes = axes.flip(1)
     return variances.flip(0).clamp_min(0), root @ axes, axes.T @ torch.linalg.inv(root)
 
+class EightBits:
+    """A table (..., n) of a code, kept in 8 bits per number: whole multiples of a step, of which
+    each row has its own, in bf16."""
+
+    def __init__(self, x):
+        self.step = (x.abs().amax(-1, keepdim=True) / 127).bfloat16()
+        multiples = (x / self.step.float().clamp_min(1e-30)).round().clamp(-127, 127)
+        self.multiples = multiples.to(torch.int8)
+        self.nbytes = self.step.nbytes + self.multiples.nbytes
+
+    def read(self):
+        return self.multiples.float() * self.step.float()
+
 # ------------------------------------------------------------------ a stretch per head
 class Stretched:
     """A codec of one layer that lengthens what another one decodes, about a mean."""

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (apart, plain_metric, principal_axes, read_fitted, read_settings,
+from beyond.calibrate import (EightBits, apart, plain_metric, principal_axes, read_fitted, read_settings,
                               side_by_side)
 from support.files import run_main
 
@@ -144,21 +144,24 @@ def allocate(variances, n_bits):
     return chosen.view(gains.shape).sum(-1)
 
 class Transform:
-    """A codec of one layer: a token's P numbers along axes, each in its number of bits."""
+    """A codec of one layer: a token's P numbers along axes, each in its number of bits. Its tables
+    are kept in 8 bits per number."""
 
     def __init__(self, shape, mean, variances, W, inverse, bits):
         """shape: (n_kv_heads, head_dim); mean (P,); what `principal_axes` and `allocate` return."""
         used = (bits.to(mean.device) > 0) & (variances > 0)
         spread = variances[used].sqrt()
         self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[used])
-        self.W = (W[:, used] / spread).float()  # (P, axes in use)
-        self.inverse = (spread[:, None] * inverse[used]).float()
+        self.axes = EightBits((W[:, used] / spread).T.float())  # (axes in use, P)
+        self.inverse = EightBits((spread[:, None] * inverse[used]).float())  # (axes in use, P)
 
     def encode(self, keys, values):
-        return (self.levels.encode((side_by_side(keys, values) - self.mean) @ self.W),)
+        y = (side_by_side(keys, values) - self.mean) @ self.axes.read().T
+        return (self.levels.encode(y),)
 
     def decode(self, stored):
-        return apart(self.levels.decode(stored[0]) @ self.inverse + self.mean, self.shape)
+        x = self.levels.decode(stored[0]) @ self.inverse.read() + self.mean
+        return apart(x, self.shape)
 
 STEPS = (", per head", ", per layer", ", metric", "")  # end the names of rows
 
@@ -199,7 +202,7 @@ def rows(model, tokenizer, saes, args, before):
             codecs = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], of_layer)
                       for layer, of_layer in zip(layers, bits)}
             once = sum(x.nbytes for codec in codecs.values()
-                       for x in (codec.mean, codec.W, codec.inverse))
+                       for x in (codec.mean, codec.axes, codec.inverse))
             name = f"transform {100 * share:g}{step}"
             new_rows.append(evaluate.Row(name, codecs, once_bytes=once, method=f"transform{step}"))
     for row in new_rows:

@@ -1226,13 +1226,13 @@ def test_additive_code_of_a_layer():
     k, v = x[:300].view(3, 100, 2, 2, 16).unbind(2)
     stored = codec.encode(k, v)
     assert stored[0].shape == (3, 100, sum(stages.values())) and stored[0].dtype == torch.uint8
-    y, at = torch.zeros(300, codec.W.shape[1]), 0
+    y, at = torch.zeros(300, len(codec.inverse.read())), 0
     for i, n in stages.items():  # a loop over bytes
         for j in range(n):
-            atom = learned[f"atoms.{i}"][j][stored[0].flatten(0, 1)[:, at].long()]
+            atom = codec.atoms[i].read()[j][stored[0].flatten(0, 1)[:, at].long()]
             y[:, additive.BLOCK * i:additive.BLOCK * (i + 1)] += atom
             at += 1
-    expected = y @ codec.inverse + codec.mean
+    expected = y @ codec.inverse.read() + codec.mean
     k_hat, v_hat = codec.decode(stored)
     torch.testing.assert_close(torch.stack([k_hat, v_hat], 2).view(300, 64), expected, atol=1e-3,
                                rtol=1e-4)
@@ -1240,6 +1240,17 @@ def test_additive_code_of_a_layer():
     assert (expected - x[:300]).square().sum() / spread < 0.5
     for i in stages:
         assert (learned[f"left.{i}"].diff() < 0).float().mean() > 0.8  # held-out rows
+
+def test_tables_in_eight_bits():
+    """A byte per number, and two for each row; the error is half a step, 1 / 254 of the largest."""
+    x = torch.cat([rows_of(5, 64) * torch.tensor([[1e-6], [1.0], [50], [1e5], [0]])])
+    table = calibrate.EightBits(x)
+    assert table.nbytes == 5 * (64 + 2)
+    assert ((table.read() - x).abs() <= x.abs().amax(-1, keepdim=True) / 250).all()
+    _, learned = learned_layer()
+    codec = additive.Additive(learned, {0: 4}, (2, 16))
+    in_float32 = 4 * (64 + 2 * 16 * 64 + 4 * 256 * 16)
+    assert codec.nbytes < in_float32 / 3
 
 def test_bytes_go_where_they_help_most(capsys):
     curves = {(0, 0): torch.tensor([9.0, 3, 1]), (0, 1): torch.tensor([1.0, 0.5]),
