@@ -299,9 +299,9 @@ def verdict_inputs(lines):
     return table("part", cells)
 
 def by_share(lines, model):
-    """Ratio to dense perplexity of each method and share of bf16, by text; then the bytes of one
-    text of 4,096 tokens and of one context, dictionaries included, as shares of bf16's. Of the
-    methods with many shares, two; the picture has the others."""
+    """Ratio to dense perplexity of each method and share of bf16, by text; the bytes of 4,096
+    tokens, dictionaries included, as a share of bf16's; and the number of tokens from which that
+    is below 1. Of the methods with many shares, two; the picture has the others."""
     groups = {(method, share, text): rows for (method, share, text), rows in compared(
         lines, model).items() if method not in ("transform", "additive")
         or min(abs(share - 0.09375), abs(share - 0.1875)) < 0.005}
@@ -314,9 +314,10 @@ def by_share(lines, model):
         for text in texts:
             rows = groups.get((method, share, text), [])
             cells[label, text] = cell(rows)
-            for n_tokens in (4096, dense["context"]) if rows else ():
-                cells[label, f"{n_tokens:,} tokens"] = percent(
-                    share_with_dictionaries(rows[0], dense, n_tokens))
+            if rows:
+                cells[label, "4,096 tokens"] = percent(
+                    share_with_dictionaries(rows[0], dense, 4096))
+                cells[label, "pays from"] = f"{rows[0]['break_even_tokens']:,}"
     return table("method, share of bf16 per token", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
