@@ -528,8 +528,8 @@ FIGURES = {
     **{f"tiny {name}": functools.partial(ratio, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
-    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name)
-       for name in ("sink 0", "k 1", "64 latents")},
+    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name, digits=digits)
+       for name, digits in (("sink 0", 3), ("k 1", 0), ("64 latents", 3))},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
