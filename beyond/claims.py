@@ -137,11 +137,11 @@ CLAIMS = {
            "cosine of key and code, both less the head's mean, mean over layers: above 0.8",
            "plain cosine of the head's mean alone: below the code's own"),
     "P3": ("values need more atoms than keys",
-           "FVU of values less that of keys at the same number of atoms, trained for it, smallest "
-           "of three: above 0", "the same by searched codes: above 0"),
+           "FVU of values less that of keys, SAEs trained for the same k, smallest over three "
+           "values of k: above 0", "the same by searched codes: above 0"),
     "P4": ("fewer atoms for keys than for values is the better split",
-           "nats by which equal atoms are worse, trained for it: above 0",
-           "nats by which more for keys is worse: above 0"),
+           "nats by which SAEs trained for equal k are worse: above 0",
+           "nats lost with more atoms for keys: above 0"),
     "P5": ("dropping weak atoms removes noise and improves perplexity",
            "nats by which the best of k/2, k and 2k searched atoms, chosen on one half of the "
            "text, beats dense on the other: above 0",

@@ -223,7 +223,7 @@ def one_key(lines):
             cells[row, "coefficient"] = f"{atom['z']:.2f}"
             cells[row, "fires on"] = f"{100 * atom['fired']:.1f} %"
             cells[row, "strongest tokens"] = quoted(atom["strongest"])
-            cells[row, "tokens at random"] = quoted(atom["sample"])
+            cells[row, "random firings"] = quoted(atom["sample"])
             cells[row, "tokens whose queries match it best"] = quoted(atom["queries"])
     return table("atom", cells)
 
@@ -243,7 +243,7 @@ PARTS = {  # lines of the table of verdicts: what is added to the claim; which p
            ("per token", "4,096 tokens"))}
 
 def verdicts(lines):
-    """P1 to P8 in words. A claim of which no part is named in PARTS holds as far as its parts do."""
+    """P1 to P8 in words. Where PARTS names none, the parts of a claim share one word."""
     cells, by_model = {}, judged(lines)
     for label in sorted({*CLAIMS, *PARTS}):
         claim, (detail, shown) = label[:2], PARTS.get(label, ("", ()))
@@ -325,12 +325,12 @@ LADDERS = ({  # names of rows, of which each changes one thing; % stands for the
     "searched, packed": "searched, not stretched",
     "layer SAE, searched, packed": "one SAE for all heads of a layer",
     "layer SAE, metric, searched, packed": "in the metric of the loss",
-    "layer SAE, metric, shared, searched, packed": "bytes shared between layers",
+    "layer SAE, metric, shared, searched, packed": "bytes split between layers",
     "additive %": "additive: no coefficients"}, {
     "transform %, per head": "transform: axes of a head",
     "transform %, per layer": "transform: axes of a layer",
     "transform %, metric": "transform: in the metric of the loss",
-    "transform %": "transform: bits shared between layers"})
+    "transform %": "transform: bits split between layers"})
 STRETCHES = ({"dual": "dual", "stretched per model": "a factor per model",
               "stretched per layer": "per layer and kind", "stretched": "per head and kind",
               "stretched per mean": "per head and kind, and its mean"},

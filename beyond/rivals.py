@@ -28,8 +28,8 @@ import torch.nn.functional as F
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (EightBits, apart, plain_metric, principal_axes, read_fitted, read_settings,
-                              side_by_side)
+from beyond.calibrate import (EightBits, apart, plain_metric, principal_axes, read_fitted,
+                              read_settings, side_by_side)
 from support.files import run_main
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
