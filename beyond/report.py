@@ -261,9 +261,8 @@ SUMMARY = {"one layer": "8 atoms per key and 16 per value, in one layer only",
            "dual": "8 atoms per key and 16 per value",
            "packed": "the same, in 16-bit words",
            "searched": "the same, atoms found by search",
-           "grouped 3 bits": "*grouped*, 3 bits per number",
            "rotated 3 bits": "*rotated*, 3 bits per number",
-           "transform 9.375": "*transform*", "additive 9.375": "*additive* codes"}
+           "additive 9.375": "*additive* codes"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
@@ -500,9 +499,10 @@ def break_even(lines, model):
     return "".join("{:,}".format(row["break_even_tokens"])
                    for row in pick(lines, kind="row", model=model, name="dual")[:1])
 
-def overtakes(lines, model, name, rival="rotated 3 bits"):
-    """The tokens from which on a row takes less than another, which keeps little once."""
-    mine, other = (pick(lines, kind="row", model=model, name=x)[0] for x in (name, rival))
+def overtakes(lines, model):
+    """The tokens from which on additive codes take less than rotated ones."""
+    mine, other = (pick(lines, kind="row", model=model, name=name)[0]
+                   for name in ("additive 9.375", "rotated 3 bits"))
     return "{:,.0f}".format((mine["once_bytes"] - other["once_bytes"]) / (
         other["bytes_per_token"] - mine["bytes_per_token"]))
 
@@ -533,7 +533,7 @@ FIGURES = {
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
-    "qwen transform from": functools.partial(overtakes, model=QWEN, name="transform 9.375"),
+    "qwen additive from": functools.partial(overtakes, model=QWEN),
     **{f"{short} break even": functools.partial(break_even, model=model)
        for short, model in MODELS.items()},
     **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
