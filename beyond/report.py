@@ -267,7 +267,7 @@ SUMMARY = {"one layer": "8 atoms per key and 16 per value, in one layer only",
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
     rows = [row for row in longest(pick(lines, kind="row", model=model)) if stem(row) == "valid"]
-    dense, cells = pick(lines, kind="row", model=model, name="dense")[-1], {}
+    cells = {}
     for x in judged(lines).get(model, []):
         if x["part"] == "median layer alone, one pass":
             rows += [{**row, "name": "one layer"}
@@ -280,8 +280,7 @@ def summary(lines, model):
                 [100 * (row["ratio"] - 1) for row in of_name], 1) + " %" + (
                 f" ({low:.1f} to {high:.1f})" if len(of_name) == 1 else f" ({len(of_name)})")
             cells[label, "size per token"] = percent(row["bytes_share"])
-            cells[label, "size of 4,096 tokens and the dictionaries"] = percent(
-                share_with_dictionaries(row, dense, 4096))
+            cells[label, "smaller than bf16 from"] = f"{row['break_even_tokens']:,} tokens"
     return table("how keys and values are stored", cells)
 
 def verdict_inputs(lines):
@@ -494,11 +493,6 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "pee
           "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-def break_even(lines, model):
-    """The tokens from which on the dual budget takes less than bf16, dictionaries included."""
-    return "".join("{:,}".format(row["break_even_tokens"])
-                   for row in pick(lines, kind="row", model=model, name="dual")[:1])
-
 def overtakes(lines, model):
     """The tokens from which on additive codes take less than rotated ones."""
     mine, other = (pick(lines, kind="row", model=model, name=name)[0]
@@ -534,8 +528,6 @@ FIGURES = {
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
     "qwen additive from": functools.partial(overtakes, model=QWEN),
-    **{f"{short} break even": functools.partial(break_even, model=model)
-       for short, model in MODELS.items()},
     **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
     **{f"{short} dropped {name}": functools.partial(dropped, model=model, name=name)
        for short, model in MODELS.items() for name in ("stable", "unstable")},
