@@ -585,10 +585,11 @@ def main(argv=None):
     lines = read()
     for path in READMES:
         write_atomic(path, filled(path.read_text(encoding="utf-8"), lines))
-    for line in (line for line in pick(lines, kind="look") if line["look"]):
+    for line in pick(lines, kind="look"):
         name = pathlib.Path(line["model"]).name
-        figure = draw_attention(line["look"], OTHERS.get(line["model"], name))
-        plots.save(figure, FILE.with_name(f"{name}-attention.png"))
+        if line["look"]:
+            figure = draw_attention(line["look"], OTHERS.get(line["model"], name))
+            plots.save(figure, FILE.with_name(f"{name}-attention.png"))
     for name, curves_of, x_label, x_scale in PICTURES:
         figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
         plots.save(figure, FILE.with_name(f"smollm2-135m-instruct-{name}.png"))
