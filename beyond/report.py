@@ -257,31 +257,30 @@ def verdicts(lines):
                 else f"{n_hold} of {len(words)} parts hold")
     return table("", cells)
 
-SUMMARY = {"one layer": "8 atoms per key and 16 per value, in one layer only",
-           "dual": "8 atoms per key and 16 per value",
-           "packed": "the same, in 16-bit words",
-           "searched": "the same, atoms found by search",
-           "rotated 3 bits": "*rotated*, 3 bits per number",
-           "additive 9.375": "*additive* codes"}
+def median_layer(lines, model):
+    """Of a model's rows that code one layer by one pass, on valid, those of the median layer."""
+    by_layer = {}
+    for row in longest(pick(lines, kind="row", model=model, method="one layer")):
+        if stem(row) == "valid" and not row["name"].endswith(SEARCHED):
+            by_layer.setdefault(row["name"], []).append(row)
+    order = sorted(by_layer.values(), key=lambda rows: statistics.mean(x["ratio"] for x in rows))
+    return order[(len(order) - 1) // 2] if order else []
+
+SUMMARY = {"dual": "in all layers", "searched": "in all layers, with atoms found by search",
+           "rotated 3 bits": "a quantiser: each number in 3 bits, all layers"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
     rows = [row for row in longest(pick(lines, kind="row", model=model)) if stem(row) == "valid"]
+    groups = {"8 atoms per key and 16 per value, in one layer": median_layer(lines, model),
+              **{label: pick(rows, name=name) for name, label in SUMMARY.items()}}
     cells = {}
-    for x in judged(lines).get(model, []):
-        if x["part"] == "median layer alone, one pass":
-            rows += [{**row, "name": "one layer"}
-                     for row in pick(rows, name=f"layer {x['n'].split()[1]} alone")]
-    for name, label in SUMMARY.items():
-        of_name = pick(rows, name=name)
-        for row in of_name[:1]:
-            low, high = (100 * (x - 1) for x in row["ratio_ci95"])
-            cells[label, "increase in perplexity"] = spread(
-                [100 * (row["ratio"] - 1) for row in of_name], 1) + " %" + (
-                f" ({low:.1f} to {high:.1f})" if len(of_name) == 1 else f" ({len(of_name)})")
-            cells[label, "size per token"] = percent(row["bytes_share"])
-            cells[label, "smaller than bf16 from"] = f"{row['break_even_tokens']:,} tokens"
-    return table("how keys and values are stored", cells)
+    for label, group in groups.items():
+        for row in group[:1]:
+            cells[label, "increase in perplexity"] = "{:.1f} % ({:.1f} to {:.1f})".format(
+                *(100 * (x - 1) for x in (row["ratio"], *row["ratio_ci95"])))
+            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
+    return table(OTHERS[model], cells)
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict."""
@@ -512,13 +511,16 @@ def alike(lines, model):
               for columns in line["meaning"]["seeds"].values()]
     return f"{100 * statistics.mean(values):.0f}" if values else ""
 
-def one_layer_alone(lines):
-    """The ratio of tiny's median layer."""
-    return "{:.3f}".format(math.exp(next(x["figure"] for x in judged(lines)["tiny"]
-                                         if x["part"].startswith("median layer alone"))))
+def median_layer_alone(lines):
+    return spread([row["ratio"] for row in median_layer(lines, "tiny")])
+
+def pays(lines, model, name):
+    """The tokens from which on a format takes less than bf16, dictionaries included."""
+    return f"{pick(lines, kind='row', model=model, name=name)[0]['break_even_tokens']:,}"
 
 FIGURES = {
-    "tiny one layer": one_layer_alone,
+    "tiny one layer": median_layer_alone,
+    "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(ratio, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
