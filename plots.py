@@ -27,12 +27,12 @@ from support.files import check_out, explain, run_main, write_atomic
 # Of every method, in all pictures: its name in legends, colour, marker, dash.
 STYLE = {
     "keys": ("keys", "#0072B2", "o", "-"), "values": ("values", "#D55E00", "s", "-"),
-    "dual": ("Top-K, dual", "#009E73", "D", "-"),
-    "uniform": ("Top-K, uniform", "#CC79A7", "^", "-"),
-    "reverse": ("Top-K, reverse", "#CC79A7", "v", "-"),
-    "searched": ("Top-K, searched", "#E69F00", "X", "-"),
-    "stretched": ("Top-K, stretched", "#0072B2", "d", "--"),
-    "layer SAE": ("Top-K, one SAE per layer", "#882255", "p", "-."),
+    "dual": ("dual (the paper's)", "#009E73", "D", "-"),
+    "uniform": ("uniform", "#CC79A7", "^", "-"),
+    "reverse": ("reverse", "#CC79A7", "v", "-"),
+    "searched": ("dual, searched", "#E69F00", "X", "-"),
+    "stretched": ("dual, stretched", "#0072B2", "d", "--"),
+    "layer SAE": ("one SAE per layer", "#882255", "p", "-."),
     "l1": ("L1", "#56B4E9", "h", "--"), "grouped": ("grouped", "black", "P", "-."),
     "rotated": ("rotated", "dimgrey", "<", "--"), "transform": ("transform", "#56B4E9", ">", ":"),
     "additive": ("additive", "#D55E00", "*", ":")}
@@ -57,7 +57,7 @@ def draw_budget(panel, result):
     panel.set_xlabel("k, atoms per vector")
     panel.set_ylabel("variance left within heads (FVU)")
     panel.set_ylim(0, 1.05)
-    panel.set_title("What k atoms leave")
+    panel.set_title("Unexplained variance")
     panel.legend()
 
 def draw_asymmetry(panel, result):
@@ -85,14 +85,14 @@ def draw_perplexity(panel, result):
         if row["name"] in ("keys", "values", "dual", "searched", "uniform", "reverse"):
             ratio, high = row["ratio"], row["ratio_ci95"][1] - row["ratio"]
             if math.isfinite(high):
-                panel.bar(len(ticks), ratio - 1, bottom=1, yerr=high, capsize=3,
+                panel.bar(len(ticks), 100 * (ratio - 1), yerr=100 * high, capsize=3,
                           color=STYLE[row["name"]][1])
             budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
             ticks.append(f"{row['name']}: {budget if math.isfinite(high) else 'not finite'}")
     panel.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=35, ha="right")
-    panel.axhline(1, color="black", lw=0.8)
+    panel.axhline(0, color="black", lw=0.8)
     panel.set_xlabel("what is coded, and its atoms per vector")
-    panel.set_ylabel("perplexity, ratio to dense")
+    panel.set_ylabel("increase in perplexity, %")
     panel.set_title("All layers coded")
 
 # ------------------------------------------------------------------ the pictures
@@ -107,8 +107,8 @@ def draw_overview(result):
     return figure
 
 def draw_curves(curves, title, x_label, x_scale):
-    """The rise of perplexity, in %, against bytes or something else: {method: [(x, rise), ...]}. A
-    point at or below dense is drawn at the lower edge."""
+    """The increase in perplexity, in %, against something: {method: [(x, increase), ...]}. A point
+    at or below dense is drawn at the lower edge."""
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
     edge = min(rises, default=100) / 2
@@ -130,12 +130,12 @@ def draw_curves(curves, title, x_label, x_scale):
     else:
         panel.set_xlim(0, 1.2 * max(places, default=1))
     panel.set_xlabel(x_label)
-    panel.set_ylabel("perplexity above dense")
+    panel.set_ylabel("increase in perplexity")
     panel.set_title(title, parse_math=False)
     for method, points in curves.items():
         (x, rise), label = points[-1], STYLE[method][0]
         panel.annotate(label, (x, max(edge, rise)), xytext=(6, 0), textcoords="offset points",
-                       color=STYLE[method][1], va="center", fontsize=8)
+                       color=STYLE[method][1], va="center", fontsize=9)
     return figure
 
 def save(figure, path):

@@ -75,18 +75,14 @@ class TopKSAE(nn.Module):
         if not 0 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 0 to n_latents = {self.n_latents}")
         normalised = (x - self.b_dec) / self.scale  # (..., H, D)
-        # = (normalised @ W_enc + b_enc).topk(k), with a faster gradient (section 5)
+        # (normalised @ W_enc + b_enc).topk(k), with a faster gradient (section 5)
         z, idx = top_k_of_matmul(normalised, self.W_enc, self.b_enc, k)
         return F.relu(z), idx
 
     def decode(self, z, idx):
         """z, idx (..., H, k) -> x_hat (..., H, D): k atoms, or at k = 0 none, and the mean."""
-        *shape, k = idx.shape
-        # = (z[..., None] * W_dec[idx]).sum(-2), without a copy of each atom
-        starts = torch.arange(idx.shape[:-1].numel(), device=idx.device, dtype=idx.dtype) * k
-        sums = F.embedding_bag(idx.flatten(), self.W_dec, starts, mode="sum",
-                               per_sample_weights=z.flatten())  # (N, D)
-        return self.scale * sums.view(*shape, -1) + self.b_dec
+        # (z[..., None] * W_dec[idx]).sum(-2), without a copy of each atom (section 5)
+        return self.scale * sum_of_rows(z, idx, self.W_dec) + self.b_dec
 
     def loss(self, x):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
@@ -409,6 +405,14 @@ class TopKOfMatmul(torch.autograd.Function):
             dW = F.embedding_bag(order // k, x, first, mode="sum", per_sample_weights=weights).T
             db = dz.new_zeros(M).index_add_(0, idx.flatten()[order], weights)
         return dx, dW, db, None
+
+def sum_of_rows(z, idx, W):
+    """(z[..., None] * W[idx]).sum(-2), for z, idx (..., k), W (M, D), without copying rows of W."""
+    *shape, k = idx.shape
+    starts = torch.arange(idx.shape[:-1].numel(), device=idx.device, dtype=idx.dtype) * k
+    sums = F.embedding_bag(idx.flatten(), W, starts, mode="sum",
+                           per_sample_weights=z.flatten())  # (N, D)
+    return sums.view(*shape, -1)
 
 def fuse(codecs):
     """{layer: codec} -> the same with the dual budget's encode and decode in one compiled graph,

@@ -1,4 +1,5 @@
-"""What the commands of beyond/ share: their options, and how a run on fitted SAEs is opened.
+"""What the commands of beyond/ share: their options, how a run on fitted SAEs is opened, and how
+a table of a README is made.
 
 Who may import whom is listed in README.md, and held by a test.
 """
@@ -6,6 +7,7 @@ import argparse
 import contextlib
 import functools
 import pathlib
+import statistics
 
 import sta
 from support.files import sha256
@@ -96,3 +98,26 @@ def capture_queries(model, layers):
             hook = functools.partial(keep, layer, name)
             hooks.callback(module.register_forward_hook(hook).remove)
         yield queries
+
+# ------------------------------------------------------------------ tables
+def pick(lines, **wanted):
+    """The lines whose columns have the values wanted."""
+    return [line for line in lines if all(line.get(name) == x for name, x in wanted.items())]
+
+def spread(values, digits=3):
+    """Numbers of several seeds -> "mean ± standard deviation", if that is seen to vary; of none,
+    ""."""
+    if not values:
+        return ""
+    mean, error = f"{statistics.mean(values):.{digits}f}", ""
+    if len(values) > 1 and round(statistics.stdev(values), digits) > 0:
+        error = f" ± {statistics.stdev(values):.{digits}f}"
+    return mean + error
+
+def table(corner, cells):
+    """{(row, column): text} -> Markdown; rows and columns stand in the order of the cells."""
+    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells)) if cells else ([], [])
+    lines = [[corner, *columns]]
+    lines += [[row, *(cells.get((row, column), "") for column in columns)] for row in rows]
+    heading, *others = ("| " + " | ".join(line) + " |" for line in lines)
+    return [heading, "|---" * len(lines[0]) + "|", *others]

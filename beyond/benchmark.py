@@ -24,7 +24,7 @@ import torch
 
 import sta
 import train_sae
-from beyond import parse_args
+from beyond import parse_args, pick, spread, table
 from support.files import check_out, run_main, sha256, write_atomic
 from support.models import load_model, slug
 from support.results import provenance
@@ -195,6 +195,16 @@ def time_steps(trainers):
         print(f"step at {shape}, ms: " + ", ".join(
             f"{name} {median:.1f}" for name, median in medians[shape].items()), flush=True)
     return medians
+
+def table_of_peers(lines):
+    """FVU of held-out vectors by site and library, then ms per step by shape."""
+    cells = {}
+    for line in pick(lines, kind="peers")[-1:]:
+        for site, by_name in line["peers"]["sites"].items():
+            cells |= {(f"FVU, {site}", name): spread(x["fvu"], 4) for name, x in by_name.items()}
+        for shape, by_name in line["peers"]["times"].items():
+            cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
+    return table("", cells)
 
 def main(argv=None):
     args = parse_args(

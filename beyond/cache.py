@@ -31,7 +31,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 import evaluate
 import sta
-from beyond import parse_args
+from beyond import parse_args, pick, table
 from support.files import run_main, write_atomic
 from support.results import check_pattern, load_run
 
@@ -288,6 +288,13 @@ def token_counts(text):
     if not 1 <= min(counts) <= max(counts) < 1 << 24:
         raise ValueError("want 1 or more, and what memory can hold")
     return counts
+
+def table_of_costs(lines, model):
+    """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
+    return table("cache", {
+        (cost["name"] + ", kept decoded" * cost["keep"], f"{cost['context']:,}"):
+        f"{cost['token_ms']:.0f} ms, {cost['bytes'] / 1e6:.1f} MB"
+        for line in pick(lines, kind="caches", model=model) for cost in line["caches"]})
 
 def main(argv=None):
     args = parse_args(

@@ -36,11 +36,12 @@ from tqdm import tqdm
 
 import evaluate
 import sta
-from beyond import LOOK, begin_look, parse_args
+from beyond import LOOK, begin_look, parse_args, pick, spread, table
 from beyond.atoms import by_atom, read_attention, read_codes, take_apart, words_of
 from beyond.variants import beside
 from support.files import load_saes, run_main, write_atomic
 from support.results import find_saes
+from support.tasks import mean_stderr
 
 CONCEPTS = {name: words.split() for name, words in {
     "countries": "England France Spain Mexico Germany Russia China Japan Cuba Canada Italy Brazil "
@@ -356,6 +357,59 @@ def print_meaning(words, seeds, without):
               ", ".join(f"{name} {x:.3f}" for name, x in columns.items()))
     for name, (nats, stderr) in without.items():
         print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
+
+# ------------------------------------------------------------------ tables
+def table_of_words(lines):
+    """AUROC on other words by model and layer: means over keys, values and concepts; then over all
+    layers, with the paired standard error over concepts, by how much atoms are better."""
+    cells = {}
+    for line in pick(lines, kind="meaning"):
+        model, aurocs, gaps = pathlib.Path(line["model"]).name, {}, {}
+        for site, by_concept in line["meaning"]["words"].items():
+            for concept, x in by_concept.items():
+                for name in x:
+                    aurocs.setdefault((site.split(".")[0], name), []).append(x[name])
+                    gaps.setdefault(name, {}).setdefault(concept, []).append(x["atoms"] - x[name])
+        for (layer, name), values in aurocs.items():
+            cells[f"{model}, layer {layer}", name] = spread([statistics.mean(values)])
+        for name, by_concept in gaps.items():
+            mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
+            if name != "atoms":
+                cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
+    return table("model and layer", cells)
+
+def table_of_seeds(lines):
+    """How alike atoms are to those of another seed, by model and layer."""
+    cells = {}
+    for line in pick(lines, kind="meaning"):
+        model = pathlib.Path(line["model"]).name
+        for site, columns in line["meaning"]["seeds"].items():
+            layer, kind = site.split(".")
+            row = f"{model}, layer {layer}"
+            cells[row, f"{kind}s: nearest cosine"] = f"{columns['median']:.2f}"
+            cells[row, f"{kind}s: random"] = f"{columns['random']:.2f}"
+            cells[row, f"{kind}s: above 0.7"] = f"{100 * columns['alike']:.0f} %"
+            if "logits" in columns:
+                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
+    return table("model and layer", cells)
+
+def nats_dropped(lines, model, name):
+    """Nats that it costs to drop the atoms of the stable or unstable half."""
+    return "".join("{:.2f} ± {:.2f}".format(*line["meaning"]["without"][name])
+                   for line in pick(lines, kind="meaning", model=model)[-1:]
+                   if line["meaning"]["without"])
+
+def mean_auroc(lines, model, name):
+    """Mean over a model's layers, kinds and concepts."""
+    values = [x[name] for line in pick(lines, kind="meaning", model=model)
+              for by_concept in line["meaning"]["words"].values() for x in by_concept.values()]
+    return f"{statistics.mean(values):.3f}" if values else ""
+
+def share_alike(lines, model):
+    """The share of atoms, in %, that are much like one of another seed."""
+    values = [columns["alike"] for line in pick(lines, kind="meaning", model=model)
+              for columns in line["meaning"]["seeds"].values()]
+    return f"{100 * statistics.mean(values):.0f}" if values else ""
 
 def main(argv=None):
     args = parse_args(__doc__, argv, LOOK + " sink", other=dict(

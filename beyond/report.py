@@ -22,11 +22,15 @@ import statistics
 import evaluate
 import plots
 import sta
+from beyond import pick, spread, table
 from beyond.atoms import draw_attention
+from beyond.benchmark import table_of_peers
+from beyond.cache import table_of_costs
 from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
+from beyond.meaning import (mean_auroc, nats_dropped, share_alike, table_of_seeds,
+                            table_of_words)
 from beyond.variants import SEARCHED, STRETCHED
 from support.files import ROOT, explain, run_main, write_atomic
-from support.tasks import mean_stderr
 
 FILE = ROOT / "figures" / "results.jsonl"
 READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
@@ -131,10 +135,6 @@ def read(file=FILE):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 # ------------------------------------------------------------------ which lines, and how they look
-def pick(lines, **wanted):
-    """The lines whose columns have the values wanted."""
-    return [line for line in lines if all(line.get(name) == x for name, x in wanted.items())]
-
 def longest(rows):
     """Of the rows, those on the longest part of each text, in the shortest windows."""
     extents = {}
@@ -161,16 +161,6 @@ def compared(lines, model):
         groups.setdefault((row["method"], share, stem(row)), []).append(row)
     return groups
 
-def spread(values, digits=3):
-    """Numbers of several seeds -> "mean ± standard deviation", if that is seen to vary; of none,
-    ""."""
-    if not values:
-        return ""
-    mean, error = f"{statistics.mean(values):.{digits}f}", ""
-    if len(values) > 1 and round(statistics.stdev(values), digits) > 0:
-        error = f" ± {statistics.stdev(values):.{digits}f}"
-    return mean + error
-
 def cell(rows, digits=3):
     """The ratio of one row by seed: with its spread and the number of seeds, or, where nothing
     varied, with the interval over the text."""
@@ -185,16 +175,13 @@ def ratio(lines, digits=3, text="valid", **wanted):
     rows = longest([row for row in pick(lines, **wanted) if stem(row) == text])
     return spread([row["ratio"] for row in rows], digits)
 
+def rise(lines, digits=1, **wanted):
+    """The increase in perplexity, in %, likewise, on the kind of text that was trained on."""
+    rows = [row for row in longest(pick(lines, **wanted)) if stem(row) == "valid"]
+    return spread([100 * (row["ratio"] - 1) for row in rows], digits)
+
 def percent(share):
     return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"
-
-def table(corner, cells):
-    """{(row, column): text} -> Markdown; rows and columns stand in the order of the cells."""
-    rows, columns = (list(dict.fromkeys(labels)) for labels in zip(*cells)) if cells else ([], [])
-    lines = [[corner, *columns]]
-    lines += [[row, *(cells.get((row, column), "") for column in columns)] for row in rows]
-    heading, *others = ("| " + " | ".join(line) + " |" for line in lines)
-    return [heading, "|---" * len(lines[0]) + "|", *others]
 
 # ------------------------------------------------------------------ the tables
 QUICK_START = ["dense", "means", "keys", "values", "dual", "uniform", "reverse", "searched",
@@ -266,8 +253,8 @@ def median_layer(lines, model):
     order = sorted(by_layer.values(), key=lambda rows: statistics.mean(x["ratio"] for x in rows))
     return order[(len(order) - 1) // 2] if order else []
 
-SUMMARY = {"dual": "in all layers", "searched": "in all layers, with atoms found by search",
-           "rotated 3 bits": "a quantiser: each number in 3 bits, all layers"}
+SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by search",
+           "rotated 3 bits": "a quantiser in all layers (*rotated*, 3 bits)"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
@@ -279,7 +266,7 @@ def summary(lines, model):
         for row in group[:1]:
             cells[label, "increase in perplexity"] = "{:.1f} % ({:.1f} to {:.1f})".format(
                 *(100 * (x - 1) for x in (row["ratio"], *row["ratio_ci95"])))
-            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
+            cells[label, "size per token, relative to bf16"] = percent(row["bytes_share"])
     return table(OTHERS[model], cells)
 
 def verdict_inputs(lines):
@@ -386,13 +373,6 @@ def accuracies(lines):
                         100 * score["delta_acc"], 100 * score["delta_acc_stderr"])
     return table("change of accuracy, points", cells)
 
-def token_times(lines):
-    """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
-    return table("cache", {
-        (cost["name"] + ", kept decoded" * cost["keep"], f"{cost['context']:,}"):
-        f"{cost['token_ms']:.0f} ms, {cost['bytes'] / 1e6:.1f} MB"
-        for line in pick(lines, kind="caches", model=SMOLLM2) for cost in line["caches"]})
-
 def one_layer(lines, model):
     """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
     rows = pick(lines, kind="row", model=model)
@@ -421,66 +401,17 @@ def attention(lines):
                     for by_row in measured if name in by_row])
     return table("", cells)
 
-def meaning_of_words(lines):
-    """AUROC on other words by model and layer: means over keys, values and concepts; then over all
-    layers, with the paired standard error over concepts, by how much atoms are better."""
-    cells = {}
-    for line in pick(lines, kind="meaning"):
-        model, aurocs, gaps = pathlib.Path(line["model"]).name, {}, {}
-        for site, by_concept in line["meaning"]["words"].items():
-            for concept, x in by_concept.items():
-                for name in x:
-                    aurocs.setdefault((site.split(".")[0], name), []).append(x[name])
-                    gaps.setdefault(name, {}).setdefault(concept, []).append(x["atoms"] - x[name])
-        for (layer, name), values in aurocs.items():
-            cells[f"{model}, layer {layer}", name] = spread([statistics.mean(values)])
-        for name, by_concept in gaps.items():
-            mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
-            if name != "atoms":
-                cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
-    return table("model and layer", cells)
-
-def meaning_of_seeds(lines):
-    """How alike atoms are to those of another seed, by model and layer."""
-    cells = {}
-    for line in pick(lines, kind="meaning"):
-        model = pathlib.Path(line["model"]).name
-        for site, columns in line["meaning"]["seeds"].items():
-            layer, kind = site.split(".")
-            row = f"{model}, layer {layer}"
-            cells[row, f"{kind}s: nearest cosine"] = f"{columns['median']:.2f}"
-            cells[row, f"{kind}s: random"] = f"{columns['random']:.2f}"
-            cells[row, f"{kind}s: above 0.7"] = f"{100 * columns['alike']:.0f} %"
-            if "logits" in columns:
-                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
-    return table("model and layer", cells)
-
-def dropped(lines, model, name):
-    """Nats that it costs to drop the atoms of the stable or unstable half."""
-    return "".join("{:.2f} ± {:.2f}".format(*line["meaning"]["without"][name])
-                   for line in pick(lines, kind="meaning", model=model)[-1:]
-                   if line["meaning"]["without"])
-
-def peers(lines):
-    """FVU of held-out vectors by site and library, then ms per step by shape."""
-    cells = {}
-    for line in pick(lines, kind="peers")[-1:]:
-        for site, by_name in line["peers"]["sites"].items():
-            cells |= {(f"FVU, {site}", name): spread(x["fvu"], 4) for name, x in by_name.items()}
-        for shape, by_name in line["peers"]["times"].items():
-            cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
-    return table("", cells)
-
 def rules(lines):
     cells = {}
     for claim, (_, figure, control) in CLAIMS.items():
         cells |= {(claim, "figure, and what is wanted"): figure, (claim, "control"): control}
     return table("claim", cells)
 
-TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules, "peers": peers,
-          "token times": token_times, "one key": one_key, "attention": attention,
-          "words": meaning_of_words, "seeds": meaning_of_seeds, "verdict inputs": verdict_inputs,
+TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
+          "peers": table_of_peers, "one key": one_key, "attention": attention,
+          "words": table_of_words, "seeds": table_of_seeds, "verdict inputs": verdict_inputs,
           "accuracies": accuracies,
+          "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "qwen summary": functools.partial(summary, model=QWEN),
           **{f"{short} {name}": functools.partial(table_of, model=model)
              for short, model in MODELS.items()
@@ -499,20 +430,8 @@ def overtakes(lines, model):
     return "{:,.0f}".format((mine["once_bytes"] - other["once_bytes"]) / (
         other["bytes_per_token"] - mine["bytes_per_token"]))
 
-def auroc(lines, model, name):
-    """Mean over a model's layers, kinds and concepts."""
-    values = [x[name] for line in pick(lines, kind="meaning", model=model)
-              for by_concept in line["meaning"]["words"].values() for x in by_concept.values()]
-    return f"{statistics.mean(values):.3f}" if values else ""
-
-def alike(lines, model):
-    """The share of atoms, in %, that are much like one of another seed."""
-    values = [columns["alike"] for line in pick(lines, kind="meaning", model=model)
-              for columns in line["meaning"]["seeds"].values()]
-    return f"{100 * statistics.mean(values):.0f}" if values else ""
-
 def median_layer_alone(lines):
-    return spread([row["ratio"] for row in median_layer(lines, "tiny")])
+    return spread([100 * (row["ratio"] - 1) for row in median_layer(lines, "tiny")], 1)
 
 def pays(lines, model, name):
     """The tokens from which on a format takes less than bf16, dictionaries included."""
@@ -521,19 +440,20 @@ def pays(lines, model, name):
 FIGURES = {
     "tiny one layer": median_layer_alone,
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
-    **{f"tiny {name}": functools.partial(ratio, kind="row", model="tiny", name=name, k_key=k_key)
+    **{f"tiny {name}": functools.partial(rise, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
-    **{f"tiny {name}": functools.partial(ratio, model="tiny", experiment=name, digits=digits)
-       for name, digits in (("sink 0", 3), ("k 1", 0), ("64 latents", 3))},
+    **{f"tiny {name}": functools.partial(rise, model="tiny", experiment=name)
+       for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
     "qwen additive from": functools.partial(overtakes, model=QWEN),
-    **{f"{short} alike": functools.partial(alike, model=model) for short, model in MODELS.items()},
-    **{f"{short} dropped {name}": functools.partial(dropped, model=model, name=name)
+    **{f"{short} alike": functools.partial(share_alike, model=model)
+       for short, model in MODELS.items()},
+    **{f"{short} dropped {name}": functools.partial(nats_dropped, model=model, name=name)
        for short, model in MODELS.items() for name in ("stable", "unstable")},
-    **{f"{short} auroc {name}": functools.partial(auroc, model=model, name=name)
+    **{f"{short} auroc {name}": functools.partial(mean_auroc, model=model, name=name)
        for short, model in MODELS.items()
        for name in ("atoms", "untrained twin", "numbers of the vector")}}
 
@@ -558,8 +478,10 @@ def curves_by_length(lines, model):
 def mean_rise(rows):
     return 100 * (statistics.mean(row["ratio"] for row in rows) - 1)
 
-PICTURES = (("bytes", curves_by_bytes, "bytes of the KV cache, % of bf16", "linear"),
-            ("lengths", curves_by_length, "tokens on which the SAEs were trained", "log"))
+BYTES = "size per token, % of bf16 (dictionaries not counted)"
+PICTURES = ((QWEN, "bytes", curves_by_bytes, BYTES, "linear"),
+            (SMOLLM2, "bytes", curves_by_bytes, BYTES, "linear"),
+            (SMOLLM2, "lengths", curves_by_length, "tokens on which the SAEs were trained", "log"))
 
 # ------------------------------------------------------------------ the READMEs
 def filled(text, lines):
@@ -592,9 +514,9 @@ def main(argv=None):
         if line["look"]:
             figure = draw_attention(line["look"], OTHERS.get(line["model"], name))
             plots.save(figure, FILE.with_name(f"{name}-attention.png"))
-    for name, curves_of, x_label, x_scale in PICTURES:
-        figure = plots.draw_curves(curves_of(lines, SMOLLM2), OTHERS[SMOLLM2], x_label, x_scale)
-        plots.save(figure, FILE.with_name(f"smollm2-135m-instruct-{name}.png"))
+    for model, name, curves_of, x_label, x_scale in PICTURES:
+        figure = plots.draw_curves(curves_of(lines, model), OTHERS[model], x_label, x_scale)
+        plots.save(figure, FILE.with_name(f"{pathlib.Path(model).name}-{name}.png"))
 
 if __name__ == "__main__":
     run_main(main)

@@ -1179,7 +1179,7 @@ def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypa
         for trainer in by_name.values():
             assert trainer["lr"] == 1e-2 and len(trainer["fvu"]) == 3
             assert max(trainer["fvu"]) < 0.7 < min(1, trainer["by_rate"]["1e-05"])
-    assert report.peers(report.lines_of(result))[0] == "|  | ours | ours, k and 2k |"
+    assert benchmark.table_of_peers(report.lines_of(result))[0] == "|  | ours | ours, k and 2k |"
 
 def test_a_rate_that_ends_in_nan_is_not_the_best(monkeypatch):
     monkeypatch.setattr(benchmark, "LEARNING_RATES", [1e38, 1e-2])
@@ -1460,18 +1460,19 @@ def test_tables_and_figures_follow_from_the_rows(results):
     lines = report.read(results)
     rows = {line["name"]: line for line in lines if line["kind"] == "row"}
     text = ("<!-- table: quick start -->\nSTALE\n<!-- end -->\n"
-            "It is 9.999<!--=tiny dual--> of dense.\n"
+            "It rises by 9.9<!--=tiny dual--> %.\n"
             "<!-- table: verdicts -->\n<!-- end -->\n")
     made = report.filled(text, lines)
-    assert f"It is {rows['dual']['ratio']:.3f}<!--=tiny dual--> of dense." in made
+    figure = f"{100 * (rows['dual']['ratio'] - 1):.1f}<!--"
+    assert f"It rises by {figure}=tiny dual--> %." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
     assert f"| P7 | {claims.CLAIMS['P7'][0]}{report.PARTS['P7'][0]} | no / no |\n" in made
     assert report.filled(made, lines) == made
-    broken = made.replace(f"{rows['dual']['ratio']:.3f}<!--", "1.2<!--")
+    broken = made.replace(figure, "0.1<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
     two = [{**rows["dual"], "ratio": ratio, "settings": {"seed": seed}} for seed, ratio in
            enumerate((1.1, 1.2, 1.3))]
-    assert "1.200 ± 0.100<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
+    assert "20.0 ± 10.0<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
 
 def test_a_cell_shows_what_varied():
     """Over seeds its spread and their number; where nothing varied, the interval of one run."""
@@ -1551,7 +1552,7 @@ IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"
            "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(),
            "meaning": {"atoms", "variants"},
            "claims": {"variants", "atoms", "meaning"}, "s3": set(), "benchmark": set(),
-           "report": {"atoms", "claims", "variants"}}
+           "report": {"atoms", "benchmark", "cache", "claims", "meaning", "variants"}}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):
