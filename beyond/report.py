@@ -37,6 +37,9 @@ READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
 BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key")  # what verdicts need
+SERVED = ("dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, searched",
+          "grouped 3 bits", "rotated 3 bits", "transform 9.375", "additive 9.375", "random axes",
+          "k = 0", "k = 2", "k = 4")  # of which the table of attention has lines
 OF_EXPERIMENTS = ("dual", "stretched", "searched", "packed")
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
@@ -244,14 +247,19 @@ def verdicts(lines):
                 else f"{n_hold} of {len(words)} parts hold")
     return table("", cells)
 
-def median_layer(lines, model):
-    """Of a model's rows that code one layer by one pass, on valid, those of the median layer."""
-    by_layer = {}
+def layers_alone(lines, model):
+    """{layer: rows} of a model's rows that code one layer by one pass, on valid, cheapest first."""
+    alone = {}
     for row in longest(pick(lines, kind="row", model=model, method="one layer")):
         if stem(row) == "valid" and not row["name"].endswith(SEARCHED):
-            by_layer.setdefault(row["name"], []).append(row)
-    order = sorted(by_layer.values(), key=lambda rows: statistics.mean(x["ratio"] for x in rows))
-    return order[(len(order) - 1) // 2] if order else []
+            alone.setdefault(int(row["name"].split()[1]), []).append(row)
+    return dict(sorted(alone.items(), key=lambda item: statistics.mean(
+        row["ratio"] for row in item[1])))
+
+def median_layer(lines, model):
+    """Of these, the median layer's rows."""
+    rows = list(layers_alone(lines, model).values())
+    return rows[(len(rows) - 1) // 2] if rows else []
 
 SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by search",
            "rotated 3 bits": "a quantiser in all layers (*rotated*, 3 bits)"}
@@ -373,27 +381,31 @@ def accuracies(lines):
                         100 * score["delta_acc"], 100 * score["delta_acc_stderr"])
     return table("change of accuracy, points", cells)
 
-def one_layer(lines, model):
-    """Ratio to dense perplexity with one layer coded, and the change of the residual stream."""
-    rows = pick(lines, kind="row", model=model)
-    streams = [line for line in pick(lines, model=model) if "stream" in line]
-    layers, cells = {int(row["name"].split()[1]) for row in pick(rows, method="one layer")}, {}
-    for layer in sorted(layers):
-        for label, ending in (("one pass", ""), ("searched", SEARCHED)):
-            name = f"layer {layer} alone{ending}"
-            cells[str(layer), label] = cell(longest(pick(rows, name=name)), 4)
-        for line in streams[:1]:
-            label = f"change of the residual stream ({line['stream_tokens']} tokens)"
-            cells[str(layer), label] = spread([line["stream"][str(layer)] for line in streams])
-    return table("layer", cells)
+def one_layer(lines):
+    """Ratio to dense perplexity with one layer coded, of the first, the median and the worst of the
+    others; and the change of the residual stream after it, as a share of the stream's spread."""
+    cells = {}
+    for short, model in MODELS.items():
+        alone = layers_alone(lines, model)
+        others = [layer for layer in alone if layer > 0]
+        streams = [line["stream"] for line in pick(lines, kind="measured", model=model)]
+        for which, layer in (("first", 0), ("median", others[(len(others) - 1) // 2]),
+                             ("worst other", others[-1])) if others else ():
+            label = f"{short}, {which}: layer {layer}"
+            searched = pick(lines, kind="row", model=model, name=f"layer {layer} alone{SEARCHED}")
+            cells[label, "one pass"] = cell(alone[layer], 4)
+            cells[label, "searched"] = cell(longest(searched), 4)
+            cells[label, "change of the residual stream"] = spread(
+                [stream[str(layer)] for stream in streams])
+    return table("model and layer", cells)
 
 def attention(lines):
     """How well coded keys serve queries: means over layers and seeds, by model."""
     cells = {}
     for short, model in MODELS.items():
         measured = [line["attention"] for line in pick(lines, kind="measured", model=model)
-                    if line.get("attention")]
-        for name in measured[0] if measured else ():
+                    if line["attention"]]
+        for name in SERVED if measured else ():
             for column, heading in (("r2", "r²"), ("slope", "slope"), ("height", "height"),
                                     ("fvu", "FVU of keys")):
                 cells[name, f"{heading}, {short}"] = spread([statistics.mean(
@@ -413,9 +425,9 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "qwen summary": functools.partial(summary, model=QWEN),
-          **{f"{short} {name}": functools.partial(table_of, model=model)
-             for short, model in MODELS.items()
-             for name, table_of in (("by share", by_share), ("one layer", one_layer))},
+          "one layer": one_layer,
+          **{f"{short} by share": functools.partial(by_share, model=model)
+             for short, model in MODELS.items()},
           "tiny ladder": functools.partial(ladder, model="tiny", share="9.375"),
           **{f"{short} stretches": functools.partial(ladder, model=model, ladders=STRETCHES)
              for short, model in MODELS.items()},
