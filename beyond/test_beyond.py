@@ -1504,6 +1504,20 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
         "+0.2000 ± 0.0577", "", "+1.0000 ± 0.2887"]
     assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
 
+def test_layers_coded_alone_are_ranked_by_their_cost():
+    """The median is over all layers; the first has a line of its own, whatever its rank."""
+    lines = [{"kind": "row", "model": report.QWEN, "method": "one layer" + ending, "tokens": 24,
+              "name": f"layer {layer} alone{ending}", "text": "valid.txt", "seq_len": 8,
+              "ratio": ratio, "ratio_ci95": [ratio - 0.01, ratio + 0.02], "bytes_share": 0.97}
+             for layer, ratio in ((0, 1.05), (3, 1.01), (6, 1.002), (9, 1.03))
+             for ending in ("", report.SEARCHED)]
+    made = report.one_layer(lines)
+    assert [line.split("|")[1].strip() for line in made[2:]] == [
+        "qwen, first: layer 0", "qwen, median: layer 3", "qwen, worst other: layer 9"]
+    assert made[3].count("1.0100 (1.0000 to 1.0300)") == 2  # by one pass, and searched
+    first = report.summary(lines, report.QWEN)[2]
+    assert first.endswith("| 1.0 % (0.0 to 3.0) | 97 % |")
+
 def test_the_last_scores_are_shown():
     def row(delta_acc):
         task = {"delta_acc": delta_acc, "delta_acc_stderr": 0.01}
