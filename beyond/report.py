@@ -449,6 +449,8 @@ def pays(lines, model, name):
 
 FIGURES = {
     "tiny one layer": median_layer_alone,
+    **{f"smollm2 {name}": functools.partial(rise, kind="row", model=SMOLLM2, name=name)
+       for name in ("packed", "searched, packed", "layer SAE, packed")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
