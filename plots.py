@@ -133,9 +133,10 @@ def draw_curves(curves, title, x_label, x_scale):
     panel.set_ylabel("increase in perplexity")
     panel.set_title(title, parse_math=False)
     for method, points in curves.items():
-        (x, rise), label = points[-1], STYLE[method][0]
-        panel.annotate(label, (x, max(edge, rise)), xytext=(6, 0), textcoords="offset points",
-                       color=STYLE[method][1], va="center", fontsize=9)
+        (x, rise), (label, colour, *_) = points[-1], STYLE[method]
+        side, ha = (-6, "right") if len(points) == 1 else (6, "left")  # where no line begins
+        panel.annotate(label, (x, max(edge, rise)), xytext=(side, 0), textcoords="offset points",
+                       color=colour, va="center", ha=ha, fontsize=9)
     return figure
 
 def save(figure, path):
