@@ -453,7 +453,8 @@ FIGURES = {
        for name in ("packed", "searched, packed", "layer SAE, packed")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise, kind="row", model="tiny", name=name, k_key=k_key)
-       for name, k_key in (("dual", 8), ("searched", 8), ("reverse", 16), ("layer 0 alone", 8),
+       for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),
+                           ("reverse, trained for it", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
     **{f"tiny {name}": functools.partial(rise, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
