@@ -173,15 +173,20 @@ def cell(rows, digits=3):
     return "{} ({:.{d}f} to {:.{d}f})".format(
         spread(ratios, digits), *rows[0]["ratio_ci95"], d=digits) if rows else ""
 
-def ratio(lines, digits=3, text="valid", **wanted):
-    """The ratio to the dense model's perplexity of the rows wanted, over seeds, for a sentence."""
-    rows = longest([row for row in pick(lines, **wanted) if stem(row) == text])
-    return spread([row["ratio"] for row in rows], digits)
+def on_text(lines, text="valid", **wanted):
+    """The rows wanted, on the longest part of a text."""
+    return [row for row in longest(pick(lines, **wanted)) if stem(row) == text]
 
-def rise(lines, digits=1, **wanted):
-    """The increase in perplexity, in %, likewise, on the kind of text that was trained on."""
-    rows = [row for row in longest(pick(lines, **wanted)) if stem(row) == "valid"]
-    return spread([100 * (row["ratio"] - 1) for row in rows], digits)
+def ratio(lines, digits, text, **wanted):
+    """The ratio to the dense model's perplexity of the rows wanted, over seeds, for a sentence."""
+    return spread([row["ratio"] for row in on_text(lines, text, **wanted)], digits)
+
+def rise(rows):
+    """The increase in perplexity, in %, likewise."""
+    return spread([100 * (row["ratio"] - 1) for row in rows], 1)
+
+def rise_of(lines, **wanted):
+    return rise(on_text(lines, **wanted))
 
 def percent(share):
     return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"
@@ -218,8 +223,8 @@ def one_key(lines):
 def judged(lines):
     """{model: its verdicts, on the text of the kind that the codes were fitted to}."""
     models = dict.fromkeys(line["model"] for line in lines if line["kind"] == "measured")
-    return {model: judge([*(row for row in longest(pick(lines, kind="row", model=model))
-                            if stem(row) == "valid"), *pick(lines, kind="measured", model=model)])
+    return {model: judge(on_text(lines, kind="row", model=model)
+                         + pick(lines, kind="measured", model=model))
             for model in models}
 
 PARTS = {  # lines of the table of verdicts: what is added to the claim; which parts it shows
@@ -248,8 +253,8 @@ def verdicts(lines):
 def layers_alone(lines, model):
     """{layer: rows} of a model's rows that code one layer by one pass, on valid, cheapest first."""
     alone = {}
-    for row in longest(pick(lines, kind="row", model=model, method="one layer")):
-        if stem(row) == "valid" and not row["name"].endswith(SEARCHED):
+    for row in on_text(lines, kind="row", model=model, method="one layer"):
+        if not row["name"].endswith(SEARCHED):
             alone.setdefault(int(row["name"].split()[1]), []).append(row)
     return dict(sorted(alone.items(), key=lambda item: statistics.mean(
         row["ratio"] for row in item[1])))
@@ -264,7 +269,7 @@ SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by s
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
-    rows = [row for row in longest(pick(lines, kind="row", model=model)) if stem(row) == "valid"]
+    rows = on_text(lines, kind="row", model=model)
     groups = {"8 atoms per key and 16 per value, in one layer": median_layer(lines, model),
               **{label: pick(rows, name=name) for name, label in SUMMARY.items()}}
     cells = {}
@@ -390,9 +395,10 @@ def one_layer(lines):
         for which, layer in (("first", 0), ("median", others[(len(others) - 1) // 2]),
                              ("worst other", others[-1])) if others else ():
             label = f"{short}, {which}: layer {layer}"
-            searched = pick(lines, kind="row", model=model, name=f"layer {layer} alone{SEARCHED}")
+            searched = on_text(lines, kind="row", model=model,
+                               name=f"layer {layer} alone{SEARCHED}")
             cells[label, "one pass"] = cell(alone[layer], 4)
-            cells[label, "searched"] = cell(longest(searched), 4)
+            cells[label, "searched"] = cell(searched, 4)
             cells[label, "change of the residual stream"] = spread(
                 [stream[str(layer)] for stream in streams])
     return table("model and layer", cells)
@@ -441,7 +447,7 @@ def overtakes(lines, model):
         other["bytes_per_token"] - mine["bytes_per_token"]))
 
 def median_layer_alone(lines):
-    return spread([100 * (row["ratio"] - 1) for row in median_layer(lines, "tiny")], 1)
+    return rise(median_layer(lines, "tiny"))
 
 def pays(lines, model, name):
     """The tokens from which on a format takes less than bf16, dictionaries included."""
@@ -449,14 +455,14 @@ def pays(lines, model, name):
 
 FIGURES = {
     "tiny one layer": median_layer_alone,
-    **{f"smollm2 {name}": functools.partial(rise, kind="row", model=SMOLLM2, name=name)
-       for name in ("packed", "searched, packed", "layer SAE, packed")},
+    **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
+       for name in ("packed", "layer SAE, packed")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
-    **{f"tiny {name}": functools.partial(rise, kind="row", model="tiny", name=name, k_key=k_key)
+    **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),
                            ("reverse, trained for it", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
-    **{f"tiny {name}": functools.partial(rise, model="tiny", experiment=name)
+    **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)

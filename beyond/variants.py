@@ -75,7 +75,7 @@ def pursue_rows(target, idx, atoms):
     """target (N, D), a first choice idx (N, k) of the unit atoms (M, D) -> z and idx (N, k)."""
     for _ in range(ROUNDS):
         z = solve(target, atoms[idx])
-        left = target - F.embedding_bag(idx, atoms, per_sample_weights=z, mode="sum")
+        left = target - sta.sum_of_rows(z, idx, atoms)
         gain = (left @ atoms.T).scatter_add_(1, idx, z)  # (N, M): what each atom would carry
         idx = gain.topk(k=idx.shape[1]).indices
     return solve(target, atoms[idx]), idx
