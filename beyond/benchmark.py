@@ -1,14 +1,15 @@
 """Are other libraries' Top-K SAEs better than ours? Their errors and times on the same vectors.
 
-    python -m beyond.benchmark                     # tiny
-    python -m beyond.benchmark --model path/to/folder --layer 3,12,25 --text train.txt
+    python -m beyond.benchmark --layer 2 --steps 500      # tiny
+    python -m beyond.benchmark --model path/to/folder --layer 3,12,25 --text train.txt --resume
 
 Ours, EleutherAI's sparsify, dictionary_learning and SAELens train on the same vectors in the same
 order, heads centred, for keys and values: at one budget k, with 1,024 latents, in float32 on the
-CPU, by Adam, with our warm-up and decay. Each gets the best of LEARNING_RATES, by the error on
-vectors of other windows, and is then trained with three seeds. Beside them stands ours as
-train_sae.py trains it, for budgets k and 2k. The time of a step is a median; the libraries take
-turns, and the first three rounds are discarded.
+CPU. Each has its own loss, optimiser, schedule and revival of dead latents, as its defaults are;
+only the rate is the best of four, by the error on vectors of other windows. Each is trained with
+three seeds. Beside them stands ours as train_sae.py trains it, for budgets k and 2k. *Dead* is a
+latent that fires for none of the held-out vectors. The time of a step is a median; the libraries
+take turns, and the first three rounds are discarded.
 The peers need an environment of their own; one that is not installed is skipped:
     pip install eai-sparsify==1.3.3 sae-lens==6.54.0 matplotlib
     pip install --no-deps dictionary-learning==0.1.0
@@ -25,12 +26,13 @@ import torch
 import sta
 import train_sae
 from beyond import parse_args, pick, spread, table
-from support.files import check_out, run_main, sha256, write_atomic
+from support.files import check_out, expect_same, explain, run_main, sha256, write_atomic
 from support.models import load_model, slug
 from support.results import provenance
 from support.text import read_text, text_name, token_windows
 
-LEARNING_RATES = (2e-3, 4e-3, 8e-3, 1.6e-2)
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of Adam; the libraries' own are 0.0008 and 0.0003
+SIGN_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of sparsify's sign descent, whose own is 0.02
 SHAPES = ((64, 1024, 16, 1024), (128, 1024, 16, 2048), (512, 4096, 32, 2048))  # D, M, k, vectors
 N_ROUNDS = 20  # of timing, after three more that are discarded
 
@@ -44,44 +46,51 @@ class KAlone(sta.TopKSAE):
         return ((x - self.decode(z, idx)) / self.scale).square().mean()
 
 class Ours:
-    """A trainer has step(x) and rebuild(x) -> x_hat, for vectors x (N, D). D, M, k are those of
-    sta.py; lr is the peak of the learning rate."""
+    """A trainer has step(x) and rebuild(x) -> (x_hat, the latents that fire), for vectors x (N, D).
+    D, M, k are those of sta.py; lr is the peak of the learning rate."""
 
     def __init__(self, D, M, k, lr, n_steps, seed, kind=KAlone):
         self.sae = kind(1, D, M, k, torch.Generator().manual_seed(seed))
-        self.optimizer, self.schedule = adam(self.sae, lr, n_steps)
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr, train_sae.BETAS, fused=True)
+        self.lr, self.n_steps, self.n_done = lr, n_steps, 0
 
     def step(self, x):
+        step = min(self.n_done, self.n_steps - 1)
+        self.optimizer.param_groups[0]["lr"] = train_sae.learning_rate(self.lr, step, self.n_steps)
         train_sae.train_step({"": self.sae}, self.optimizer, {"": x[:, None]})
-        self.schedule.step()
+        self.n_done += 1
 
     def rebuild(self, x):
-        return self.sae.decode(*self.sae.encode(x[:, None], self.sae.k))[:, 0]
+        z, idx = self.sae.encode(x[:, None], self.sae.k)
+        return self.sae.decode(z, idx)[:, 0], idx[z > 0]
 
 class Sparsify:
     def __init__(self, D, M, k, lr, n_steps, seed):
         import sparsify
+        from schedulefree import ScheduleFreeWrapper
+        from sparsify.sign_sgd import SignSGD
         torch.manual_seed(seed)
         self.sae = sparsify.SparseCoder(D, sparsify.SparseCoderConfig(num_latents=M, k=k))
-        self.optimizer, self.schedule = adam(self.sae, lr, n_steps)
+        self.optimizer = ScheduleFreeWrapper(SignSGD(self.sae.parameters(), lr), momentum=0.95)
 
     def step(self, x):  # as in its trainer
+        self.optimizer.train()
+        self.sae.set_decoder_norm_to_unit_norm()
         self.sae(x).fvu.backward()
         self.sae.remove_gradient_parallel_to_decoder_directions()
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.sae.set_decoder_norm_to_unit_norm()
-        self.schedule.step()
 
     def rebuild(self, x):
-        return self.sae(x).sae_out
+        self.optimizer.eval()  # the average of its steps
+        output = self.sae(x)
+        return output.sae_out, output.latent_indices[output.latent_acts > 0]
 
 class DictionaryLearning:
     def __init__(self, D, M, k, lr, n_steps, seed):
         from dictionary_learning.trainers.top_k import TopKTrainer
-        self.trainer = TopKTrainer(
-            n_steps, D, M, k, layer=0, lm_name="", lr=lr, warmup_steps=max(1, n_steps // 20),
-            decay_start=max(2, round(0.7 * n_steps)), device="cpu", seed=seed)
+        self.trainer = TopKTrainer(n_steps, D, M, k, layer=0, lm_name="", lr=lr, device="cpu",
+                                   warmup_steps=min(1000, n_steps // 5), seed=seed)
         self.n_done = 0
 
     def step(self, x):
@@ -89,14 +98,15 @@ class DictionaryLearning:
         self.n_done += 1
 
     def rebuild(self, x):
-        return self.trainer.ae(x)
+        x_hat, z = self.trainer.ae(x, output_features=True)
+        return x_hat, z.nonzero()[:, 1]
 
 class SAELens:
     def __init__(self, D, M, k, lr, n_steps, seed):
         from sae_lens import TopKTrainingSAE, TopKTrainingSAEConfig
         torch.manual_seed(seed)
         self.sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=D, d_sae=M, k=k))
-        self.optimizer, self.schedule = adam(self.sae, lr, n_steps, betas=(0.9, 0.999))  # its own
+        self.optimizer = torch.optim.Adam(self.sae.parameters(), lr)
         self.silent = torch.zeros(M)
 
     def step(self, x):  # as in its trainer
@@ -107,19 +117,13 @@ class SAELens:
         torch.nn.utils.clip_grad_norm_(self.sae.parameters(), 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.schedule.step()
 
     def rebuild(self, x):
-        return self.sae.decode(self.sae.encode(x))
+        z = self.sae.encode(x)
+        return self.sae.decode(z), z.nonzero()[:, 1]
 
 TRAINERS = {"ours": Ours, "sparsify": Sparsify, "dictionary_learning": DictionaryLearning,
             "SAELens": SAELens, "ours, k and 2k": functools.partial(Ours, kind=sta.TopKSAE)}
-
-def adam(sae, lr, n_steps, betas=train_sae.BETAS):
-    """(Adam for an SAE, the schedule of its rate: our warm-up and decay)."""
-    optimizer = torch.optim.Adam(sae.parameters(), lr, betas=betas, fused=True)
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: train_sae.learning_rate(1, min(step, n_steps - 1), n_steps))
 
 def installed_trainers():
     """Those of TRAINERS whose library is installed; prints a line for each that is skipped."""
@@ -134,49 +138,62 @@ def installed_trainers():
 
 # ------------------------------------------------------------------ errors
 @torch.no_grad()
-def fvu_of(trainer, x):
-    """The share of variance that is left of vectors x (N, D), whose mean is 0."""
-    errors = [(batch - trainer.rebuild(batch)).square().sum() for batch in x.split(8192)]
-    return (sum(errors) / x.square().sum()).item()
+def score(trainer, x, n_latents):
+    """(The share of variance that is left of vectors x (N, D), whose mean is 0; the share of
+    latents that are dead)."""
+    error, fires = 0, torch.zeros(n_latents, dtype=torch.bool)
+    for batch in x.split(8192):
+        x_hat, fired = trainer.rebuild(batch)
+        error += (batch - x_hat).square().sum().item()
+        fires[fired] = True
+    return error / x.square().sum().item(), 1 - fires.float().mean().item()
 
 def fit(make, x, k, lr, seed, args):
-    """A trainer after one pass over vectors x (N, D)."""
-    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).split(args.batch)
-    trainer = make(x.shape[1], args.n_latents, k, lr, len(order), seed)
-    for batch in order:
+    """A trainer after --steps steps on vectors x (N, D), which are read again where they end."""
+    generator, n_wanted = torch.Generator().manual_seed(seed), args.steps * args.batch
+    n_passes = math.ceil(n_wanted / len(x))
+    order = torch.cat([torch.randperm(len(x), generator=generator) for _ in range(n_passes)])
+    trainer = make(x.shape[1], args.n_latents, k, lr, args.steps, seed)
+    for batch in order[:n_wanted].split(args.batch):
         trainer.step(x[batch])
     return trainer
 
 def compare_at(site, trainers, parts, k, args):
     """Vectors (N, D) of one site in three parts: held out, to choose the rate by, to train on
-    -> {trainer: {lr, by_rate (the FVU at each rate), fvu (of each seed)}}."""
+    -> {trainer: {lr, by_rate (the FVU at each rate), fvu and dead (of each seed)}}."""
     (held_out, choose, train), results = parts, {}
     for name, make in trainers.items():
-        by_rate = {lr: fvu_of(fit(make, train, k, lr, 9, args), choose) for lr in LEARNING_RATES}
+        rates = SIGN_RATES if make is Sparsify else LEARNING_RATES
+        tried = {lr: fit(make, train, k, lr, 0, args) for lr in rates}
+        by_rate = {lr: score(trainer, choose, args.n_latents)[0] for lr, trainer in tried.items()}
         lr = min(by_rate, key=lambda lr: (math.isnan(by_rate[lr]), by_rate[lr]))  # nan comes last
-        fvu = [fvu_of(fit(make, train, k, lr, seed, args), held_out) for seed in range(3)]
-        results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu}
-        print(f"{site:14} {name:19} lr {lr:.0e}  FVU {statistics.mean(fvu):.4f} "
-              f"±{statistics.stdev(fvu):.4f}", flush=True)
+        seeds = [tried[lr], *(fit(make, train, k, lr, seed, args) for seed in (1, 2))]
+        fvu, dead = zip(*(score(trainer, held_out, args.n_latents) for trainer in seeds))
+        results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "dead": dead}
+        print(f"{site:14} {name:19} lr {lr:.1e}  FVU {statistics.mean(fvu):.4f} "
+              f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):.1%}", flush=True)
     return results
 
-def compare(trainers, args):
-    """-> ({site: what `compare_at` returns} for keys and values of the layers; about the run).
-    Of 15 parts of the text, one is held out and one chooses the rate."""
+def compare(trainers, args, sites, save):
+    """Add to sites {site: what `compare_at` returns} those of the keys and values of the layers
+    that are missing, with save(about the run) after each. Of 15 parts of the text, one is held out
+    and one chooses the rate."""
     model, tokenizer, layers = load_model(args.model, "cpu", getattr(torch, args.dtype),
                                           args.layer or "all")
     windows = token_windows(read_text(args.text, "train", args.model), tokenizer, model,
                             args.seq_len, 512, args.tokens, least=30)
     windows = windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(0))]
-    sites = {}
+    about = {"tokens": windows.numel(), "text_sha256": sha256(windows),
+             "seq_len": windows.shape[1], **provenance(model)}
     for (layer, kind), x in sta.harvest(model, windows, layers).items():
+        site, k = f"layer {layer} {kind}", args.k_key if kind == "key" else args.k_val
+        if site in sites:
+            continue
         x = x.float() - x.float().mean(0)  # (tokens, H, D), heads centred
         x = (x / x.square().mean().sqrt()).flatten(0, 1)  # (N, D)
         n = len(windows) // 15 * (len(x) // len(windows))
-        site, k = f"layer {layer} {kind}", args.k_key if kind == "key" else args.k_val
         sites[site] = compare_at(site, trainers, x.split([n, n, len(x) - 2 * n]), k, args)
-    return sites, {"tokens": windows.numel(), "text_sha256": sha256(windows),
-                   "seq_len": windows.shape[1], **provenance(model)}
+        save(about)
 
 # ------------------------------------------------------------------ times
 def time_steps(trainers):
@@ -197,11 +214,15 @@ def time_steps(trainers):
     return medians
 
 def table_of_peers(lines):
-    """FVU of held-out vectors by site and library, then ms per step by shape."""
+    """FVU of held-out vectors by site and library, then dead latents, then ms per step by shape."""
     cells = {}
     for line in pick(lines, kind="peers")[-1:]:
-        for site, by_name in line["peers"]["sites"].items():
+        sites = line["peers"]["sites"].items()
+        for site, by_name in sites:
             cells |= {(f"FVU, {site}", name): spread(x["fvu"], 4) for name, x in by_name.items()}
+        for site, by_name in sites:
+            cells |= {(f"dead, {site}", name): f"{100 * statistics.mean(x['dead']):.1f} %"
+                      for name, x in by_name.items()}
         for shape, by_name in line["peers"]["times"].items():
             cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
     return table("", cells)
@@ -213,16 +234,28 @@ def main(argv=None):
         dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of the model"),
         tokens=dict(type=int, default=132_000, least=2, help="of the text (default 132,000)"),
         n_latents=dict(type=int, default=1024, least=1, most=1 << 15, help="(default 1024)"),
-        batch=dict(type=int, default=1024, least=1, help="vectors per step (default 1024)"))
+        batch=dict(type=int, default=1024, least=1, help="vectors per step (default 1024)"),
+        steps=dict(type=int, default=5000, least=2, help="of training (default 5,000)"),
+        resume=dict(action="store_true", help="keep the layers that are in --out already"))
     check_out(args.out)
+    settings = {name: getattr(args, name) for name in ("k_key", "k_val", "n_latents", "batch",
+                                                       "steps")}
+    path, sites = args.out / f"{slug(args.model)}-peers.json", {}
+    if args.resume and path.exists():
+        with explain(f"{path}: corrupt; delete it"):
+            result = json.loads(path.read_text(encoding="utf-8"))
+        expect_same(path, result["settings"], settings)
+        sites = result["peers"]["sites"]
     trainers = installed_trainers()
-    times, (sites, about) = time_steps(trainers), compare(trainers, args)
-    settings = {name: getattr(args, name) for name in ("k_key", "k_val", "n_latents", "batch")}
-    path = args.out / f"{slug(args.model)}-peers.json"
-    write_atomic(path, json.dumps({
-        "model": args.model, "text": text_name(args.text, "train", args.model),
-        "dtype": args.dtype, "settings": settings, **about,
-        "peers": {"sites": sites, "times": times}}) + "\n")
+    times = time_steps(trainers)
+
+    def save(about):
+        write_atomic(path, json.dumps({
+            "model": args.model, "text": text_name(args.text, "train", args.model),
+            "dtype": args.dtype, "settings": settings, **about,
+            "peers": {"sites": sites, "times": times}}) + "\n")
+
+    compare(trainers, args, sites, save)
     print(f"wrote {path}")
 
 if __name__ == "__main__":

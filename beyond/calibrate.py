@@ -195,12 +195,17 @@ def continued(model, windows, share):
     n_chosen = round(share * len(windows))
     chosen[((torch.arange(n_chosen) + 0.5) * len(windows) / max(1, n_chosen)).long()] = True
     n_new = windows.shape[1] - PROMPT
+    # of a prompt, only the last position reaches the output layer, as a view: torch would copy the
+    # weights for each text, run out of memory, and do without its fast kernels from then on
+    hook = model.get_output_embeddings().register_forward_pre_hook(
+        lambda layer, args: args[0].contiguous())
     for part in tqdm(chosen.nonzero()[:, 0].split(SAMPLES), desc="samples", disable=None):
         ids = windows[part, :PROMPT].to(model.device)
         windows[part] = model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, temperature=1.0,
             top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens=n_new,
             min_new_tokens=n_new, pad_token_id=0).cpu()
+    hook.remove()
     return windows, chosen
 
 def write_mixture(path, model, tokenizer, windows, share):

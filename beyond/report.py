@@ -245,7 +245,7 @@ def verdicts(lines):
             words = [x["verdict"] for x in parts
                      if x["claim"] == claim and (not shown or x["part"] in shown)]
             n_hold = words.count("holds")
-            cells[label, pathlib.Path(model).name] = (
+            cells[label, OTHERS.get(model, model)] = (
                 " / ".join(words) if shown or len(words) < 2 else "no" if not n_hold
                 else f"{n_hold} of {len(words)} parts hold")
     return table("", cells)
@@ -289,7 +289,7 @@ def verdict_inputs(lines):
             cells[row, "threshold"] = f"{x['threshold']:.3g}"
             half = f" ± {x['half']:.4f}" if x["half"] else ""  # bytes are exact
             n = ", ".join(filter(None, [f"{x['seeds']} seeds" if half else "", x["n"]]))
-            cells[row, pathlib.Path(model).name] = "; ".join(filter(None, [
+            cells[row, OTHERS.get(model, model)] = "; ".join(filter(None, [
                 f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n, x["verdict"]]))
     return table("part", cells)
 

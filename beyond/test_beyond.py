@@ -1170,8 +1170,8 @@ def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypa
     monkeypatch.setattr(benchmark, "LEARNING_RATES", [1e-5, 1e-2])
     for package in ("sparsify", "sae_lens", "dictionary_learning"):
         monkeypatch.setitem(sys.modules, package, None)
-    assert script(benchmark, "--layer", 2, "--tokens", 8192, "--n-latents", 32, "--batch", 128,
-                  "--out", tmp_path) == 0
+    options = ("--layer", 2, "--tokens", 8192, "--n-latents", 32, "--batch", 128, "--out", tmp_path)
+    assert script(benchmark, *options, "--steps", 100) == 0
     assert "SAELens: skipped (" in capsys.readouterr().out
     result = read_json(tmp_path / "tiny-peers.json")
     for by_name in result["peers"]["sites"].values():
@@ -1179,11 +1179,18 @@ def test_ours_beside_peers_of_which_none_is_installed(tmp_path, capsys, monkeypa
         for trainer in by_name.values():
             assert trainer["lr"] == 1e-2 and len(trainer["fvu"]) == 3
             assert max(trainer["fvu"]) < 0.7 < min(1, trainer["by_rate"]["1e-05"])
+            assert len(trainer["dead"]) == 3 and 0 <= max(trainer["dead"]) < 0.5
     assert benchmark.table_of_peers(report.lines_of(result))[0] == "|  | ours | ours, k and 2k |"
+    monkeypatch.setattr(benchmark, "compare_at", None)  # not called: both sites are there
+    assert script(benchmark, *options, "--steps", 100, "--resume") == 0
+    assert read_json(tmp_path / "tiny-peers.json")["peers"]["sites"] == result["peers"]["sites"]
+    assert script(benchmark, *options, "--steps", 99, "--resume") == 2
+    assert "steps = 100, not 99" in capsys.readouterr().err
 
 def test_a_rate_that_ends_in_nan_is_not_the_best(monkeypatch):
     monkeypatch.setattr(benchmark, "LEARNING_RATES", [1e38, 1e-2])
-    args, parts = argparse.Namespace(n_latents=32, batch=64), [rows_of(128)] * 3
+    args = argparse.Namespace(n_latents=32, batch=64, steps=2)
+    parts = [rows_of(128)] * 3
     result = benchmark.compare_at("", {"ours": benchmark.Ours}, parts, 4, args)["ours"]
     assert math.isnan(result["by_rate"][1e38]) and result["lr"] == 1e-2
 
