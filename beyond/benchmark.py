@@ -11,7 +11,7 @@ three seeds. Beside them stands ours as train_sae.py trains it, for budgets k an
 latent that fires for none of the held-out vectors. The time of a step is a median; the libraries
 take turns, and the first three rounds are discarded.
 The peers need an environment of their own; one that is not installed is skipped:
-    pip install eai-sparsify==1.3.3 sae-lens==6.54.0 matplotlib
+    pip install eai-sparsify==1.3.3 sae-lens==6.54.0 nnsight matplotlib
     pip install --no-deps dictionary-learning==0.1.0
 Writes results/<model>-peers.json. Non-goal: tuning more than the rate.
 """
@@ -31,8 +31,7 @@ from support.models import load_model, slug
 from support.results import provenance
 from support.text import read_text, text_name, token_windows
 
-LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # of Adam; the libraries' own are 0.0008 and 0.0003
-SIGN_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)  # of sparsify's sign descent, whose own is 0.02
+LEARNING_RATES = (1e-3, 2e-3, 4e-3, 8e-3)  # left alone, theirs would be 0.02, 0.0008 and 0.0003
 SHAPES = ((64, 1024, 16, 1024), (128, 1024, 16, 2048), (512, 4096, 32, 2048))  # D, M, k, vectors
 N_ROUNDS = 20  # of timing, after three more that are discarded
 
@@ -163,8 +162,7 @@ def compare_at(site, trainers, parts, k, args):
     -> {trainer: {lr, by_rate (the FVU at each rate), fvu and dead (of each seed)}}."""
     (held_out, choose, train), results = parts, {}
     for name, make in trainers.items():
-        rates = SIGN_RATES if make is Sparsify else LEARNING_RATES
-        tried = {lr: fit(make, train, k, lr, 0, args) for lr in rates}
+        tried = {lr: fit(make, train, k, lr, 0, args) for lr in LEARNING_RATES}
         by_rate = {lr: score(trainer, choose, args.n_latents)[0] for lr, trainer in tried.items()}
         lr = min(by_rate, key=lambda lr: (math.isnan(by_rate[lr]), by_rate[lr]))  # nan comes last
         seeds = [tried[lr], *(fit(make, train, k, lr, seed, args) for seed in (1, 2))]
