@@ -26,7 +26,7 @@ from beyond import pick, spread, table
 from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
-from beyond.claims import CLAIMS, excess, judge, seed_of, share_with_dictionaries
+from beyond.claims import CLAIMS, Rows, excess, judge, seed_of
 from beyond.meaning import (mean_auroc, nats_dropped, share_alike, table_of_seeds,
                             table_of_words)
 from beyond.variants import SEARCHED, STRETCHED
@@ -188,6 +188,16 @@ def rise(rows):
 def rise_of(lines, **wanted):
     return rise(on_text(lines, **wanted))
 
+def overtakes(lines, model, row):
+    """The tokens from which on a row takes less than rotated codes of 3 bits; "" if it never does.
+    """
+    rotated = pick(lines, kind="row", model=model, name="rotated 3 bits")
+    if not rotated or row["bytes_per_token"] >= rotated[0]["bytes_per_token"]:
+        return ""
+    n_tokens = (row["once_bytes"] - rotated[0]["once_bytes"]) / (
+        rotated[0]["bytes_per_token"] - row["bytes_per_token"])
+    return f"{max(0, math.ceil(n_tokens)):,}"
+
 def percent(share):
     return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"
 
@@ -228,10 +238,12 @@ def judged(lines):
             for model in models}
 
 PARTS = {  # lines of the table of verdicts: what is added to the claim; which parts it shows
-    "P6": (": one layer coded, within 1 % (the median layer / the worst)",
+    "P6": (": perplexity, one layer coded, within 1 % (the median layer / the worst)",
            ("median layer alone, one pass", "worst layer alone, one pass")),
-    "P6, all layers": ("the same: all layers coded, within 2 % (by one pass / by search)",
+    "P6, all layers": ("perplexity, all layers coded, within 2 % (by one pass / by search)",
                        ("all layers, one pass", "all layers, searched")),
+    "P6, tasks": ("accuracy, all layers coded, within 2 points (by one pass / by search)",
+                  ("cloze, one pass", "cloze, searched", "piqa, one pass", "piqa, searched")),
     "P7": (": less than half of bf16 (per token / 4,096 tokens with dictionaries)",
            ("per token", "4,096 tokens"))}
 
@@ -270,7 +282,7 @@ SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by s
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
     rows = on_text(lines, kind="row", model=model)
-    groups = {"8 atoms per key and 16 per value, in one layer": median_layer(lines, model),
+    groups = {"8 atoms per key and 16 per value, in the median layer": median_layer(lines, model),
               **{label: pick(rows, name=name) for name, label in SUMMARY.items()}}
     cells = {}
     for label, group in groups.items():
@@ -294,14 +306,13 @@ def verdict_inputs(lines):
     return table("part", cells)
 
 def by_share(lines, model):
-    """Ratio to dense perplexity of each method and share of bf16, by text; the bytes of 4,096
-    tokens, dictionaries included, as a share of bf16's; and the number of tokens from which that
-    is below 1. Of the methods with many shares, two; the picture has the others."""
+    """Ratio to dense perplexity of each method and share of bf16, by text; and the numbers of
+    tokens from which it takes less than bf16, and less than rotated codes of 3 bits, dictionaries
+    included. Of the methods with many shares, two; the picture has the others."""
     groups = {(method, share, text): rows for (method, share, text), rows in compared(
         lines, model).items() if method not in ("transform", "additive")
         or min(abs(share - 0.09375), abs(share - 0.1875)) < 0.005}
     cells = {}
-    dense = pick(lines, kind="row", model=model, name="dense")[-1]
     texts = sorted({text for _, _, text in groups}, key=["valid", "prose", "code"].index)
     for method, share in sorted({key[:2] for key in groups},
                                 key=lambda key: (METHODS.index(key[0]), key[1])):
@@ -310,9 +321,8 @@ def by_share(lines, model):
             rows = groups.get((method, share, text), [])
             cells[label, text] = cell(rows)
             if rows:
-                cells[label, "4,096 tokens"] = percent(
-                    share_with_dictionaries(rows[0], dense, 4096))
                 cells[label, "pays from"] = f"{rows[0]['break_even_tokens']:,}"
+                cells[label, "less than rotated from"] = overtakes(lines, model, rows[0])
     return table("method, share of bf16 per token", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
@@ -367,7 +377,7 @@ def lengths(lines, model):
     for (name, n_tokens), group in by_length(lines, model).items():
         for text in ("valid", "prose", "code"):
             of_text = [line for line in group if stem(line) == text]
-            if of_text:
+            if of_text and name != "packed":
                 cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
     return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
@@ -439,15 +449,16 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-def overtakes(lines, model):
-    """The tokens from which on additive codes take less than rotated ones."""
-    mine, other = (pick(lines, kind="row", model=model, name=name)[0]
-                   for name in ("additive 9.375", "rotated 3 bits"))
-    return "{:,.0f}".format((mine["once_bytes"] - other["once_bytes"]) / (
-        other["bytes_per_token"] - mine["bytes_per_token"]))
-
 def median_layer_alone(lines):
     return rise(median_layer(lines, "tiny"))
+
+def additive_overtakes(lines):
+    return overtakes(lines, QWEN, pick(lines, kind="row", model=QWEN, name="additive 9.375")[0])
+
+def gain(lines, model, name):
+    """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
+    rows = Rows(on_text(lines, kind="row", model=model))
+    return f"{rows.mean(lambda packed, row: excess(packed, row)[0], 'packed', name):.3f}"
 
 def pays(lines, model, name):
     """The tokens from which on a format takes less than bf16, dictionaries included."""
@@ -467,7 +478,10 @@ FIGURES = {
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
-    "qwen additive from": functools.partial(overtakes, model=QWEN),
+    "qwen additive from": additive_overtakes,
+    **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
+       for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
+       for name in ("layer SAE", "searched")},
     **{f"{short} alike": functools.partial(share_alike, model=model)
        for short, model in MODELS.items()},
     **{f"{short} dropped {name}": functools.partial(nats_dropped, model=model, name=name)
