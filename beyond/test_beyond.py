@@ -1555,7 +1555,7 @@ def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
                       for some in (lines, before))
     assert short == {99: pytest.approx(200), **default} and len(default) == 1
     heading, _, first, second = report.lengths(lines, "tiny")
-    assert heading.startswith("| tokens | dual, valid | ") and heading.count("|") == 6
+    assert heading.startswith("| tokens | dual, valid | ") and heading.count("|") == 5
     assert first.startswith("| 99 | 3.000 (") and second.startswith(f"| {max(short):,} | ")
 
 def test_the_readmes_show_what_the_file_says():
