@@ -551,6 +551,13 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     assert script(variants, *SHORT, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "layer1.safetensors: missing .*beyond.calibrate")
 
+def test_a_variant_that_lacks_a_layer_has_no_row(all_variants, tmp_path):
+    saes = shutil.copytree(all_variants, tmp_path / "saes")
+    shutil.rmtree(saes / "twin" / "tiny" / "layer2.key")
+    assert script(evaluate, "--saes", saes, "--model", "tiny", "--max-tokens", 512, "--limit", 4,
+                  "--rows", "variants", "--only", "twin", "--out", tmp_path) == 0
+    assert [row["name"] for row in read_json(tmp_path / "tiny.json")["rows"]] == ["dense"]
+
 @pytest.mark.parametrize("in_metric", [False, True])
 def test_one_sae_per_layer(in_metric, tmp_path):
     """It sees lengths as the metric has them, or keys and values in units of their spread; what it

@@ -439,7 +439,8 @@ def rows(model, tokenizer, saes, args, before):
             ("metric", "layer", functools.partial(layer_rows, what="metric")),
             ("splits", f"key{uniform_key}", split_rows), ("twin", "key", twin_rows),
             ("l1", "key", l1_rows)):
-        if (beside(folder, what) / f"layer{layers[0]}.{sae_name}").exists():
+        there = beside(folder, what)
+        if all((there / f"layer{layer}.{sae_name}").exists() for layer in layers):
             new_rows += rows_of(model, folder, layers, args)
     new_rows += stretched_rows(model, folder, [*before, *new_rows])
     new_rows += packed_rows(saes, ("dual", "searched", "stretched"), [*before, *new_rows])
