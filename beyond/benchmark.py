@@ -8,8 +8,8 @@ order, heads centred, for keys and values: at one budget k, with 1,024 latents, 
 CPU. Each has its own loss, optimiser, schedule and revival of dead latents, as its defaults are;
 only the rate is the best of four, by the error on vectors of other windows. Each is trained with
 three seeds. Beside them stands ours as train_sae.py trains it, for budgets k and 2k. *Dead* is a
-latent that fires for none of the held-out vectors. The time of a step is a median; the libraries
-take turns, and the first three rounds are discarded.
+latent that fires for none of the vectors that it was trained on. The time of a step is a median;
+the libraries take turns, and the first three rounds are discarded.
 The peers need an environment of their own; one that is not installed is skipped:
     pip install eai-sparsify==1.3.3 sae-lens==6.54.0 nnsight matplotlib
     pip install --no-deps dictionary-learning==0.1.0
@@ -54,8 +54,8 @@ class Ours:
         self.lr, self.n_steps, self.n_done = lr, n_steps, 0
 
     def step(self, x):
-        step = min(self.n_done, self.n_steps - 1)
-        self.optimizer.param_groups[0]["lr"] = train_sae.learning_rate(self.lr, step, self.n_steps)
+        lr = train_sae.learning_rate(self.lr, self.n_done, self.n_steps)
+        self.optimizer.param_groups[0]["lr"] = lr
         train_sae.train_step({"": self.sae}, self.optimizer, {"": x[:, None]})
         self.n_done += 1
 
@@ -139,7 +139,7 @@ def installed_trainers():
 @torch.no_grad()
 def score(trainer, x, n_latents):
     """(The share of variance that is left of vectors x (N, D), whose mean is 0; the share of
-    latents that are dead)."""
+    latents that fire for none of them)."""
     error, fires = 0, torch.zeros(n_latents, dtype=torch.bool)
     for batch in x.split(8192):
         x_hat, fired = trainer.rebuild(batch)
@@ -166,7 +166,8 @@ def compare_at(site, trainers, parts, k, args):
         by_rate = {lr: score(trainer, choose, args.n_latents)[0] for lr, trainer in tried.items()}
         lr = min(by_rate, key=lambda lr: (math.isnan(by_rate[lr]), by_rate[lr]))  # nan comes last
         seeds = [tried[lr], *(fit(make, train, k, lr, seed, args) for seed in (1, 2))]
-        fvu, dead = zip(*(score(trainer, held_out, args.n_latents) for trainer in seeds))
+        fvu = [score(trainer, held_out, args.n_latents)[0] for trainer in seeds]
+        dead = [score(trainer, train, args.n_latents)[1] for trainer in seeds]
         results[name] = {"lr": lr, "by_rate": by_rate, "fvu": fvu, "dead": dead}
         print(f"{site:14} {name:19} lr {lr:.1e}  FVU {statistics.mean(fvu):.4f} "
               f"±{statistics.stdev(fvu):.4f}  dead {statistics.mean(dead):.1%}", flush=True)
@@ -212,15 +213,13 @@ def time_steps(trainers):
     return medians
 
 def table_of_peers(lines):
-    """FVU of held-out vectors by site and library, then dead latents, then ms per step by shape."""
+    """FVU of held-out vectors and dead latents by site and library, then ms per step by shape."""
     cells = {}
     for line in pick(lines, kind="peers")[-1:]:
-        sites = line["peers"]["sites"].items()
-        for site, by_name in sites:
-            cells |= {(f"FVU, {site}", name): spread(x["fvu"], 4) for name, x in by_name.items()}
-        for site, by_name in sites:
-            cells |= {(f"dead, {site}", name): f"{100 * statistics.mean(x['dead']):.1f} %"
-                      for name, x in by_name.items()}
+        for site, by_name in line["peers"]["sites"].items():
+            cells |= {(f"FVU (dead), {site}", name): "{} ({:.1f} %)".format(
+                spread(x["fvu"], 4), 100 * statistics.mean(x["dead"]))
+                for name, x in by_name.items()}
         for shape, by_name in line["peers"]["times"].items():
             cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
     return table("", cells)

@@ -440,8 +440,11 @@ def rows(model, tokenizer, saes, args, before):
             ("splits", f"key{uniform_key}", split_rows), ("twin", "key", twin_rows),
             ("l1", "key", l1_rows)):
         there = beside(folder, what)
-        if all((there / f"layer{layer}.{sae_name}").exists() for layer in layers):
+        trained = [(there / f"layer{layer}.{sae_name}").exists() for layer in layers]
+        if all(trained):
             new_rows += rows_of(model, folder, layers, args)
+        elif any(trained):
+            print(f"{there}: not of all {len(layers)} layers, so it has no rows")
     new_rows += stretched_rows(model, folder, [*before, *new_rows])
     new_rows += packed_rows(saes, ("dual", "searched", "stretched"), [*before, *new_rows])
     if not new_rows:
