@@ -43,6 +43,7 @@ SERVED = ("dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, s
 OF_EXPERIMENTS = ("dual", "stretched", "searched", "packed")
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
+TEXTS = ("valid", "prose", "code")  # the first is of the kind that the codes were fitted to
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
 MODELS = {"tiny": "tiny", "qwen": QWEN, "smollm2": SMOLLM2}
 OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
@@ -147,22 +148,8 @@ def longest(rows):
             if (row["tokens"], -row["seq_len"]) == max(extents[row["text"]])]
 
 def stem(row):
-    """The name of a row's text; valid is of the kind that the codes were fitted to."""
+    """The name of a row's text, one of TEXTS."""
     return pathlib.Path(row["text"]).stem
-
-def compared(lines, model):
-    """{(method, share of bf16, text): rows} of the methods that are compared by bytes, by rising
-    share, on the longest part of each text, at budgets that were trained for. Shares within 2 % are
-    one."""
-    rows = [row for row in longest(pick(lines, kind="row", model=model))
-            if row["method"] in METHODS
-            and row["k_key"] in (None, (row["settings"] or {}).get("k_key"))]
-    share, groups = 0, {}
-    for row in sorted(rows, key=lambda row: row["bytes_share"]):
-        if row["bytes_share"] > 1.02 * share:
-            share = row["bytes_share"]
-        groups.setdefault((row["method"], share, stem(row)), []).append(row)
-    return groups
 
 def cell(rows, digits=3):
     """The ratio of one row by seed: with its spread and the number of seeds, or, where nothing
@@ -176,6 +163,11 @@ def cell(rows, digits=3):
 def on_text(lines, text="valid", **wanted):
     """The rows wanted, on the longest part of a text."""
     return [row for row in longest(pick(lines, **wanted)) if stem(row) == text]
+
+def compared(lines, model, text="valid"):
+    """The rows of a model on the longest part of a text, at budgets that were trained for."""
+    return [row for row in on_text(lines, text, kind="row", model=model)
+            if row["k_key"] in (None, (row["settings"] or {}).get("k_key"))]
 
 def ratio(lines, digits, text, **wanted):
     """The ratio to the dense model's perplexity of the rows wanted, over seeds, for a sentence."""
@@ -305,25 +297,31 @@ def verdict_inputs(lines):
                 f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n, x["verdict"]]))
     return table("part", cells)
 
-def by_share(lines, model):
-    """Ratio to dense perplexity of each method and share of bf16, by text; and the numbers of
-    tokens from which it takes less than bf16, and less than rotated codes of 3 bits, dictionaries
-    included. Of the methods with many shares, two; the picture has the others."""
-    groups = {(method, share, text): rows for (method, share, text), rows in compared(
-        lines, model).items() if method not in ("transform", "additive")
-        or min(abs(share - 0.09375), abs(share - 0.1875)) < 0.005}
+FORMATS = ("packed", "searched, packed", "layer SAE, packed", "layer SAE, searched, packed",
+           "dual", "searched", "grouped 2 bits", "grouped 3 bits", "rotated 2 bits",
+           "rotated 3 bits", "transform 9.375", "transform 18.75", "additive 9.375",
+           "additive 18.75")  # of which a table has a line; the pictures have others, too
+
+def damage(lines):
+    """Ratio to dense perplexity of each format, by model and text."""
     cells = {}
-    texts = sorted({text for _, _, text in groups}, key=["valid", "prose", "code"].index)
-    for method, share in sorted({key[:2] for key in groups},
-                                key=lambda key: (METHODS.index(key[0]), key[1])):
-        label = f"{method}, {percent(share)}"
-        for text in texts:
-            rows = groups.get((method, share, text), [])
-            cells[label, text] = cell(rows)
-            if rows:
-                cells[label, "pays from"] = f"{rows[0]['break_even_tokens']:,}"
-                cells[label, "less than rotated from"] = overtakes(lines, model, rows[0])
-    return table("method, share of bf16 per token", cells)
+    for (short, model), text in itertools.product(MODELS.items(), TEXTS):
+        rows = compared(lines, model, text)
+        for name in FORMATS if rows else ():
+            cells[name, f"{short}, {text}"] = cell(pick(rows, name=name))
+    return table("format", cells)
+
+def sizes(lines):
+    """By model and format: bytes per token as a share of bf16's; and the numbers of tokens from
+    which it takes less than bf16, and less than rotated codes of 3 bits, dictionaries included.
+    Searched codes have the sizes of the others."""
+    cells, names = {}, [name for name in FORMATS if "searched" not in name]
+    for (short, model), name in itertools.product(MODELS.items(), names):
+        for row in pick(compared(lines, model), name=name)[:1]:
+            cells[name, f"{short}: of bf16"] = percent(row["bytes_share"])
+            cells[name, f"{short}: pays from"] = f"{row['break_even_tokens']:,}"
+            cells[name, f"{short}: less than rotated from"] = overtakes(lines, model, row)
+    return table("format", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
     "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
@@ -342,22 +340,23 @@ STRETCHES = ({"dual": "dual", "stretched per model": "a factor per model",
              *({name: name, name + STRETCHED: name + STRETCHED} for name in (
                  "l1", "grouped 2 bits", "rotated 2 bits", "transform 9.375", "additive 9.375")))
 
-def ladder(lines, model, ladders=LADDERS, share=""):
-    """Ratio to dense perplexity of each step, and nats by which it is better than the step before,
-    paired over windows and seeds, with its standard error over windows."""
-    rows, cells = longest(pick(lines, kind="row", model=model)), {}
-    for steps, text in itertools.product(ladders, ("valid", "prose", "code")):
-        before, of_text = [], [row for row in rows if stem(row) == text]
+def ladder(lines, shares, ladders=LADDERS):
+    """Ratio to dense perplexity of each step, by model and text, and nats by which it is better
+    than the step before, paired over windows and seeds, with its standard error over windows.
+    shares: {model: what % stands for in the names of its rows}."""
+    cells = {}
+    for (model, share), text, steps in itertools.product(shares.items(), TEXTS, ladders):
+        before, rows = [], on_text(lines, text, kind="row", model=model)
+        column = f"{OTHERS.get(model, model)}, {text}"
         for name, label in steps.items():
-            here = pick(of_text, name=name.replace("%", share))
+            here = pick(rows, name=name.replace("%", share))
             gains = [excess(a, b) for a, b in itertools.product(before, here)
                      if seed_of(a) == seed_of(b)]
             if here:
                 before = here
-                cells[label, "of bf16"] = percent(here[0]["bytes_share"])
-                cells[label, text] = cell(here)
+                cells[label, column] = cell(here)
             if gains:
-                cells[label, f"{text}: better by, nats"] = "{:+.4f} ± {:.4f}".format(
+                cells[label, f"{column}: better by, nats"] = "{:+.4f} ± {:.4f}".format(
                     *map(statistics.mean, zip(*gains)))
     return table("step", cells)
 
@@ -375,7 +374,7 @@ def lengths(lines, model):
     """Ratio to dense perplexity by text and row, by the tokens of the SAEs' training."""
     cells = {}
     for (name, n_tokens), group in by_length(lines, model).items():
-        for text in ("valid", "prose", "code"):
+        for text in TEXTS:
             of_text = [line for line in group if stem(line) == text]
             if of_text and name != "packed":
                 cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
@@ -440,13 +439,10 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "qwen summary": functools.partial(summary, model=QWEN),
           "one layer": one_layer,
-          **{f"{short} by share": functools.partial(by_share, model=model)
-             for short, model in MODELS.items()},
-          "tiny ladder": functools.partial(ladder, model="tiny", share="9.375"),
-          **{f"{short} stretches": functools.partial(ladder, model=model, ladders=STRETCHES)
-             for short, model in MODELS.items()},
-          "smollm2 lengths": functools.partial(lengths, model=SMOLLM2),
-          "smollm2 ladder": functools.partial(ladder, model=SMOLLM2, share="18.75")}
+          "damage": damage, "sizes": sizes,
+          "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
+          "stretches": functools.partial(ladder, shares={SMOLLM2: ""}, ladders=STRETCHES),
+          "smollm2 lengths": functools.partial(lengths, model=SMOLLM2)}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
 def median_layer_alone(lines):
@@ -492,12 +488,14 @@ FIGURES = {
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of
-    text that the codes were fitted to."""
-    curves = {method: [] for method in METHODS}
-    for (method, share, text), rows in compared(lines, model).items():
-        if text == "valid":
-            curves[method].append((100 * share, mean_rise(rows)))
-    return {method: points for method, points in curves.items() if points}
+    text that the codes were fitted to. Shares within 2 % are one."""
+    share, groups = 0, {method: {} for method in METHODS}
+    for row in sorted(compared(lines, model), key=lambda row: row["bytes_share"]):
+        if row["method"] in METHODS:
+            share = row["bytes_share"] if row["bytes_share"] > 1.02 * share else share
+            groups[row["method"]].setdefault(share, []).append(row)
+    return {method: [(100 * share, mean_rise(rows)) for share, rows in by_share.items()]
+            for method, by_share in groups.items() if by_share}
 
 def curves_by_length(lines, model):
     """{row: [(tokens of its SAEs' training, rise of perplexity in %)]}, the same."""

@@ -551,11 +551,12 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
     assert script(variants, *SHORT, "--out", tmp_path) == 2
     assert_one_line(capsys.readouterr().err, "layer1.safetensors: missing .*beyond.calibrate")
 
-def test_a_variant_that_lacks_a_layer_has_no_row(all_variants, tmp_path):
+def test_a_variant_that_lacks_a_layer_has_no_row(all_variants, tmp_path, capsys):
     saes = shutil.copytree(all_variants, tmp_path / "saes")
     shutil.rmtree(saes / "twin" / "tiny" / "layer2.key")
     assert script(evaluate, "--saes", saes, "--model", "tiny", "--max-tokens", 512, "--limit", 4,
                   "--rows", "variants", "--only", "twin", "--out", tmp_path) == 0
+    assert "twin/tiny: not of all 2 layers, so it has no rows" in capsys.readouterr().out
     assert [row["name"] for row in read_json(tmp_path / "tiny.json")["rows"]] == ["dense"]
 
 @pytest.mark.parametrize("in_metric", [False, True])
@@ -1513,10 +1514,10 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
                                     ("stretched, packed", 2, [1.9, 2.8, 3.7]),
                                     ("transform 9.375, per head", 1, [8.0, 8.0, 8.0]),
                                     ("transform 9.375", 1, [7.0, 7.5, 6.5]))]
-    made = report.ladder(lines, "tiny", share="9.375")
+    made = report.ladder(lines, {"tiny": "9.375"})
     assert [line.split("|")[-2].strip() for line in made[3:]] == [
         "+0.2000 ± 0.0577", "", "+1.0000 ± 0.2887"]
-    assert "9 % | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
+    assert "words | 1.010 (1.000 to 1.020)" in made[2] and made[0].endswith("better by, nats |")
 
 def test_layers_coded_alone_are_ranked_by_their_cost():
     """The median is over all layers; the first has a line of its own, whatever its rank."""
