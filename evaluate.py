@@ -35,7 +35,7 @@ from support.results import check_pattern, finished_rows, inputs_hash, load_run
 from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
 from support.text import read_text, text_name, token_windows
 
-FIDELITY_TOKENS = 4096
+FIDELITY_TOKENS = BATCH_TOKENS  # the first call of the model
 BLOCK = 8  # windows
 
 def parse_args(argv=None, description=__doc__):
@@ -167,14 +167,17 @@ def through_hooks(model, codecs, sink):
 
 @torch.no_grad()
 def window_losses(forward, windows, model, name):
-    """Mean cross entropy (nats) over the T - 1 targets of each window: (n_windows,) float64."""
-    losses = []
+    """-> (mean cross entropy in nats over the T - 1 targets of each window (n_windows,), float64;
+    the logits of the first batch (B, T, V))."""
+    losses, first_logits = [], None
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     for batch in tqdm(batches, desc=name, leave=False, disable=None):
         logits = forward(batch.to(model.device))  # (B, T, V)
+        first_logits = logits if first_logits is None else first_logits
         for of_window, ids in zip(logits, batch.to(logits.device)):  # (T, V), (T,)
             losses.append(F.cross_entropy(of_window[:-1].float(), ids[1:]).double())
-    return torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
+    losses = torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
+    return losses, first_logits
 
 def mean_excess(losses, others):
     """(mean over windows of losses - others, its standard error). Neighbouring windows are alike,
@@ -194,14 +197,14 @@ def compare(losses, dense):
             "ratio": ratio, "ratio_ci95": [low, high], "window_ce": losses.tolist()}
 
 @torch.no_grad()
-def next_tokens(forward, windows, dense_logits):
-    """How the distributions of the next token differ from the dense model's, over all tokens of
-    windows (n, T), of which dense_logits are (n, T, V) -> {kl: mean of KL(dense || row) in nats;
-    kl_p99: its 99th percentile; same_top: share of tokens whose likeliest next token is the same}.
-    Perplexity is a mean over what the text says; this shows the tail."""
+def next_tokens(logits, dense_logits):
+    """How the distributions of the next token differ from the dense model's, by the logits (n, T,
+    V) of both -> {kl: mean of KL(dense || row) in nats; kl_p99: its 99th percentile; same_top:
+    share of tokens whose likeliest next token is the same}. Perplexity is a mean over what the
+    text says; this shows the tail."""
     kl, same = [], []
-    for logits, exact in zip(forward(windows), dense_logits):  # (T, V)
-        log_p, log_q = (x.float().log_softmax(-1) for x in (exact, logits))
+    for of_window, exact in zip(logits, dense_logits):  # (T, V)
+        log_p, log_q = (x.float().log_softmax(-1) for x in (exact, of_window))
         kl.append(F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1))  # (T,)
         same.append(log_p.argmax(-1) == log_q.argmax(-1))
     kl = torch.cat(kl).double()
@@ -311,9 +314,8 @@ def score_row(row, dense, model, windows, tasks, measured, sink):
     else:
         context = through_hooks(model, row.codecs, sink)
     with context as forward:
-        losses = window_losses(forward, windows, model, row.name)
-        part = windows[:len(dense_logits)].to(model.device)
-        differences = next_tokens(forward, part, dense_logits)
+        losses, logits = window_losses(forward, windows, model, row.name)
+        differences = next_tokens(logits, dense_logits)
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
     dense_losses = torch.tensor(dense["window_ce"]).double() if dense else losses
