@@ -289,10 +289,12 @@ def judge_parity_alone(rows):
         ranked = sorted(costs, key=lambda layer: statistics.mean(x for x, _ in costs[layer]))
         for part, layer in zip(("median layer", "worst layer"), (
                 ranked[(len(ranked) - 1) // 2], ranked[-1])) if ranked else ():
-            control = rows.mean(lambda row: row["delta_ce"], f"layer {layer} alone, means")
-            yield verdict("P6", f"{part} alone, {method}", costs[layer], math.log(1.01),
-                          (control, control < math.log(1.01)), above=False, trained=False,
-                          n=f"layer {layer} of {len(ranked)}")
+            means = f"layer {layer} alone, means"
+            if rows.together(means):
+                control = rows.mean(lambda row: row["delta_ce"], means)
+                yield verdict("P6", f"{part} alone, {method}", costs[layer], math.log(1.01),
+                              (control, control < math.log(1.01)), above=False, trained=False,
+                              n=f"layer {layer}, of {len(ranked)} coded")
 
 def judge_parity(rows):
     for name, method in (("dual", "one pass"), ("searched", "searched")):

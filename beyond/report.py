@@ -292,10 +292,11 @@ def verdict_inputs(lines):
             row = f"{x['claim']} {x['part']}".strip()
             cells[row, "threshold"] = f"{x['threshold']:.3g}"
             half = f" ± {x['half']:.4f}" if x["half"] else ""  # bytes are exact
-            n = ", ".join(filter(None, [f"{x['seeds']} seeds" if half else "", x["n"]]))
+            seeds = f"{x['seeds']} seed{'s' * (x['seeds'] > 1)}" if half else ""
+            n = ", ".join(filter(None, [seeds, x["n"]]))
             cells[row, OTHERS.get(model, model)] = "; ".join(filter(None, [
                 f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n, x["verdict"]]))
-    return table("part", cells)
+    return table("part", dict(sorted(cells.items(), key=lambda item: item[0][0][:2])))  # by claim
 
 FORMATS = ("packed", "searched, packed", "layer SAE, packed", "layer SAE, searched, packed",
            "dual", "searched", "grouped 2 bits", "grouped 3 bits", "rotated 2 bits",
@@ -370,15 +371,17 @@ def by_length(lines, model):
         groups.setdefault((line["name"], line["settings"]["tokens"]), []).append(line)
     return groups
 
-def lengths(lines, model):
-    """Ratio to dense perplexity by text and row, by the tokens of the SAEs' training."""
+def lengths(lines, models):
+    """Ratio to dense perplexity by text and row, by model and the tokens of the SAEs' training."""
     cells = {}
-    for (name, n_tokens), group in by_length(lines, model).items():
-        for text in TEXTS:
-            of_text = [line for line in group if stem(line) == text]
-            if of_text and name != "packed":
-                cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
-    return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
+    for model in models:
+        for (name, n_tokens), group in by_length(lines, model).items():
+            for text in TEXTS:
+                of_text = [line for line in group if stem(line) == text]
+                if of_text and name != "packed":
+                    row = f"{OTHERS.get(model, model)}, {n_tokens:,}"
+                    cells[row, f"{name}, {text}"] = cell(of_text)
+    return table("model, tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
 def accuracies(lines):
     """Changes of accuracy from dense, in points, with their paired standard errors."""
@@ -442,7 +445,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
           "damage": damage, "sizes": sizes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
           "stretches": functools.partial(ladder, shares={SMOLLM2: ""}, ladders=STRETCHES),
-          "smollm2 lengths": functools.partial(lengths, model=SMOLLM2)}
+          "lengths": functools.partial(lengths, models=[SMOLLM2])}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
 def median_layer_alone(lines):
@@ -463,7 +466,7 @@ def pays(lines, model, name):
 FIGURES = {
     "tiny one layer": median_layer_alone,
     **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
-       for name in ("packed", "layer SAE, packed")},
+       for name in ("packed", "layer SAE, packed", "layer 18 alone")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),

@@ -715,6 +715,9 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
     assert verdicts.keys() == {f"{x['claim']} {x['part']}".strip() for x in claims.judge(
         [*({"kind": "row", **row} for row in result["rows"]),
          {"kind": "measured", **measured["measured"]}])}
+    without = [line for line in lines if not line["name"].endswith("alone, means")]
+    judged_then = {f"{x['claim']} {x['part']}".strip() for x in claims.judge(without)}
+    assert judged_then == {name for name in verdicts if " layer alone" not in name}  # no control
 
 def test_controls_that_are_missing_are_trained_beside_the_others(trained, tmp_path):
     folder = shutil.copytree(trained, tmp_path / "saes") / "tiny"
@@ -1562,9 +1565,10 @@ def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
     short, default = (dict(report.curves_by_length(some, "tiny")["dual"])
                       for some in (lines, before))
     assert short == {99: pytest.approx(200), **default} and len(default) == 1
-    heading, _, first, second = report.lengths(lines, "tiny")
-    assert heading.startswith("| tokens | dual, valid | ") and heading.count("|") == 5
-    assert first.startswith("| 99 | 3.000 (") and second.startswith(f"| {max(short):,} | ")
+    heading, _, first, second = report.lengths(lines, ["tiny"])
+    assert heading.startswith("| model, tokens | dual, valid | ") and heading.count("|") == 5
+    assert first.startswith("| tiny, 99 | 3.000 (")
+    assert second.startswith(f"| tiny, {max(short):,} | ")
 
 def test_the_readmes_show_what_the_file_says():
     lines, shown = report.read(), ""
