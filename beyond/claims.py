@@ -305,13 +305,14 @@ def judge_parity(rows):
                           [(row["delta_ce"], row["delta_ce_stderr"]) for row, _ in both],
                           math.log(1.02), (control, control < math.log(1.02)), above=False,
                           trained=False)
-        for task in both[0][0]["tasks"] if both else ():
-            losses = [(-row["tasks"][task]["delta_acc"], row["tasks"][task]["delta_acc_stderr"])
-                      for row, _ in both]
-            control = -rows.mean(lambda row: row["tasks"][task]["delta_acc"], "means")
-            yield verdict("P6", f"{task}, {method}", losses, 0.02, (control, control < 0.02),
-                          above=False, trained=False,
-                          n=f"{both[0][0]['tasks'][task]['n']} questions")
+        for task in dict.fromkeys(task for row, _ in both for task in row["tasks"]):
+            scores = [(row["tasks"][task], means["tasks"][task]) for row, means in both
+                      if task in row["tasks"] and task in means["tasks"]]  # not of all seeds
+            if scores:
+                losses = [(-score["delta_acc"], score["delta_acc_stderr"]) for score, _ in scores]
+                control = -statistics.mean(means["delta_acc"] for _, means in scores)
+                yield verdict("P6", f"{task}, {method}", losses, 0.02, (control, control < 0.02),
+                              above=False, trained=False, n=f"{scores[0][0]['n']} questions")
 
 def share_with_dictionaries(row, dense, n_tokens):
     """Of bf16's bytes, for n_tokens, with what is kept once."""

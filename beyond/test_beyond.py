@@ -716,6 +716,9 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         [*({"kind": "row", **row} for row in result["rows"]),
          {"kind": "measured", **measured["measured"]}])}
     without = [line for line in lines if not line["name"].endswith("alone, means")]
+    without.append({**rows["dual"], "kind": "row", "tasks": {}})  # as if of another seed
+    without[-1]["settings"] = {**rows["dual"]["settings"], "seed": 1}
+    without.append({**rows["means"], **{x: without[-1][x] for x in ("kind", "settings", "tasks")}})
     judged_then = {f"{x['claim']} {x['part']}".strip() for x in claims.judge(without)}
     assert judged_then == {name for name in verdicts if " layer alone" not in name}  # no control
 
