@@ -207,7 +207,7 @@ def measure_seeds(run, others, args):
         codecs = dual if sign is None else {layer: Without(codec, *(
             stable[layer, kind] == sign for kind in sta.KINDS)) for layer, codec in dual.items()}
         with evaluate.through_hooks(run.model, codecs, args.sink) as forward:
-            losses[name], _ = evaluate.window_losses(forward, run.windows[:32], run.model, name)
+            losses[name] = evaluate.window_losses(forward, run.windows[:32], run.model, name)[0]
     return measured, {name: evaluate.mean_excess(losses[name], losses["dual"])
                       for name in ("stable", "unstable")}
 
