@@ -280,21 +280,20 @@ def judge_noise(rows):
         yield verdict("P5", "", estimates, 0, (turned, turned >= gain), trained=False)
 
 def judge_parity_alone(rows):
-    for ending, method in (("", "one pass"), (SEARCHED, "searched")):
-        costs = {}  # layer: [(nats, error)] by seed
-        for name in rows.by_name:
-            if match := re.fullmatch(rf"layer (\d+) alone{ending}", name):
-                costs[match[1]] = [(row["delta_ce"], row["delta_ce_stderr"])
-                                   for row in rows.by_name[name]]
-        ranked = sorted(costs, key=lambda layer: statistics.mean(x for x, _ in costs[layer]))
-        for part, layer in zip(("median layer", "worst layer"), (
-                ranked[(len(ranked) - 1) // 2], ranked[-1])) if ranked else ():
-            means = f"layer {layer} alone, means"
-            if rows.together(means):
-                control = rows.mean(lambda row: row["delta_ce"], means)
-                yield verdict("P6", f"{part} alone, {method}", costs[layer], math.log(1.01),
-                              (control, control < math.log(1.01)), above=False, trained=False,
-                              n=f"layer {layer}, of {len(ranked)} coded")
+    costs = {}  # layer: [(nats, error)] by seed
+    for name in rows.by_name:
+        if match := re.fullmatch(r"layer (\d+) alone", name):
+            costs[match[1]] = [(row["delta_ce"], row["delta_ce_stderr"])
+                               for row in rows.by_name[name]]
+    ranked = sorted(costs, key=lambda layer: statistics.mean(x for x, _ in costs[layer]))
+    for part, layer in zip(("median layer", "worst layer"), (
+            ranked[(len(ranked) - 1) // 2], ranked[-1])) if ranked else ():
+        means = f"layer {layer} alone, means"
+        if rows.together(means):
+            control = rows.mean(lambda row: row["delta_ce"], means)
+            yield verdict("P6", f"{part} alone", costs[layer], math.log(1.01),
+                          (control, control < math.log(1.01)), above=False, trained=False,
+                          n=f"layer {layer}, of {len(ranked)} coded")
 
 def judge_parity(rows):
     for name, method in (("dual", "one pass"), ("searched", "searched")):

@@ -359,9 +359,10 @@ def print_meaning(words, seeds, without):
         print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
 
 # ------------------------------------------------------------------ tables
-def table_of_words(lines):
-    """AUROC on other words by model and layer: means over keys, values and concepts; then over all
-    layers, with the paired standard error over concepts, by how much atoms are better."""
+def table_of_meaning(lines):
+    """By model and layer: AUROC on other words, means over keys, values and concepts; how alike
+    atoms are to those of another seed; and, over all layers, with the paired standard error over
+    concepts, by how much the AUROC of atoms is better."""
     cells = {}
     for line in pick(lines, kind="meaning"):
         model, aurocs, gaps = pathlib.Path(line["model"]).name, {}, {}
@@ -372,25 +373,17 @@ def table_of_words(lines):
                     gaps.setdefault(name, {}).setdefault(concept, []).append(x["atoms"] - x[name])
         for (layer, name), values in aurocs.items():
             cells[f"{model}, layer {layer}", name] = spread([statistics.mean(values)])
+        for site, columns in line["meaning"]["seeds"].items():
+            layer, kind = site.split(".")
+            row = f"{model}, layer {layer}"
+            cells[row, f"{kind}s: nearest cosine (random)"] = "{median:.2f} ({random:.2f})".format(
+                **columns)
+            if "logits" in columns:
+                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
         for name, by_concept in gaps.items():
             mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
             if name != "atoms":
                 cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
-    return table("model and layer", cells)
-
-def table_of_seeds(lines):
-    """How alike atoms are to those of another seed, by model and layer."""
-    cells = {}
-    for line in pick(lines, kind="meaning"):
-        model = pathlib.Path(line["model"]).name
-        for site, columns in line["meaning"]["seeds"].items():
-            layer, kind = site.split(".")
-            row = f"{model}, layer {layer}"
-            cells[row, f"{kind}s: nearest cosine"] = f"{columns['median']:.2f}"
-            cells[row, f"{kind}s: random"] = f"{columns['random']:.2f}"
-            cells[row, f"{kind}s: above 0.7"] = f"{100 * columns['alike']:.0f} %"
-            if "logits" in columns:
-                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
     return table("model and layer", cells)
 
 def nats_dropped(lines, model, name):

@@ -27,9 +27,8 @@ from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
 from beyond.claims import CLAIMS, Rows, excess, judge, seed_of
-from beyond.meaning import (mean_auroc, nats_dropped, share_alike, table_of_seeds,
-                            table_of_words)
-from beyond.variants import SEARCHED, STRETCHED
+from beyond.meaning import mean_auroc, nats_dropped, share_alike, table_of_meaning
+from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
 
 FILE = ROOT / "figures" / "results.jsonl"
@@ -231,7 +230,7 @@ def judged(lines):
 
 PARTS = {  # lines of the table of verdicts: what is added to the claim; which parts it shows
     "P6": (": perplexity, one layer coded, within 1 % (the median layer / the worst)",
-           ("median layer alone, one pass", "worst layer alone, one pass")),
+           ("median layer alone", "worst layer alone")),
     "P6, all layers": ("perplexity, all layers coded, within 2 % (by one pass / by search)",
                        ("all layers, one pass", "all layers, searched")),
     "P6, tasks": ("accuracy, all layers coded, within 2 points (by one pass / by search)",
@@ -285,17 +284,20 @@ def summary(lines, model):
     return table(OTHERS[model], cells)
 
 def verdict_inputs(lines):
-    """What each part was judged from: figure ± half its interval; control; seeds, n; verdict."""
-    cells = {}
+    """What each part was judged from: figure ± half its interval; control; seeds, n; verdict. The
+    first part of a claim has its rule."""
+    cells, explained = {}, set()
     for model, parts in judged(lines).items():
         for x in parts:
             row = f"{x['claim']} {x['part']}".strip()
-            cells[row, "threshold"] = f"{x['threshold']:.3g}"
+            if x["claim"] not in explained:
+                explained.add(x["claim"])
+                _, cells[row, "measured: wanted"], cells[row, "control"] = CLAIMS[x["claim"]]
             half = f" ± {x['half']:.4f}" if x["half"] else ""  # bytes are exact
             seeds = f"{x['seeds']} seed{'s' * (x['seeds'] > 1)}" if half else ""
             n = ", ".join(filter(None, [seeds, x["n"]]))
-            cells[row, OTHERS.get(model, model)] = "; ".join(filter(None, [
-                f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n, x["verdict"]]))
+            cells[row, OTHERS.get(model, model)] = f"{x['verdict']}: " + "; ".join(filter(None, [
+                f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n]))
     return table("part", dict(sorted(cells.items(), key=lambda item: item[0][0][:2])))  # by claim
 
 FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", "grouped 3 bits",
@@ -334,18 +336,13 @@ LADDERS = ({  # names of rows, of which each changes one thing; % stands for the
     "transform %, per layer": "transform: axes of a layer",
     "transform %, metric": "transform: in the metric of the loss",
     "transform %": "transform: bits split between layers"})
-STRETCHES = ({"dual": "dual", "stretched per model": "a factor per model",
-              "stretched per layer": "per layer and kind", "stretched": "per head and kind",
-              "stretched per mean": "per head and kind, and its mean"},
-             *({name: name, name + STRETCHED: name + STRETCHED} for name in (
-                 "l1", "grouped 2 bits", "rotated 2 bits", "transform 9.375", "additive 9.375")))
 
-def ladder(lines, shares, ladders=LADDERS):
+def ladder(lines, shares):
     """Ratio to dense perplexity of each step, by model and text, and nats by which it is better
     than the step before, paired over windows and seeds, with its standard error over windows.
     shares: {model: what % stands for in the names of its rows}."""
     cells = {}
-    for (model, share), text, steps in itertools.product(shares.items(), TEXTS, ladders):
+    for (model, share), text, steps in itertools.product(shares.items(), TEXTS, LADDERS):
         before, rows = [], on_text(lines, text, kind="row", model=model)
         column = f"{OTHERS.get(model, model)}, {text}"
         for name, label in steps.items():
@@ -428,22 +425,14 @@ def attention(lines):
                     for by_row in measured if name in by_row])
     return table("", cells)
 
-def rules(lines):
-    cells = {}
-    for claim, (_, figure, control) in CLAIMS.items():
-        cells |= {(claim, "figure, and what is wanted"): figure, (claim, "control"): control}
-    return table("claim", cells)
-
-TABLES = {"quick start": quick_start, "verdicts": verdicts, "rules": rules,
+TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": verdict_inputs,
           "peers": table_of_peers, "one key": one_key, "attention": attention,
-          "words": table_of_words, "seeds": table_of_seeds, "verdict inputs": verdict_inputs,
-          "accuracies": accuracies,
+          "meaning": table_of_meaning, "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "qwen summary": functools.partial(summary, model=QWEN),
           "one layer": one_layer,
           "damage": damage, "sizes": sizes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
-          "stretches": functools.partial(ladder, shares={SMOLLM2: ""}, ladders=STRETCHES),
           "lengths": functools.partial(lengths, models=[SMOLLM2])}
 
 # ------------------------------------------------------------------ figures in sentences, a picture

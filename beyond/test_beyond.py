@@ -706,7 +706,7 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         rows["uniform, trained for it"]["delta_ce"] - rows["dual"]["delta_ce"], abs=1e-4)
     for part, name in (("median layer", "layer 1 alone"), ("worst layer", "layer 2 alone")):
         costs = sorted(rows[f"layer {i} alone"]["delta_ce"] for i in (1, 2))
-        assert verdicts[f"P6 {part} alone, one pass"]["figure"] in costs
+        assert verdicts[f"P6 {part} alone"]["figure"] in costs
     assert verdicts["P6 all layers, searched"]["figure"] == rows["searched"]["delta_ce"]
     assert verdicts["P6 cloze, one pass"]["n"] == "8 questions"
     assert verdicts["P7 256 tokens"]["figure"] == pytest.approx(
@@ -795,10 +795,9 @@ ACROSS = [  # a part, an input moved across its threshold, a control that wins
      of("uniform, trained for it, searched", fvu_val=0.05)),
     ("P4", of("uniform, trained for it", nats=-0.2), of("reverse, trained for it", nats=-0.5)),
     ("P5", of("dense", nats=-0.2), of("errors turned", nats=-0.5)),
-    ("P6 median layer alone, one pass", of("layer 1 alone", nats=0.1),
+    ("P6 median layer alone", of("layer 1 alone", nats=0.1),
      of("layer 1 alone, means", nats=-0.5)),
-    ("P6 worst layer alone, searched", of("layer 1 alone, searched", nats=0.1),
-     of("layer 1 alone, means", nats=-0.5)),
+    ("P6 worst layer alone", of("layer 1 alone", nats=0.1), of("layer 1 alone, means", nats=-0.5)),
     ("P6 all layers, one pass", of("dual", nats=0.1), of("means", nats=-2)),
     ("P6 all layers, searched", of("searched", nats=0.1), of("means", nats=-2)),
     ("P6 cloze, one pass", of("dual", tasks=TASK), of("means", tasks=NO_LOSS)),
