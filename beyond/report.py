@@ -39,7 +39,7 @@ BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key")  # what verdicts need
 SERVED = ("dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, searched",
           "grouped 3 bits", "rotated 3 bits", "transform 9.375", "additive 9.375", "random axes",
           "k = 0", "k = 4")  # of which the table of attention has lines
-OF_EXPERIMENTS = ("dual", "stretched", "searched", "packed")
+OF_EXPERIMENTS = r"(dual|searched|packed|stretched( per \w+)?)$"  # names of rows
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
 TEXTS = ("valid", "prose", "code")  # the first is of the kind that the codes were fitted to
@@ -67,7 +67,7 @@ def lines_of(result, experiment=None):
         raise ValueError("nothing that a README shows, or a row whose loss is nan")
     if experiment:
         new_lines = [{**line, "kind": "experiment", "experiment": experiment}
-                     for line in new_lines if line["name"] in OF_EXPERIMENTS]
+                     for line in new_lines if re.match(OF_EXPERIMENTS, line["name"])]
     return [{**about, **line} for line in new_lines]
 
 def of_layers(row):
@@ -357,27 +357,32 @@ def ladder(lines, shares):
                     *map(statistics.mean, zip(*gains)))
     return table("step", cells)
 
-def by_length(lines, model):
-    """{(row, tokens of its SAEs' training): lines} by rising tokens, on the longest part of each
-    text: the rows of OF_EXPERIMENTS, and those of experiments named "N tokens"."""
-    found = longest([line for line in pick(lines, model=model) if line["name"] in OF_EXPERIMENTS
-                     and line.get("experiment", "tokens").endswith("tokens")])
+LENGTH = r"[\d,]+ tokens"  # of training; an experiment has another name, or another length
+
+def training_of(line):
+    """What sets the SAEs of a line apart: the name of its experiment, or "N tokens"."""
+    return line.get("experiment") or f"{line['settings']['tokens']:,} tokens"
+
+def by_training(lines, model, pattern):
+    """{(row, training of its SAEs): lines} by rising tokens, on the longest part of each text: the
+    rows dual, searched and stretched of trainings that match the pattern."""
+    found = longest([line for line in pick(lines, model=model)
+                     if line["name"] in ("dual", "searched", "stretched")
+                     and re.fullmatch(pattern, training_of(line))])
     groups = {}
     for line in sorted(found, key=lambda line: line["settings"]["tokens"]):
-        groups.setdefault((line["name"], line["settings"]["tokens"]), []).append(line)
+        groups.setdefault((line["name"], training_of(line)), []).append(line)
     return groups
 
-def lengths(lines, models):
-    """Ratio to dense perplexity by text and row, by model and the tokens of the SAEs' training."""
+def trainings(lines, model, pattern):
+    """Ratio to dense perplexity by text and row, by the training of the SAEs."""
     cells = {}
-    for model in models:
-        for (name, n_tokens), group in by_length(lines, model).items():
-            for text in TEXTS:
-                of_text = [line for line in group if stem(line) == text]
-                if of_text and name != "packed":
-                    row = f"{OTHERS.get(model, model)}, {n_tokens:,}"
-                    cells[row, f"{name}, {text}"] = cell(of_text)
-    return table("model, tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
+    for (name, training), group in by_training(lines, model, pattern).items():
+        for text in TEXTS:
+            of_text = [line for line in group if stem(line) == text]
+            if of_text:
+                cells[training, f"{name}, {text}"] = cell(of_text)
+    return table("SAEs", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
 def accuracies(lines):
     """Changes of accuracy from dense, in points, with their paired standard errors."""
@@ -433,7 +438,8 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "one layer": one_layer,
           "damage": damage, "sizes": sizes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
-          "lengths": functools.partial(lengths, models=[SMOLLM2])}
+          "lengths": functools.partial(trainings, model=SMOLLM2, pattern=LENGTH),
+          "texts": functools.partial(trainings, model=SMOLLM2, pattern="trained on .*")}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
 def median_layer_alone(lines):
@@ -463,6 +469,9 @@ FIGURES = {
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),
                            ("reverse, trained for it", 16), ("layer 0 alone", 8),
                            ("layer 3 alone", 8))},
+    **{f"smollm2 200k {name}": functools.partial(rise_of, model=SMOLLM2, name=name,
+                                                 experiment="trained on mixed text")
+       for name in ("stretched", *(f"stretched per {x}" for x in ("model", "layer", "mean")))},
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
@@ -494,10 +503,10 @@ def curves_by_bytes(lines, model):
 def curves_by_length(lines, model):
     """{row: [(tokens of its SAEs' training, rise of perplexity in %)]}, the same."""
     curves = {}
-    for (name, n_tokens), group in by_length(lines, model).items():
+    for (name, _), group in by_training(lines, model, LENGTH).items():
         rows = [line for line in group if stem(line) == "valid"]
-        if name != "packed" and rows:
-            curves.setdefault(name, []).append((n_tokens, mean_rise(rows)))
+        if rows:
+            curves.setdefault(name, []).append((rows[0]["settings"]["tokens"], mean_rise(rows)))
     return curves
 
 def mean_rise(rows):

@@ -1563,14 +1563,16 @@ def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
         report.add([tmp_path / "short.json"], results, experiment)
     lines = report.read(results)
     assert lines[:len(before)] == before
-    assert {line["name"] for line in lines[len(before):]} == {*report.OF_EXPERIMENTS}
+    assert {line["name"] for line in lines[len(before):]} == {"dual", "searched", "stretched",
+                                                              "packed"}
     short, default = (dict(report.curves_by_length(some, "tiny")["dual"])
                       for some in (lines, before))
     assert short == {99: pytest.approx(200), **default} and len(default) == 1
-    heading, _, first, second = report.lengths(lines, ["tiny"])
-    assert heading.startswith("| model, tokens | dual, valid | ") and heading.count("|") == 5
-    assert first.startswith("| tiny, 99 | 3.000 (")
-    assert second.startswith(f"| tiny, {max(short):,} | ")
+    heading, _, first, second = report.trainings(lines, "tiny", report.LENGTH)
+    assert heading == "| SAEs | dual, valid | searched, valid | stretched, valid |"
+    assert first.startswith("| 99 tokens | 3.000 (")
+    assert second.startswith(f"| {max(short):,} tokens | ")
+    assert report.trainings(lines, "tiny", "other.*")[2].startswith("| other weather | 3.000 (")
 
 def test_the_readmes_show_what_the_file_says():
     lines, shown = report.read(), ""
