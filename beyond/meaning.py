@@ -365,7 +365,7 @@ def table_of_meaning(lines):
     concepts, by how much the AUROC of atoms is better."""
     cells = {}
     for line in pick(lines, kind="meaning"):
-        model, aurocs, gaps = pathlib.Path(line["model"]).name, {}, {}
+        model, aurocs, gaps = pathlib.Path(line["model"]).name.split("-")[0], {}, {}
         for site, by_concept in line["meaning"]["words"].items():
             for concept, x in by_concept.items():
                 for name in x:
@@ -388,7 +388,7 @@ def table_of_meaning(lines):
 
 def nats_dropped(lines, model, name):
     """Nats that it costs to drop the atoms of the stable or unstable half."""
-    return "".join("{:.2f} ± {:.2f}".format(*line["meaning"]["without"][name])
+    return "".join("{:.3f} ± {:.3f}".format(*line["meaning"]["without"][name])
                    for line in pick(lines, kind="meaning", model=model)[-1:]
                    if line["meaning"]["without"])
 

@@ -471,7 +471,8 @@ FIGURES = {
                            ("layer 3 alone", 8))},
     **{f"smollm2 200k {name}": functools.partial(rise_of, model=SMOLLM2, name=name,
                                                  experiment="trained on mixed text")
-       for name in ("stretched", *(f"stretched per {x}" for x in ("model", "layer", "mean")))},
+       for name in ("dual", "stretched", "stretched per model", "stretched per layer",
+                    "stretched per mean")},
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
