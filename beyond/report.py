@@ -268,7 +268,8 @@ def median_layer(lines, model):
     return rows[(len(rows) - 1) // 2] if rows else []
 
 SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by search",
-           "rotated 3 bits": "a quantiser in all layers (*rotated*, 3 bits)"}
+           "rotated 3 bits": "a quantiser in all layers (*rotated*, 3 bits)",
+           "additive 9.375": "*additive* codes in all layers"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
@@ -467,8 +468,7 @@ FIGURES = {
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),
-                           ("reverse, trained for it", 16), ("layer 0 alone", 8),
-                           ("layer 3 alone", 8))},
+                           ("reverse, trained for it", 16), ("layer 0 alone", 8))},
     **{f"smollm2 200k {name}": functools.partial(rise_of, model=SMOLLM2, name=name,
                                                  experiment="trained on mixed text")
        for name in ("dual", "stretched", "stretched per model", "stretched per layer",
