@@ -17,7 +17,8 @@ packed     Each atom of a code takes one 16-bit word in place of two: 10 bits of
 stretch    Least squares shrinks: what the atoms miss is missing from the length as well. One factor
            per head and kind lengthens x_hat - mean. It is learned on the model's own loss with all
            layers coded and everything else frozen, in STEPS steps of 512 tokens of training text.
-           `--row` and `--rows` learn it for another row of evaluate.py's table.
+           `--row` and `--rows` learn it for another row of evaluate.py's table, and --rows
+           rivals,variants then shows it: a row that is stretched comes first.
 layer      One SAE sees the keys and values of all heads of a token, side by side, each kind in
            units of its spread. It keeps k = H (k_key + k_val) atoms: the bytes of the dual budget,
            shared out between keys and values as each token needs. Like the next, it starts from
@@ -159,7 +160,7 @@ def stretched_rows(model, folder, rows):
     """[Row]: those of the rows for which factors lie in saes/<model>, stretched. Raises UsageError
     if they were learned for other SAEs."""
     by_name, new_rows = {row.name: row for row in rows}, []
-    for path in sorted((folder / "stretch").glob("*")):
+    for path in sorted({file.parent for file in (folder / "stretch").glob("*/layer*")}):
         settings = read_settings(path)
         row = by_name.get(settings["of"])
         if row:
