@@ -510,6 +510,7 @@ def all_variants(trained, tmp_path_factory):
     for what in ("layer", "metric", "splits", "twin", "l1"):
         assert script(variants, "--what", what, *SHORT, "--out", out) == 0
     assert script(variants, "--what", "stretch", "--saes", out) == 0
+    (out / "tiny" / "stretch" / "stopped early").mkdir()  # has no factors, and no row
     return out
 
 def test_rows_of_the_variants(all_variants, tmp_path, capsys):
@@ -618,6 +619,14 @@ def test_words_of_sixteen_bits():
         many = small_sae(n_latents=1025)
         many.largest_z = 1.0
         variants.Packed(plain, many)
+
+@pytest.mark.parametrize("kind", sta.KINDS)
+def test_grouped_codes_have_a_gradient_where_a_group_has_no_live_token(kind):
+    """As a stretch needs it: the first token's group is not rounded, and adds no nan."""
+    x, live = torch.randn(1, 4, 2, 32, requires_grad=True), torch.arange(4)[None] > 0
+    rounded = rivals.quantise(x, live, kind, 2, 32)
+    loss = torch.where(live[..., None, None], rounded, x).square().sum()
+    assert torch.autograd.grad(loss, x)[0].isfinite().all()
 
 def test_a_stretch_finds_what_was_shrunk(trained, tmp_path):
     """A codec that keeps 0.8 of each key and 0.7 of each value, about the mean, is stretched
