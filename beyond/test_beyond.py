@@ -621,12 +621,10 @@ def test_words_of_sixteen_bits():
         variants.Packed(plain, many)
 
 @pytest.mark.parametrize("kind", sta.KINDS)
-def test_grouped_codes_have_a_gradient_where_a_group_has_no_live_token(kind):
-    """As a stretch needs it: the first token's group is not rounded, and adds no nan."""
-    x, live = torch.randn(1, 4, 2, 32, requires_grad=True), torch.arange(4)[None] > 0
-    rounded = rivals.quantise(x, live, kind, 2, 32)
-    loss = torch.where(live[..., None, None], rounded, x).square().sum()
-    assert torch.autograd.grad(loss, x)[0].isfinite().all()
+def test_grouped_codes_are_finite_where_a_group_has_no_live_token(kind):
+    """Nobody reads them there, but nan would reach the gradient of a stretch."""
+    x, live = torch.randn(1, 4, 2, 32), torch.arange(4)[None] > 0
+    assert rivals.quantise(x, live, kind, 2, 32).isfinite().all()
 
 def test_a_stretch_finds_what_was_shrunk(trained, tmp_path):
     """A codec that keeps 0.8 of each key and 0.7 of each value, about the mean, is stretched
