@@ -358,32 +358,26 @@ def ladder(lines, shares):
                     *map(statistics.mean, zip(*gains)))
     return table("step", cells)
 
-LENGTH = r"[\d,]+ tokens"  # of training; an experiment has another name, or another length
-
-def training_of(line):
-    """What sets the SAEs of a line apart: the name of its experiment, or "N tokens"."""
-    return line.get("experiment") or f"{line['settings']['tokens']:,} tokens"
-
-def by_training(lines, model, pattern):
-    """{(row, training of its SAEs): lines} by rising tokens, on the longest part of each text: the
-    rows dual, searched and stretched of trainings that match the pattern."""
+def by_length(lines, model):
+    """{(row, tokens of its SAEs' training): lines} by rising tokens, on the longest part of each
+    text: the rows dual, searched and stretched, and those of experiments named "N tokens"."""
     found = longest([line for line in pick(lines, model=model)
                      if line["name"] in ("dual", "searched", "stretched")
-                     and re.fullmatch(pattern, training_of(line))])
+                     and line.get("experiment", "tokens").endswith("tokens")])
     groups = {}
     for line in sorted(found, key=lambda line: line["settings"]["tokens"]):
-        groups.setdefault((line["name"], training_of(line)), []).append(line)
+        groups.setdefault((line["name"], line["settings"]["tokens"]), []).append(line)
     return groups
 
-def trainings(lines, model, pattern):
-    """Ratio to dense perplexity by text and row, by the training of the SAEs."""
+def lengths(lines, model):
+    """Ratio to dense perplexity by text and row, by the tokens of the SAEs' training."""
     cells = {}
-    for (name, training), group in by_training(lines, model, pattern).items():
+    for (name, n_tokens), group in by_length(lines, model).items():
         for text in TEXTS:
             of_text = [line for line in group if stem(line) == text]
             if of_text:
-                cells[training, f"{name}, {text}"] = cell(of_text)
-    return table("SAEs", dict(sorted(cells.items(), key=lambda item: item[0][1])))
+                cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
+    return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
 def accuracies(lines):
     """Changes of accuracy from dense, in points, with their paired standard errors."""
@@ -439,8 +433,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "one layer": one_layer,
           "damage": damage, "sizes": sizes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
-          "lengths": functools.partial(trainings, model=SMOLLM2, pattern=LENGTH),
-          "texts": functools.partial(trainings, model=SMOLLM2, pattern="trained on .*")}
+          "lengths": functools.partial(lengths, model=SMOLLM2)}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
 def median_layer_alone(lines):
@@ -478,6 +471,9 @@ FIGURES = {
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
+    **{f"smollm2 code {name}": functools.partial(ratio, model=SMOLLM2, name=name, text="code",
+                                                 experiment="trained on mixed text", digits=1)
+       for name in ("dual", "searched")},
     "qwen additive from": additive_overtakes,
     **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
        for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
@@ -504,10 +500,10 @@ def curves_by_bytes(lines, model):
 def curves_by_length(lines, model):
     """{row: [(tokens of its SAEs' training, rise of perplexity in %)]}, the same."""
     curves = {}
-    for (name, _), group in by_training(lines, model, LENGTH).items():
+    for (name, n_tokens), group in by_length(lines, model).items():
         rows = [line for line in group if stem(line) == "valid"]
         if rows:
-            curves.setdefault(name, []).append((rows[0]["settings"]["tokens"], mean_rise(rows)))
+            curves.setdefault(name, []).append((n_tokens, mean_rise(rows)))
     return curves
 
 def mean_rise(rows):
