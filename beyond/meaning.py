@@ -359,13 +359,14 @@ def print_meaning(words, seeds, without):
         print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
 
 # ------------------------------------------------------------------ tables
-def table_of_meaning(lines):
+def table_of_meaning(lines, models):
     """By model and layer: AUROC on other words, means over keys, values and concepts; how alike
     atoms are to those of another seed; and, over all layers, with the paired standard error over
     concepts, by how much the AUROC of atoms is better."""
     cells = {}
-    for line in pick(lines, kind="meaning"):
-        model, aurocs, gaps = pathlib.Path(line["model"]).name.split("-")[0], {}, {}
+    for model, line in ((short, line) for short, name in models.items()
+                        for line in pick(lines, kind="meaning", model=name)):
+        aurocs, gaps = {}, {}
         for site, by_concept in line["meaning"]["words"].items():
             for concept, x in by_concept.items():
                 for name in x:
@@ -392,11 +393,17 @@ def nats_dropped(lines, model, name):
                    for line in pick(lines, kind="meaning", model=model)[-1:]
                    if line["meaning"]["without"])
 
-def mean_auroc(lines, model, name):
-    """Mean over a model's layers, kinds and concepts."""
-    values = [x[name] for line in pick(lines, kind="meaning", model=model)
-              for by_concept in line["meaning"]["words"].values() for x in by_concept.values()]
-    return f"{statistics.mean(values):.3f}" if values else ""
+def table_of_aurocs(lines, models):
+    """AUROC on other words, means over a model's layers, kinds and concepts."""
+    cells = {}
+    for name, label in (("atoms", "atoms"), ("untrained twin", "atoms of an untrained dictionary"),
+                        ("numbers of the vector", "single coordinates of the vector")):
+        for heading, model in models.items():
+            cells[label, heading] = spread([statistics.mean(
+                x[name] for by_concept in line["meaning"]["words"].values()
+                for x in by_concept.values())
+                for line in pick(lines, kind="meaning", model=model)[-1:]])
+    return table("AUROC (0.5 is chance)", cells)
 
 def share_alike(lines, model):
     """The share of atoms, in %, that are much like one of another seed."""

@@ -27,7 +27,7 @@ from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
 from beyond.claims import CLAIMS, Rows, excess, judge, seed_of
-from beyond.meaning import mean_auroc, nats_dropped, share_alike, table_of_meaning
+from beyond.meaning import nats_dropped, share_alike, table_of_aurocs, table_of_meaning
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
 
@@ -257,8 +257,7 @@ def layers_alone(lines, model):
     """{layer: rows} of a model's rows that code one layer by one pass, on valid, cheapest first."""
     alone = {}
     for row in on_text(lines, kind="row", model=model, method="one layer"):
-        if not row["name"].endswith(SEARCHED):
-            alone.setdefault(int(row["name"].split()[1]), []).append(row)
+        alone.setdefault(int(row["name"].split()[1]), []).append(row)
     return dict(sorted(alone.items(), key=lambda item: statistics.mean(
         row["ratio"] for row in item[1])))
 
@@ -427,7 +426,10 @@ def attention(lines):
 
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": verdict_inputs,
           "peers": table_of_peers, "one key": one_key, "attention": attention,
-          "meaning": table_of_meaning, "accuracies": accuracies,
+          "meaning": functools.partial(table_of_meaning, models=MODELS),
+          "aurocs": functools.partial(table_of_aurocs, models={"tiny": "tiny",
+                                                               "SmolLM2-135M": SMOLLM2}),
+          "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "qwen summary": functools.partial(summary, model=QWEN),
           "one layer": one_layer,
@@ -481,10 +483,7 @@ FIGURES = {
     **{f"{short} alike": functools.partial(share_alike, model=model)
        for short, model in MODELS.items()},
     **{f"{short} dropped {name}": functools.partial(nats_dropped, model=model, name=name)
-       for short, model in MODELS.items() for name in ("stable", "unstable")},
-    **{f"{short} auroc {name}": functools.partial(mean_auroc, model=model, name=name)
-       for short, model in MODELS.items()
-       for name in ("atoms", "untrained twin", "numbers of the vector")}}
+       for short, model in MODELS.items() for name in ("stable", "unstable")}}
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of

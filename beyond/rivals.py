@@ -48,7 +48,8 @@ def quantise(x, live, kind, bits, group):
 
     low = grouped(math.inf).amin(-1, keepdim=True).half().float()
     high = grouped(-math.inf).amax(-1, keepdim=True)
-    low, high = (x.masked_fill(x.isinf(), 0) for x in (low, high))  # of a group without live tokens
+    # a group without live tokens has no bounds, and is read by nobody
+    low, high = (bound.masked_fill(bound.isinf(), 0) for bound in (low, high))
     step = ((high - low) / (2 ** bits - 1)).half().float()
     levels = ((grouped(0.0) - low) / step.clamp_min(1e-6)).round().clamp(0, 2 ** bits - 1)
     rows = (levels * step + low).flatten(-2)[..., :rows.shape[-1]]
