@@ -79,7 +79,7 @@ def draw_asymmetry(panel, result):
     panel.legend()
 
 def draw_perplexity(panel, result):
-    """Perplexity by keys, values, dual, its rivals and searched, with 95 % intervals."""
+    """Perplexity by keys, values, dual, its rivals and searched, with 95% intervals."""
     ticks = []
     for row in result["rows"]:
         if row["name"] in ("keys", "values", "dual", "searched", "uniform", "reverse"):
@@ -118,7 +118,7 @@ def draw_curves(curves, title, x_label, x_scale):
                    color=colour, marker=marker, ls=dash)
     panel.set_yscale("log")
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    panel.yaxis.set_major_formatter("{x:g} %")  # plain numbers, not powers of ten
+    panel.yaxis.set_major_formatter("{x:g}%")  # plain numbers, not powers of ten
     panel.yaxis.set_minor_formatter(NullFormatter())
     panel.set_xscale(x_scale)
     panel.xaxis.set_major_formatter("{x:,.10g}")
@@ -134,6 +134,7 @@ def draw_curves(curves, title, x_label, x_scale):
     panel.set_title(title, parse_math=False)
     for method, points in curves.items():
         (x, rise), (label, colour, *_) = points[-1], STYLE[method]
+        label += " (no increase)" * (rise <= 0)
         side, ha = (-6, "right") if len(points) == 1 else (6, "left")  # where no line begins
         panel.annotate(label, (x, max(edge, rise)), xytext=(side, 0), textcoords="offset points",
                        color=colour, va="center", ha=ha, fontsize=9)

@@ -88,7 +88,7 @@ class TopKSAE(nn.Module):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
         one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Side effect:
         counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest. (Were
-        it among k, error would be the same at k and 1 to 24 % larger at 2k: measured.)"""
+        it among k, error would be the same at k and 1 to 24% larger at 2k: measured.)"""
         z, idx = self.encode(x, min(2 * self.k, self.n_latents))  # (tokens, H, 2k)
         error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
         error_2k = (x - self.decode(z, idx)) / self.scale

@@ -217,7 +217,7 @@ def table_of_peers(lines):
     cells = {}
     for line in pick(lines, kind="peers")[-1:]:
         for site, by_name in line["peers"]["sites"].items():
-            cells |= {(f"FVU (dead), {site}", name): "{} ({:.1f} %)".format(
+            cells |= {(f"FVU (dead), {site}", name): "{} ({:.1f}%)".format(
                 spread(x["fvu"], 4), 100 * statistics.mean(x["dead"]))
                 for name, x in by_name.items()}
         for shape, by_name in line["peers"]["times"].items():

@@ -9,7 +9,7 @@ evaluate.py's <model>.json and <model>-claims.json. The controls of P1, P3 and P
 beyond/variants.py. For tiny they are trained if they are missing; for other models, a part without
 its rows gets no verdict.
 
-A part of a claim *holds* if the 95 % interval of its figure lies beyond the threshold, and its
+A part of a claim *holds* if the 95% interval of its figure lies beyond the threshold, and its
 control does not do as well; it is *undecided* if the interval contains the threshold; else *no*.
 The interval is over seeds of the SAEs where there are three, by Student's t, and over blocks of
 text, layers, questions or words. With fewer seeds it leaves out how trainings vary: five standard
@@ -130,10 +130,11 @@ def stream_change(model, codecs, windows, sink):
 # ------------------------------------------------------------------ verdicts
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
-    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
+    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not (tested: it shrinks them "
+           "less)",
            "slope of coded on exact logits, Top-K with the FVU of L1, less that of L1: above 0",
            "the same for untrained atoms, which no penalty shrinks: less"),
-    "P2": ("8 atoms recover over 80 % of a key's direction",
+    "P2": ("8 atoms recover over 80% of a key's direction",
            "cosine of key and code, both less the head's mean, mean over layers: above 0.8",
            "plain cosine of the head's mean alone: below the code's own"),
     "P3": ("values need more atoms than keys",
@@ -154,10 +155,10 @@ CLAIMS = {
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
            "change of the share of atoms in common, shallow to deep: above 0",
            "the same by a random dictionary: less")}
-STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95 %, by number of seeds
+STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95%, by number of seeds
 
 def interval(values, errors, trained=True):
-    """(mean, half the width of its 95 % interval) of a figure by seed, and its standard errors
+    """(mean, half the width of its 95% interval) of a figure by seed, and its standard errors
     within each run: None, of a single window, layer or question, decides nothing. trained: it
     compares SAEs with SAEs."""
     within = math.inf if None in errors else statistics.mean(errors)

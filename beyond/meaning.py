@@ -403,7 +403,7 @@ def table_of_aurocs(lines, models):
                 x[name] for by_concept in line["meaning"]["words"].values()
                 for x in by_concept.values())
                 for line in pick(lines, kind="meaning", model=model)[-1:]])
-    return table("AUROC (0.5 is chance)", cells)
+    return table("AUROC (0.5: chance, 1: perfect)", cells)
 
 def share_alike(lines, model):
     """The share of atoms, in %, that are much like one of another seed."""

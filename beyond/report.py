@@ -8,7 +8,7 @@ models, texts, dense losses or fits never stand under one name: `add` refuses th
 row names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
 filled. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a figure
 before <!--=NAME-->. A test compares all of them with what is made here. ± over seeds is a standard
-deviation, and (n) is the number of seeds; in brackets behind one run is its 95 % interval.
+deviation, and (n) is the number of seeds; in brackets behind one run is its 95% interval.
 """
 import argparse
 import functools
@@ -190,7 +190,7 @@ def overtakes(lines, model, row):
     return f"{max(0, math.ceil(n_tokens)):,}"
 
 def percent(share):
-    return f"{100 * share:.3g} %" if share < 9.99 else f"{100 * share:,.0f} %"
+    return f"{100 * share:.3g}%" if share < 9.99 else f"{100 * share:,.0f}%"
 
 # ------------------------------------------------------------------ the tables
 QUICK_START = ["dense", "keys", "values", "dual", "reverse", "searched"]
@@ -216,7 +216,7 @@ def one_key(lines):
         for atom in line["example"][:4]:
             row = str(atom["atom"])
             cells[row, "coefficient"] = f"{atom['z']:.2f}"
-            cells[row, "fires on"] = f"{100 * atom['fired']:.1f} %"
+            cells[row, "fires on"] = f"{100 * atom['fired']:.1f}%"
             cells[row, "strongest tokens"] = quoted(atom["strongest"])
             cells[row, "random firings"] = quoted(atom["sample"])
     return table("atom", cells)
@@ -228,29 +228,31 @@ def judged(lines):
                          + pick(lines, kind="measured", model=model))
             for model in models}
 
-PARTS = {  # lines of the table of verdicts: what is added to the claim; which parts it shows
-    "P6": (": perplexity, one layer coded, within 1 % (the median layer / the worst)",
-           ("median layer alone", "worst layer alone")),
-    "P6, all layers": ("perplexity, all layers coded, within 2 % (by one pass / by search)",
-                       ("all layers, one pass", "all layers, searched")),
-    "P6, tasks": ("accuracy, all layers coded, within 2 points (by one pass / by search)",
-                  ("cloze, one pass", "cloze, searched", "piqa, one pass", "piqa, searched")),
-    "P7": (": less than half of bf16 (per token / 4,096 tokens with dictionaries)",
-           ("per token", "4,096 tokens"))}
+PARTS = {  # of a claim that has several lines in the table of verdicts: what each of them shows
+    "P6": {"perplexity within 1%, the median layer coded": ("median layer alone",),
+           "perplexity within 1%, the worst layer coded": ("worst layer alone",),
+           "perplexity within 2%, all layers coded": ("all layers, one pass",),
+           "perplexity within 2%, all layers coded by search": ("all layers, searched",),
+           "accuracy within 2 points, all layers coded": ("cloze, one pass", "piqa, one pass"),
+           "accuracy within 2 points, all layers coded by search": (
+               "cloze, searched", "piqa, searched")},
+    "P7": {"less than half of bf16, per token": ("per token",),
+           "less than half of bf16, 4,096 tokens with dictionaries": ("4,096 tokens",)}}
 
 def verdicts(lines):
     """P1 to P8 in words. Where PARTS names none, the parts of a claim share one word."""
     cells, by_model = {}, judged(lines)
-    for label in sorted({*CLAIMS, *PARTS}):
-        claim, (detail, shown) = label[:2], PARTS.get(label, ("", ()))
-        cells[label, "claim"] = (CLAIMS[claim][0] if label == claim else "") + detail
-        for model, parts in by_model.items():
-            words = [x["verdict"] for x in parts
-                     if x["claim"] == claim and (not shown or x["part"] in shown)]
-            n_hold = words.count("holds")
-            cells[label, OTHERS.get(model, model)] = (
-                " / ".join(words) if shown or len(words) < 2 else "no" if not n_hold
-                else f"{n_hold} of {len(words)} parts hold{'s' * (n_hold == 1)}")
+    for claim, (says, *_) in CLAIMS.items():
+        for i, (detail, shown) in enumerate(PARTS.get(claim, {"": ()}).items()):
+            label = claim + "abcdef"[i] * bool(detail)
+            cells[label, "claim"] = ": ".join(filter(None, [says * (i == 0), detail]))
+            for model, parts in by_model.items():
+                words = [x["verdict"] for x in parts
+                         if x["claim"] == claim and (not shown or x["part"] in shown)]
+                n_hold = words.count("holds")
+                cells[label, OTHERS.get(model, model)] = (
+                    "".join(words) if len(words) < 2 else "no" if not n_hold
+                    else f"{n_hold} of {len(words)} parts hold{'s' * (n_hold == 1)}")
     return table("", cells)
 
 def layers_alone(lines, model):
@@ -266,21 +268,25 @@ def median_layer(lines, model):
     rows = list(layers_alone(lines, model).values())
     return rows[(len(rows) - 1) // 2] if rows else []
 
-SUMMARY = {"dual": "in all layers", "searched": "in all layers, atoms found by search",
-           "rotated 3 bits": "a quantiser in all layers (*rotated*, 3 bits)",
-           "additive 9.375": "*additive* codes in all layers"}
+SUMMARY = {"dual": "the same, all layers coded",
+           "searched": "the same, all layers, atoms found by search",
+           "rotated 3 bits": "*rotated* quantisation, 3 bits, all layers",
+           "transform 9.375": "*transform* quantisation, all layers",
+           "additive 9.375": "*additive* codes, all layers"}
 
 def summary(lines, model):
     """For the first screen: how much perplexity rises, and what the cache takes."""
     rows = on_text(lines, kind="row", model=model)
-    groups = {"8 atoms per key and 16 per value, in the median layer": median_layer(lines, model),
-              **{label: pick(rows, name=name) for name, label in SUMMARY.items()}}
+    groups = {label: pick(rows, name=name) for name, label in SUMMARY.items()}
+    groups = {"8 atoms per key and 16 per value, one layer coded (the median)":
+              median_layer(lines, model), **groups}
     cells = {}
     for label, group in groups.items():
         for row in group[:1]:
-            cells[label, "increase in perplexity"] = "{:.1f} % ({:.1f} to {:.1f})".format(
-                *(100 * (x - 1) for x in (row["ratio"], *row["ratio_ci95"])))
-            cells[label, "size per token, relative to bf16"] = percent(row["bytes_share"])
+            increases = [100 * (x - 1) for x in (row["ratio"], *row["ratio_ci95"])]
+            cells[label, "increase in perplexity (95% interval)"] = (
+                "{:.1f}% ({:.1f} to {:.1f})".format(*increases))
+            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
     return table(OTHERS[model], cells)
 
 def verdict_inputs(lines):
@@ -444,8 +450,13 @@ def median_layer_alone(lines):
 def worst_layer_alone(lines):
     return rise(list(layers_alone(lines, SMOLLM2).values())[-1])
 
+def about(n_tokens):
+    """For a sentence: "27,705" -> "28,000"."""
+    return f"{float('%.2g' % float(n_tokens.replace(',', ''))):,.0f}"
+
 def additive_overtakes(lines):
-    return overtakes(lines, QWEN, pick(lines, kind="row", model=QWEN, name="additive 9.375")[0])
+    row = pick(lines, kind="row", model=QWEN, name="additive 9.375")[0]
+    return about(overtakes(lines, QWEN, row))
 
 def gain(lines, model, name):
     """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
@@ -454,7 +465,8 @@ def gain(lines, model, name):
 
 def pays(lines, model, name):
     """The tokens from which on a format takes less than bf16, dictionaries included."""
-    return f"{pick(lines, kind='row', model=model, name=name)[0]['break_even_tokens']:,}"
+    row = pick(lines, kind="row", model=model, name=name)[0]
+    return about(f"{row['break_even_tokens']:,}")
 
 FIGURES = {
     "tiny one layer": median_layer_alone, "smollm2 worst layer": worst_layer_alone,
@@ -487,7 +499,7 @@ FIGURES = {
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of
-    text that the codes were fitted to. Shares within 2 % are one."""
+    text that the codes were fitted to. Shares within 2% are one."""
     share, groups = 0, {method: {} for method in METHODS}
     for row in sorted(compared(lines, model), key=lambda row: row["bytes_share"]):
         if row["method"] in METHODS:

@@ -13,7 +13,7 @@ rotated    the idea of TurboQuant [arXiv 2504.19874] at 1, 2 and 3 bits: a head'
 transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads of a token along
            their principal axes, in the metric of beyond/calibrate.py. Each axis of each layer gets
            0 to 8 bits, each bit where it saves most, and Lloyd-Max levels. KVTC's entropy coder,
-           which is left out, would save 4 to 6 % at 2 to 3 bits. At the bytes of the dual budget in
+           which is left out, would save 4 to 6% at 2 to 3 bits. At the bytes of the dual budget in
            words (beyond/variants.py) there are also its steps: axes per head, per layer, and in the
            metric, with as many bytes in each layer.
 

@@ -224,7 +224,7 @@ def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
             if with_losses:
                 best = best_spans(scores["fused"], len(ids) / 20)[1]
                 contexts = {"nothing": ids[:1], "the right passage": ids[passages == i],
-                            "5 % by fused": ids[best]}
+                            "5% by fused": ids[best]}
                 if n == PASSAGES[1] and i % 10 == 0:  # because the full context takes longest
                     contexts["full context"] = ids
                 columns |= losses_after(model, contexts, last[i])

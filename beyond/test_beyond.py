@@ -1322,7 +1322,7 @@ def test_additive_from_text_to_rows(calibrated, tmp_path, capsys, monkeypatch):
         additive.learn_layer(torch.zeros(99, 64), {}, 10, seed=0)
 
 def test_other_codes_through_the_cache():
-    """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1 %."""
+    """recent = 0, the same sinks: the logits of the hooks; bytes are those stated to 1%."""
     model, tokenizer, _ = load_model("tiny")
     windows = token_windows(read_text(None, "train", "tiny"), tokenizer, model, 256, 0, 10_240)
     vectors, shape, fitted = sta.harvest(model, windows, [1, 2]), sta.kv_shape(model.config), {}
@@ -1487,13 +1487,14 @@ def test_tables_and_figures_follow_from_the_rows(results):
     lines = report.read(results)
     rows = {line["name"]: line for line in lines if line["kind"] == "row"}
     text = ("<!-- table: quick start -->\nSTALE\n<!-- end -->\n"
-            "It rises by 9.9<!--=tiny dual--> %.\n"
+            "It rises by 9.9<!--=tiny dual-->%.\n"
             "<!-- table: verdicts -->\n<!-- end -->\n")
     made = report.filled(text, lines)
     figure = f"{100 * (rows['dual']['ratio'] - 1):.1f}<!--"
-    assert f"It rises by {figure}=tiny dual--> %." in made
+    assert f"It rises by {figure}=tiny dual-->%." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
-    assert f"| P7 | {claims.CLAIMS['P7'][0]}{report.PARTS['P7'][0]} | no / no |\n" in made
+    assert f"| P7a | {claims.CLAIMS['P7'][0]}: less than half of bf16, per token | no |\n" in made
+    assert "| P7b | less than half of bf16, 4,096 tokens with dictionaries | no |\n" in made
     assert report.filled(made, lines) == made
     broken = made.replace(figure, "0.1<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
@@ -1543,7 +1544,7 @@ def test_layers_coded_alone_are_ranked_by_their_cost():
         "qwen, first: layer 0", "qwen, median: layer 3", "qwen, worst other: layer 9"]
     assert made[3].count("1.0100 (1.0000 to 1.0300)") == 2  # by one pass, and searched
     first = report.summary(lines, report.QWEN)[2]
-    assert first.endswith("| 1.0 % (0.0 to 3.0) | 97 % |")
+    assert first.endswith("| 1.0% (0.0 to 3.0) | 97% |")
 
 def test_the_last_scores_are_shown():
     def row(delta_acc):
@@ -1552,7 +1553,7 @@ def test_the_last_scores_are_shown():
                 "tasks": {} if delta_acc is None else {"piqa": task}}
 
     lines = [row(-0.05), row(None), row(-0.06)]
-    assert report.accuracies(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8 % | -6.0 ± 1.0 |"]
+    assert report.accuracies(lines)[2:] == ["| Qwen2.5-Coder-1.5B, dual | 18.8% | -6.0 ± 1.0 |"]
 
 def test_an_experiment_stands_beside_the_rows(results, judged, tmp_path):
     """Another fit of the same row is refused as a row, and shown as an experiment; one that is
