@@ -130,8 +130,7 @@ def stream_change(model, codecs, windows, sink):
 # ------------------------------------------------------------------ verdicts
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
-    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not (tested: it shrinks them "
-           "less)",
+    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
            "slope of coded on exact logits, Top-K with the FVU of L1, less that of L1: above 0",
            "the same for untrained atoms, which no penalty shrinks: less"),
     "P2": ("8 atoms recover over 80% of a key's direction",
@@ -169,13 +168,16 @@ def interval(values, errors, trained=True):
 
 def verdict(claim, part, estimates, threshold, control, above=True, trained=True, n=""):
     """estimates: [(figure, standard error)] by seed; control: (its figure, whether it does as
-    well)."""
+    well), or None if it was not run: then there is a verdict only if that is *no*."""
     figure, half = interval(*zip(*estimates), trained)
     beyond = [(figure + side * half > threshold) == above for side in (-1, 1)]
     word = "holds" if all(beyond) else "undecided" if any(beyond) else "no"
-    word = "no" if control[1] and word == "holds" else word
+    if control is None and word != "no":
+        return None
+    control, does_as_well = control or (None, False)
+    word = "no" if does_as_well and word == "holds" else word
     return {"claim": claim, "part": part, "verdict": word, "figure": figure, "half": half,
-            "threshold": threshold, "control": control[0], "seeds": len(estimates), "n": n}
+            "threshold": threshold, "control": control, "seeds": len(estimates), "n": n}
 
 def seed_of(line):
     settings = line["settings"] or {}
@@ -187,7 +189,7 @@ def over_layers(a, column_a, b, column_b):
     return mean_stderr([x[column_a] - y[column_b] for x, y in pairs])
 
 class Rows:
-    """The rows of a model by name, one per seed."""
+    """The rows of a model by name, one per seed. Raises UsageError at a row whose loss is nan."""
 
     def __init__(self, lines):
         self.by_name = {}
@@ -289,41 +291,44 @@ def judge_parity_alone(rows):
     ranked = sorted(costs, key=lambda layer: statistics.mean(x for x, _ in costs[layer]))
     for part, layer in zip(("median layer", "worst layer"), (
             ranked[(len(ranked) - 1) // 2], ranked[-1])) if ranked else ():
-        means = f"layer {layer} alone, means"
-        if rows.together(means):
-            control = rows.mean(lambda row: row["delta_ce"], means)
-            yield verdict("P6", f"{part} alone", costs[layer], math.log(1.01),
-                          (control, control < math.log(1.01)), above=False, trained=False,
-                          n=f"layer {layer}, of {len(ranked)} coded")
+        means = rows.by_name.get(f"layer {layer} alone, means", [])
+        yield judge_loss(f"{part} alone", costs[layer], math.log(1.01), [
+            row["delta_ce"] for row in means], f"layer {layer}, of {len(ranked)} coded")
+
+def judge_loss(part, losses, threshold, controls, n=""):
+    """Part of P6. losses: [(nats or accuracy lost, standard error)] by seed; controls: those lost
+    with the head's mean alone."""
+    control = None
+    if controls:
+        control = statistics.mean(controls), statistics.mean(controls) < threshold
+    return verdict("P6", part, losses, threshold, control, above=False, trained=False, n=n)
 
 def judge_parity(rows):
+    means = rows.by_name.get("means", [])
     for name, method in (("dual", "one pass"), ("searched", "searched")):
-        both = rows.together(name, "means")
-        if both:
-            control = rows.mean(lambda row: row["delta_ce"], "means")
-            yield verdict("P6", f"all layers, {method}",
-                          [(row["delta_ce"], row["delta_ce_stderr"]) for row, _ in both],
-                          math.log(1.02), (control, control < math.log(1.02)), above=False,
-                          trained=False)
-        for task in dict.fromkeys(task for row, _ in both for task in row["tasks"]):
-            scores = [(row["tasks"][task], means["tasks"][task]) for row, means in both
-                      if task in row["tasks"] and task in means["tasks"]]  # not of all seeds
-            if scores:
-                losses = [(-score["delta_acc"], score["delta_acc_stderr"]) for score, _ in scores]
-                control = -statistics.mean(means["delta_acc"] for _, means in scores)
-                yield verdict("P6", f"{task}, {method}", losses, 0.02, (control, control < 0.02),
-                              above=False, trained=False, n=f"{scores[0][0]['n']} questions")
+        coded = rows.by_name.get(name, [])
+        if coded:
+            yield judge_loss(f"all layers, {method}",
+                             [(row["delta_ce"], row["delta_ce_stderr"]) for row in coded],
+                             math.log(1.02), [row["delta_ce"] for row in means])
+        for task in dict.fromkeys(task for row in coded for task in row["tasks"]):
+            scores, controls = ([row["tasks"][task] for row in some if task in row["tasks"]]
+                                for some in (coded, means))
+            yield judge_loss(f"{task}, {method}",
+                             [(-score["delta_acc"], score["delta_acc_stderr"]) for score in scores],
+                             0.02, [-score["delta_acc"] for score in controls],
+                             f"{scores[0]['n']} questions")
 
-def share_with_dictionaries(row, dense, n_tokens):
+def share_with_dictionaries(row, n_tokens):
     """Of bf16's bytes, for n_tokens, with what is kept once."""
-    return (row["once_bytes"] / n_tokens + row["bytes_per_token"]) / dense["bytes_per_token"]
+    once = row["once_bytes"] / row["bytes_per_token"]  # in tokens
+    return row["bytes_share"] * (1 + once / n_tokens)
 
-def judge_memory(rows, context):
-    """context: of the model, in tokens."""
-    for dense, dual in rows.together("dense", "dual")[:1]:
+def judge_memory(rows):
+    for dual in rows.by_name.get("dual", [])[:1]:
         parts = {"per token": dual["bytes_share"]}
-        for n_tokens in dict.fromkeys((4096, context)):
-            parts[f"{n_tokens:,} tokens"] = share_with_dictionaries(dual, dense, n_tokens)
+        for n_tokens in dict.fromkeys((4096, dual["context"])):
+            parts[f"{n_tokens:,} tokens"] = share_with_dictionaries(dual, n_tokens)
         for part, share in parts.items():
             yield verdict("P7", part, [(share, 0.0)], 0.5, (0.5, share >= 0.5), above=False)
 
@@ -347,13 +352,14 @@ def judge(lines):
     verdicts = [*judge_shrinkage(attention), *judge_direction(rows), *judge_asymmetry(rows),
                 *judge_split(rows), *judge_noise(rows), *judge_parity_alone(rows),
                 *judge_parity(rows)]
-    if measured:
-        verdicts += judge_memory(rows, measured[0]["context"])
-    return verdicts + list(judge_depth(depths))
+    verdicts += [*judge_memory(rows), *judge_depth(depths)]
+    return [x for x in verdicts if x]
 
 def print_verdict(x):
-    print(f"{x['claim']} {x['part'] or CLAIMS[x['claim']][0]}: {x['verdict']}: {x['figure']:.4f} ± "
-          f"{x['half']:.4f} against {x['threshold']:.4g}; control {x['control']:.4f} {x['n']}")
+    part = x["part"] or CLAIMS[x["claim"]][0]
+    control = "not run" if x["control"] is None else f"{x['control']:.4f}"
+    print(f"{x['claim']} {part}: {x['verdict']}: {x['figure']:.4f} ± "
+          f"{x['half']:.4f} against {x['threshold']:.4g}; control {control} {x['n']}")
 
 # ------------------------------------------------------------------ the run
 def attention_by_rows(run, args):
@@ -374,15 +380,14 @@ def attention_by_rows(run, args):
 
 def measure(run, args):
     """What verdicts and tables need beside the rows: how well coded keys serve queries; the change
-    of the residual stream by dual, on 512 tokens; which atoms occurrences share, by depth; the
-    model's context."""
+    of the residual stream by dual, on 512 tokens; which atoms occurrences share, by depth."""
     ks = {"key": args.k_key, "value": args.k_val}
     windows = run.windows[:max(1, 512 // run.windows.shape[1]), :512]
     codecs = evaluate.dual_codecs(run.saes, args.k_key, args.k_val)
     return {"attention": attention_by_rows(run, args),
             "stream": stream_change(run.model, codecs, windows, args.sink),
             "stream_tokens": windows.numel(), "depth": measure_depth(run, ks),
-            "depth_tokens": run.windows.numel(), "context": context_length(run.model)}
+            "depth_tokens": run.windows.numel()}
 
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
@@ -404,7 +409,7 @@ def main(argv=None):
     if not args.measure_only:
         evaluate.main([*argv, "--max-tokens", str(n_scored), "--rows", f"{args.rows},claims"])
     result, measured = json.loads(path.read_text(encoding="utf-8")), measure(run, args)
-    rows = [{"kind": "row", **row} for row in result["rows"]]
+    rows = [{"kind": "row", "context": result["context"], **row} for row in result["rows"]]
     for line in judge([*rows, {"kind": "measured", **measured}]):
         print_verdict(line)
     about = {name: result[name] for name in ("text", "text_sha256", "tokens", "seq_len", "dtype")}

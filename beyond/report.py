@@ -26,7 +26,7 @@ from beyond import pick, spread, table
 from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
-from beyond.claims import CLAIMS, Rows, excess, judge, seed_of
+from beyond.claims import CLAIMS, Rows, excess, interval, judge, seed_of
 from beyond.meaning import nats_dropped, share_alike, table_of_aurocs, table_of_meaning
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
@@ -44,8 +44,8 @@ METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "
            "additive")
 TEXTS = ("valid", "prose", "code")  # the first is of the kind that the codes were fitted to
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
-MODELS = {"tiny": "tiny", "qwen": QWEN, "smollm2": SMOLLM2}
-OTHERS = {QWEN: "Qwen2.5-Coder-1.5B", SMOLLM2: "SmolLM2-135M"}
+MODELS = {"tiny": "tiny", "smollm2": SMOLLM2, "qwen": QWEN}
+OTHERS = {SMOLLM2: "SmolLM2-135M", QWEN: "Qwen2.5-Coder-1.5B"}
 
 # ------------------------------------------------------------------ taking results in
 def lines_of(result, experiment=None):
@@ -173,8 +173,13 @@ def ratio(lines, digits, text, **wanted):
     return spread([row["ratio"] for row in on_text(lines, text, **wanted)], digits)
 
 def rise(rows):
-    """The increase in perplexity, in %, likewise."""
-    return spread([100 * (row["ratio"] - 1) for row in rows], 1)
+    """The increase in perplexity, in %, a mean over seeds, ± half its 95% interval."""
+    if not rows:
+        return ""
+    ratio = statistics.mean(row["ratio"] for row in rows)
+    _, half = interval(*zip(*((row["delta_ce"], row["delta_ce_stderr"]) for row in rows)),
+                       trained=False)
+    return f"{round(100 * (ratio - 1), 1) + 0:.1f} ± {100 * ratio * half:.1f}"  # no -0.0
 
 def rise_of(lines, **wanted):
     return rise(on_text(lines, **wanted))
@@ -188,6 +193,10 @@ def overtakes(lines, model, row):
     n_tokens = (row["once_bytes"] - rotated[0]["once_bytes"]) / (
         rotated[0]["bytes_per_token"] - row["bytes_per_token"])
     return f"{max(0, math.ceil(n_tokens)):,}"
+
+def about(n_tokens):
+    """27,705 -> "28,000"."""
+    return f"{float(f'{n_tokens:.2g}'):,.0f}"
 
 def percent(share):
     return f"{100 * share:.3g}%" if share < 9.99 else f"{100 * share:,.0f}%"
@@ -223,36 +232,39 @@ def one_key(lines):
 
 def judged(lines):
     """{model: its verdicts, on the text of the kind that the codes were fitted to}."""
-    models = dict.fromkeys(line["model"] for line in lines if line["kind"] == "measured")
     return {model: judge(on_text(lines, kind="row", model=model)
                          + pick(lines, kind="measured", model=model))
-            for model in models}
+            for model in MODELS.values() if pick(lines, kind="row", model=model)}
 
-PARTS = {  # of a claim that has several lines in the table of verdicts: what each of them shows
-    "P6": {"perplexity within 1%, the median layer coded": ("median layer alone",),
-           "perplexity within 1%, the worst layer coded": ("worst layer alone",),
-           "perplexity within 2%, all layers coded": ("all layers, one pass",),
-           "perplexity within 2%, all layers coded by search": ("all layers, searched",),
-           "accuracy within 2 points, all layers coded": ("cloze, one pass", "piqa, one pass"),
-           "accuracy within 2 points, all layers coded by search": (
-               "cloze, searched", "piqa, searched")},
-    "P7": {"less than half of bf16, per token": ("per token",),
-           "less than half of bf16, 4,096 tokens with dictionaries": ("4,096 tokens",)}}
+TESTED = {  # the lines of the table of verdicts: how a claim was tested, by which parts of it
+    "P1": {"at equal error, Top-K flattens attention less": ("",)},
+    "P2": {"cosine above 0.8, without the head's mean": ("",)},
+    "P3": {"at equal k, values have the larger error": ("",)},
+    "P4": {"8 + 16 atoms do better than 12 + 12": ("",)},
+    "P5": {"some number of atoms does better than no coding": ("",)},
+    "P6": {"one layer (the median): perplexity within 1%": ("median layer alone",),
+           "one layer (the worst): perplexity within 1%": ("worst layer alone",),
+           "all layers: perplexity within 2%": ("all layers, one pass",),
+           "all layers, searched: perplexity within 2%": ("all layers, searched",),
+           "all layers: accuracy within 2 points": ("cloze, one pass", "piqa, one pass")},
+    "P7": {"per token: under half of bf16": ("per token",),
+           "4,096 tokens and dictionaries: under half of bf16": ("4,096 tokens",)},
+    "P8": {"they share atoms accordingly (six tests)": ()}}
 
 def verdicts(lines):
-    """P1 to P8 in words. Where PARTS names none, the parts of a claim share one word."""
+    """P1 to P8 in words, a line for each test."""
     cells, by_model = {}, judged(lines)
-    for claim, (says, *_) in CLAIMS.items():
-        for i, (detail, shown) in enumerate(PARTS.get(claim, {"": ()}).items()):
-            label = claim + "abcdef"[i] * bool(detail)
-            cells[label, "claim"] = ": ".join(filter(None, [says * (i == 0), detail]))
+    for claim, tests in TESTED.items():
+        for i, (test, shown) in enumerate(tests.items()):
+            label = claim + "abcdef"[i] * (len(tests) > 1)
+            cells[label, "the paper's claim"] = CLAIMS[claim][0] if i == 0 else ""
+            cells[label, "how we tested it"] = test
             for model, parts in by_model.items():
                 words = [x["verdict"] for x in parts
                          if x["claim"] == claim and (not shown or x["part"] in shown)]
-                n_hold = words.count("holds")
                 cells[label, OTHERS.get(model, model)] = (
-                    "".join(words) if len(words) < 2 else "no" if not n_hold
-                    else f"{n_hold} of {len(words)} parts hold{'s' * (n_hold == 1)}")
+                    "".join(words) if len(words) < 2 else
+                    f"{words.count('holds') or 'none'} of {len(words)} hold")
     return table("", cells)
 
 def layers_alone(lines, model):
@@ -268,26 +280,24 @@ def median_layer(lines, model):
     rows = list(layers_alone(lines, model).values())
     return rows[(len(rows) - 1) // 2] if rows else []
 
-SUMMARY = {"dual": "the same, all layers coded",
-           "searched": "the same, all layers, atoms found by search",
-           "rotated 3 bits": "*rotated* quantisation, 3 bits, all layers",
-           "transform 9.375": "*transform* quantisation, all layers",
-           "additive 9.375": "*additive* codes, all layers"}
+SUMMARY = {"dual": "the paper's codes, all layers", "searched": "the same, atoms found by search",
+           "rotated 3 bits": "*rotated* quantisation, 3 bits",
+           "transform 9.375": "*transform* quantisation", "additive 9.375": "*additive* codes"}
 
-def summary(lines, model):
-    """For the first screen: how much perplexity rises, and what the cache takes."""
-    rows = on_text(lines, kind="row", model=model)
-    groups = {label: pick(rows, name=name) for name, label in SUMMARY.items()}
-    groups = {"8 atoms per key and 16 per value, one layer coded (the median)":
-              median_layer(lines, model), **groups}
-    cells = {}
-    for label, group in groups.items():
-        for row in group[:1]:
-            increases = [100 * (x - 1) for x in (row["ratio"], *row["ratio_ci95"])]
-            cells[label, "increase in perplexity (95% interval)"] = (
-                "{:.1f}% ({:.1f} to {:.1f})".format(*increases))
-            cells[label, "size per token, of bf16"] = percent(row["bytes_share"])
-    return table(OTHERS[model], cells)
+def summary(lines):
+    """For the first screen: how much perplexity rises, by model, and what the cache takes."""
+    one_layer = "the paper's codes, one layer (the median)"
+    cells = {(one_layer, heading): "" for heading in ("size per token", "smaller than bf16 beyond")}
+    for name, label in SUMMARY.items():
+        for row in on_text(lines, kind="row", model=QWEN, name=name):
+            cells[label, "size per token"] = percent(row["bytes_share"])
+            cells[label, "smaller than bf16 beyond"] = about(row["break_even_tokens"]) + " tokens"
+    for model in MODELS.values():
+        rows, column = on_text(lines, kind="row", model=model), OTHERS.get(model, model)
+        cells[one_layer, column] = rise(median_layer(lines, model))
+        for name, label in SUMMARY.items():
+            cells[label, column] = rise(pick(rows, name=name))
+    return table("increase in perplexity, %", cells)
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict. The
@@ -302,8 +312,9 @@ def verdict_inputs(lines):
             half = f" ± {x['half']:.4f}" if x["half"] else ""  # bytes are exact
             seeds = f"{x['seeds']} seed{'s' * (x['seeds'] > 1)}" if half else ""
             n = ", ".join(filter(None, [seeds, x["n"]]))
+            control = "no control" if x["control"] is None else f"control {x['control']:.4f}"
             cells[row, OTHERS.get(model, model)] = f"{x['verdict']}: " + "; ".join(filter(None, [
-                f"{x['figure']:.4f}{half}", f"control {x['control']:.4f}", n]))
+                f"{x['figure']:.4f}{half}", control, n]))
     return table("part", dict(sorted(cells.items(), key=lambda item: item[0][0][:2])))  # by claim
 
 FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", "grouped 3 bits",
@@ -437,8 +448,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
                                                                "SmolLM2-135M": SMOLLM2}),
           "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
-          "qwen summary": functools.partial(summary, model=QWEN),
-          "one layer": one_layer,
+          "summary": summary, "one layer": one_layer,
           "damage": damage, "sizes": sizes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
           "lengths": functools.partial(lengths, model=SMOLLM2)}
@@ -450,13 +460,9 @@ def median_layer_alone(lines):
 def worst_layer_alone(lines):
     return rise(list(layers_alone(lines, SMOLLM2).values())[-1])
 
-def about(n_tokens):
-    """For a sentence: "27,705" -> "28,000"."""
-    return f"{float('%.2g' % float(n_tokens.replace(',', ''))):,.0f}"
-
 def additive_overtakes(lines):
     row = pick(lines, kind="row", model=QWEN, name="additive 9.375")[0]
-    return about(overtakes(lines, QWEN, row))
+    return about(float(overtakes(lines, QWEN, row).replace(",", "")))
 
 def gain(lines, model, name):
     """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
@@ -465,8 +471,7 @@ def gain(lines, model, name):
 
 def pays(lines, model, name):
     """The tokens from which on a format takes less than bf16, dictionaries included."""
-    row = pick(lines, kind="row", model=model, name=name)[0]
-    return about(f"{row['break_even_tokens']:,}")
+    return about(pick(lines, kind="row", model=model, name=name)[0]["break_even_tokens"])
 
 FIGURES = {
     "tiny one layer": median_layer_alone, "smollm2 worst layer": worst_layer_alone,
@@ -483,8 +488,10 @@ FIGURES = {
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
-                                              text="code", digits=digits)
-       for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
+                                              text="code", digits=1)
+       for name in ("dual", "keys", "values")},
+    "qwen code additive 18.75": functools.partial(rise_of, kind="row", model=QWEN, text="code",
+                                                  name="additive 18.75"),
     **{f"smollm2 code {name}": functools.partial(ratio, model=SMOLLM2, name=name, text="code",
                                                  experiment="trained on mixed text", digits=1)
        for name in ("dual", "searched")},

@@ -746,7 +746,7 @@ def made_up_row(name, ce, method=None, fvu=(0.1, 0.3), norm=0.95, cos=0.9, **mor
             "window_ce": [ce + (i * i % 7) / 10 for i in range(40)], "cos_key": cos,
             "tasks": {"cloze": {"n": 100, "delta_acc": 0.0, "delta_acc_stderr": 0.005}},
             "by_layer": {"0": columns, "1": {x: 1.01 * y for x, y in columns.items()}},
-            "bytes_share": 0.2, "bytes_per_token": 200, "once_bytes": 1000, **more}
+            "bytes_share": 0.2, "bytes_per_token": 200, "once_bytes": 1000, "context": 256, **more}
 
 def lines_where_all_holds():
     """What evaluate.py and claims.measure would have to find for every claim to hold."""
@@ -766,7 +766,7 @@ def lines_where_all_holds():
               "untrained twin": (0.6, 0.6)}
     attention = {name: {layer: {"fvu": fvu, "slope": slope + 0.01 * int(layer)} for layer in "01"}
                  for name, (fvu, slope) in slopes.items()}
-    return [*lines, {"kind": "measured", "context": 256, "settings": {"seed": 0},
+    return [*lines, {"kind": "measured", "settings": {"seed": 0},
                      "attention": attention, "depth": {
                          "changes": {"atoms": gaps, "random": weak, "vectors": weak}}}]
 
@@ -808,7 +808,7 @@ ACROSS = [  # a part, an input moved across its threshold, a control that wins
     ("P6 all layers, one pass", of("dual", nats=0.1), of("means", nats=-2)),
     ("P6 all layers, searched", of("searched", nats=0.1), of("means", nats=-2)),
     ("P6 cloze, one pass", of("dual", tasks=TASK), of("means", tasks=NO_LOSS)),
-    ("P7 4,096 tokens", of("dual", once_bytes=4_000_000), of("dense", bytes_per_token=300)),
+    ("P7 4,096 tokens", of("dual", once_bytes=4_000_000), of("dual", bytes_share=0.45)),
     ("P8 sense of keys", of_depth("atoms", -0.2), of_depth("random", 0.5))]
 
 def words_of_verdicts(lines):
@@ -824,6 +824,14 @@ def test_a_verdict_can_come_out_otherwise(part, cross, win):
         lines = lines_where_all_holds()
         change(lines)
         assert words_of_verdicts(lines)[part] == "no"
+
+def test_without_its_control_a_claim_can_only_fail():
+    lines = [line for line in lines_where_all_holds() if "means" not in line.get("name", "")]
+    assert not any(part.startswith("P6") for part in words_of_verdicts(lines))
+    lines[1]["delta_ce"] = 0.1  # of dual
+    verdicts = {f"{x['claim']} {x['part']}": x for x in claims.judge(lines)}
+    assert verdicts["P6 all layers, one pass"]["verdict"] == "no"
+    assert verdicts["P6 all layers, one pass"]["control"] is None
 
 def test_intervals():
     """By numpy and a table of Student's t; a figure that compares trainings needs more of one."""
@@ -1493,8 +1501,8 @@ def test_tables_and_figures_follow_from_the_rows(results):
     figure = f"{100 * (rows['dual']['ratio'] - 1):.1f}<!--"
     assert f"It rises by {figure}=tiny dual-->%." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
-    assert f"| P7a | {claims.CLAIMS['P7'][0]}: less than half of bf16, per token | no |\n" in made
-    assert "| P7b | less than half of bf16, 4,096 tokens with dictionaries | no |\n" in made
+    assert f"| P7a | {claims.CLAIMS['P7'][0]} | per token: under half of bf16 | no |\n" in made
+    assert "| P7b |  | 4,096 tokens and dictionaries: under half of bf16 | no |\n" in made
     assert report.filled(made, lines) == made
     broken = made.replace(figure, "0.1<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
@@ -1536,15 +1544,15 @@ def test_layers_coded_alone_are_ranked_by_their_cost():
     """The median is over all layers; the first has a line of its own, whatever its rank."""
     lines = [{"kind": "row", "model": report.QWEN, "method": "one layer" + ending, "tokens": 24,
               "name": f"layer {layer} alone{ending}", "text": "valid.txt", "seq_len": 8,
-              "ratio": ratio, "ratio_ci95": [ratio - 0.01, ratio + 0.02], "bytes_share": 0.97}
+              "ratio": ratio, "ratio_ci95": [ratio - 0.01, ratio + 0.02],
+             "delta_ce": math.log(ratio), "delta_ce_stderr": 0.01}
              for layer, ratio in ((0, 1.05), (3, 1.01), (6, 1.002), (9, 1.03))
              for ending in ("", report.SEARCHED)]
     made = report.one_layer(lines)
     assert [line.split("|")[1].strip() for line in made[2:]] == [
         "qwen, first: layer 0", "qwen, median: layer 3", "qwen, worst other: layer 9"]
     assert made[3].count("1.0100 (1.0000 to 1.0300)") == 2  # by one pass, and searched
-    first = report.summary(lines, report.QWEN)[2]
-    assert first.endswith("| 1.0% (0.0 to 3.0) | 97% |")
+    assert report.summary(lines)[2].endswith("|  |  |  |  | 1.0 ± 2.0 |")
 
 def test_the_last_scores_are_shown():
     def row(delta_acc):
