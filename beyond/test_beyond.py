@@ -808,7 +808,7 @@ ACROSS = [  # a part, an input moved across its threshold, a control that wins
     ("P6 all layers, one pass", of("dual", nats=0.1), of("means", nats=-2)),
     ("P6 all layers, searched", of("searched", nats=0.1), of("means", nats=-2)),
     ("P6 cloze, one pass", of("dual", tasks=TASK), of("means", tasks=NO_LOSS)),
-    ("P7 4,096 tokens", of("dual", once_bytes=4_000_000), of("dual", bytes_share=0.45)),
+    ("P7 4,096 tokens", of("dual", once_bytes=4_000_000), of("dual", bytes_share=0.6)),
     ("P8 sense of keys", of_depth("atoms", -0.2), of_depth("random", 0.5))]
 
 def words_of_verdicts(lines):
