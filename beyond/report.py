@@ -249,7 +249,7 @@ TESTED = {  # the lines of the table of verdicts: how a claim was tested, by whi
            "all layers: accuracy within 2 points": ("cloze, one pass", "piqa, one pass")},
     "P7": {"per token: under half of bf16": ("per token",),
            "4,096 tokens and dictionaries: under half of bf16": ("4,096 tokens",)},
-    "P8": {"they share atoms accordingly (six tests)": ()}}
+    "P8": {"number of six tests, on shared atoms, that hold": ()}}
 
 def verdicts(lines):
     """P1 to P8 in words, a line for each test."""
@@ -264,7 +264,7 @@ def verdicts(lines):
                          if x["claim"] == claim and (not shown or x["part"] in shown)]
                 cells[label, OTHERS.get(model, model)] = (
                     "".join(words) if len(words) < 2 else
-                    f"{words.count('holds') or 'none'} of {len(words)} hold")
+                    f"{words.count('holds') or 'none'} of {len(words)}")
     return table("", cells)
 
 def layers_alone(lines, model):
@@ -287,11 +287,11 @@ SUMMARY = {"dual": "the paper's codes, all layers", "searched": "the same, atoms
 def summary(lines):
     """For the first screen: how much perplexity rises, by model, and what the cache takes."""
     one_layer = "the paper's codes, one layer (the median)"
-    cells = {(one_layer, heading): "" for heading in ("size per token", "smaller than bf16 beyond")}
+    cells = {(one_layer, heading): "" for heading in ("size", "break-even, tokens")}
     for name, label in SUMMARY.items():
         for row in on_text(lines, kind="row", model=QWEN, name=name):
-            cells[label, "size per token"] = percent(row["bytes_share"])
-            cells[label, "smaller than bf16 beyond"] = about(row["break_even_tokens"]) + " tokens"
+            cells[label, "size"] = percent(row["bytes_share"])
+            cells[label, "break-even, tokens"] = about(row["break_even_tokens"])
     for model in MODELS.values():
         rows, column = on_text(lines, kind="row", model=model), OTHERS.get(model, model)
         cells[one_layer, column] = rise(median_layer(lines, model))
@@ -479,8 +479,9 @@ FIGURES = {
        for name in ("packed", "layer SAE, packed")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
-       for name, k_key in (("dual", 8), ("searched", 8), ("uniform, trained for it", 12),
-                           ("reverse, trained for it", 16), ("layer 0 alone", 8))},
+       for name, k_key in (("dual", 8), ("searched", 8), ("uniform", 12), ("reverse", 16),
+                           ("uniform, trained for it", 12), ("reverse, trained for it", 16),
+                           ("layer 0 alone", 8))},
     **{f"smollm2 200k {name}": functools.partial(rise_of, model=SMOLLM2, name=name,
                                                  experiment="trained on mixed text")
        for name in ("dual", "stretched", "stretched per model", "stretched per layer",
@@ -488,10 +489,8 @@ FIGURES = {
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("sink 0", "half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
-                                              text="code", digits=1)
-       for name in ("dual", "keys", "values")},
-    "qwen code additive 18.75": functools.partial(rise_of, kind="row", model=QWEN, text="code",
-                                                  name="additive 18.75"),
+                                              text="code", digits=digits)
+       for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
     **{f"smollm2 code {name}": functools.partial(ratio, model=SMOLLM2, name=name, text="code",
                                                  experiment="trained on mixed text", digits=1)
        for name in ("dual", "searched")},
