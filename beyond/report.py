@@ -487,7 +487,7 @@ FIGURES = {
        for name in ("dual", "stretched", "stretched per model", "stretched per layer",
                     "stretched per mean")},
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
-       for name in ("sink 0", "half the atoms", "64 latents")},
+       for name in ("half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
