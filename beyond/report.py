@@ -53,7 +53,7 @@ def lines_of(result, experiment=None):
     kind "row", so that no table takes them for the others."""
     about = {name: result.get(name) for name in PROVENANCE}
     about["sink"] = result.get("config", {}).get("sink", 1)
-    new_lines = [{"kind": "row", **row, "window_ce": [round(x, 4) for x in row["window_ce"]],
+    new_lines = [{"kind": "row", **row, "window_ce": of_windows(row, experiment),
                   "by_layer": of_layers(row), "dense_ce": row["ce"] - row["delta_ce"],
                   "tasks": {name: {**task, "right": None} for name, task in row["tasks"].items()}}
                  for row in result.get("rows", [])]
@@ -69,6 +69,12 @@ def lines_of(result, experiment=None):
         new_lines = [{**line, "kind": "experiment", "experiment": experiment}
                      for line in new_lines if re.match(OF_EXPERIMENTS, line["name"])]
     return [{**about, **line} for line in new_lines]
+
+def of_windows(row, experiment):
+    """A row's losses by window, of those rows that are compared with others than dense."""
+    if experiment or " alone" in row["name"]:
+        return []
+    return [round(x, 4) for x in row["window_ce"]]
 
 def of_layers(row):
     """A row's figures by layer, of those rows that a verdict takes them from."""
