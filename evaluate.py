@@ -215,7 +215,7 @@ def next_tokens(logits, dense_logits):
 @torch.no_grad()
 def measure_codec(codec, keys, values):
     """A codec on dense keys and values (B, T, H, D) -> (its bytes per token, {fvu_key, fvu_val,
-    cos_key, cos_val, rel_norm_key, rel_norm_val})."""
+    cos_key, cos_val, cos_centred_key, cos_centred_val})."""
     if hasattr(codec, "roundtrip"):
         live = torch.ones(keys.shape[:2], dtype=torch.bool, device=keys.device)
         keys_hat, values_hat = codec.roundtrip(keys, values, live)
@@ -231,7 +231,7 @@ def measure_codec(codec, keys, values):
 def fidelity_and_bytes(row, vectors, config):
     """{bytes_per_token of the cache, in which layers that are not coded stay in bf16; bytes_share
     of bf16; once_bytes, kept whatever the number of tokens; break_even_tokens; fvu_key, fvu_val,
-    cos_*, rel_norm_*, means over by_layer} of a row. vectors: {(layer, kind): (B, T, H, D)}."""
+    cos_*, means over by_layer} of a row. vectors: {(layer, kind): (B, T, H, D)}."""
     n_layers = config.num_hidden_layers
     dense_bytes = 4 * math.prod(sta.kv_shape(config))  # of a layer: keys and values in bf16
     total, by_layer = (n_layers - len(row.codecs)) * dense_bytes, {}
@@ -239,8 +239,7 @@ def fidelity_and_bytes(row, vectors, config):
         keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
         size, by_layer[layer] = measure_codec(codec, keys, values)
         total += size
-    columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0,
-               "rel_norm_key": 1.0, "rel_norm_val": 1.0}  # of the dense model
+    columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}  # of the dense model
     if by_layer:
         columns = {name: sum(layer[name] for layer in by_layer.values()) / len(by_layer)
                    for name in columns}

@@ -116,22 +116,21 @@ class TopKSAE(nn.Module):
 # ------------------------------------------------------------------ 2. fidelity and the elbow
 @torch.no_grad()
 def fidelity(x, x_hat):
-    """Vectors x, x_hat (..., H, D) -> {fvu, cos, cos_centred, rel_norm}, in float64.
+    """Vectors x, x_hat (..., H, D) -> {fvu, cos, cos_centred}, in float64.
 
     fvu = sum |x - x_hat|^2 / sum |x - mean_h|^2 over all vectors, mean_h the mean of the vector's
     head: variance unexplained within heads. Means over vectors: cos, the cosine of x and x_hat;
-    cos_centred, that of x - mean_h and x_hat - mean_h; rel_norm = |x_hat| / |x|."""
+    cos_centred, that of x - mean_h and x_hat - mean_h."""
     x, x_hat = x.flatten(0, -3).double(), x_hat.flatten(0, -3).double()  # (tokens, H, D)
     spread = (x - x.mean(0)).square().sum().clamp_min(1e-12)
     cosine = functools.partial(F.cosine_similarity, dim=-1, eps=1e-12)
     return {"fvu": ((x - x_hat).square().sum() / spread).item(),
             "cos": cosine(x, x_hat).mean().item(),
-            "cos_centred": cosine(x - x.mean(0), x_hat - x.mean(0)).mean().item(),
-            "rel_norm": (x_hat.norm(dim=-1) / x.norm(dim=-1).clamp_min(1e-12)).mean().item()}
+            "cos_centred": cosine(x - x.mean(0), x_hat - x.mean(0)).mean().item()}
 
 @torch.no_grad()
 def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
-    """[{k, fvu, cos, rel_norm, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
+    """[{k, fvu, cos, cos_centred, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
     all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
     none of these vectors fired."""
     ks = sorted(k for k in ks if k <= sae.n_latents)

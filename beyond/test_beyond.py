@@ -738,9 +738,9 @@ def test_controls_that_are_missing_are_trained_beside_the_others(trained, tmp_pa
     settings = load_sae(folder.parent / "l1" / "tiny" / "layer1.key")[1]["settings"]
     assert settings["tokens"] == 3 * 16_384 and settings["lr"] == pytest.approx(0.04)
 
-def made_up_row(name, ce, method=None, fvu=(0.1, 0.3), norm=0.95, cos=0.9, **more):
+def made_up_row(name, ce, method=None, fvu=(0.1, 0.3), cos=0.9, **more):
     """A line of results.jsonl, of forty windows and two layers."""
-    columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "rel_norm_key": norm, "cos_centred_key": cos}
+    columns = {"fvu_key": fvu[0], "fvu_val": fvu[1], "cos_centred_key": cos}
     return {"kind": "row", "name": name, "method": method or name, "delta_ce": ce - 3,
             "delta_ce_stderr": 0.001, "settings": None if name == "dense" else {"seed": 0},
             "window_ce": [ce + (i * i % 7) / 10 for i in range(40)], "cos_key": cos,
@@ -753,7 +753,7 @@ def lines_where_all_holds():
     lost = {"cloze": {"n": 100, "delta_acc": -0.3, "delta_acc_stderr": 0.01}}
     lines = [made_up_row("dense", 3.0, bytes_per_token=1000, bytes_share=1.0),
              made_up_row("dual", 2.99), made_up_row("searched", 2.97),
-             made_up_row("l1", 3.1, norm=0.6), made_up_row("searched 16,32", 2.98),
+             made_up_row("l1", 3.1), made_up_row("searched 16,32", 2.98),
              made_up_row("errors turned", 3.1), made_up_row("means", 5.0, cos=0.5, tasks=lost)]
     for ending in ("", ", searched"):
         lines += [made_up_row(f"uniform, trained for it{ending}", 3.05),
