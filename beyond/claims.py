@@ -130,7 +130,7 @@ def stream_change(model, codecs, windows, sink):
 # ------------------------------------------------------------------ verdicts
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
-    "P1": ("an L1 penalty shrinks magnitudes, a Top-K budget does not",
+    "P1": ("an L1 penalty shrinks magnitudes; a Top-K budget does not",
            "slope of coded on exact logits, Top-K with the FVU of L1, less that of L1: above 0",
            "the same for untrained atoms, which no penalty shrinks: less"),
     "P2": ("8 atoms recover over 80% of a key's direction",

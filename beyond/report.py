@@ -254,8 +254,8 @@ TESTED = {  # the lines of the table of verdicts: how a claim was tested, by whi
            "all layers, searched: perplexity within 2%": ("all layers, searched",),
            "all layers: accuracy within 2 points": ("cloze, one pass", "piqa, one pass")},
     "P7": {"per token: under half of bf16": ("per token",),
-           "4,096 tokens and dictionaries: under half of bf16": ("4,096 tokens",)},
-    "P8": {"number of six tests, on shared atoms, that hold": ()}}
+           "4,096 tokens, with dictionaries: under half of bf16": ("4,096 tokens",)},
+    "P8": {"do tokens share atoms accordingly? (tests that hold)": ()}}
 
 def verdicts(lines):
     """P1 to P8 in words, a line for each test."""

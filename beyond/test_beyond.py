@@ -1502,7 +1502,7 @@ def test_tables_and_figures_follow_from_the_rows(results):
     assert f"It rises by {figure}=tiny dual-->%." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
     assert f"| P7a | {claims.CLAIMS['P7'][0]} | per token: under half of bf16 | no |\n" in made
-    assert "| P7b |  | 4,096 tokens and dictionaries: under half of bf16 | no |\n" in made
+    assert "| P7b |  | 4,096 tokens, with dictionaries: under half of bf16 | no |\n" in made
     assert report.filled(made, lines) == made
     broken = made.replace(figure, "0.1<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
