@@ -148,11 +148,11 @@ CLAIMS = {
            "the same error, turned at random: gains less"),
     "P6": ("perplexity and accuracy are comparable to the dense model's",
            "nats lost: below 0.01 for a layer alone, 0.02 for all; accuracy lost: below 0.02",
-           "no atoms, the head's mean alone: loses more than that"),
+           "no atoms, the head's mean alone: is not within these limits"),
     "P7": ("significantly less memory", "share of bf16's bytes: below a half",
            "8 bits per number take a half"),
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
-           "change of the share of atoms in common, shallow to deep: above 0",
+           "change from shallow to deep in the direction claimed: above 0",
            "the same by a random dictionary: less")}
 STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95%, by number of seeds
 
