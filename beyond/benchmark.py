@@ -213,15 +213,18 @@ def time_steps(trainers):
     return medians
 
 def table_of_peers(lines):
-    """FVU of held-out vectors and dead latents by site and library, then ms per step by shape."""
-    cells = {}
-    for line in pick(lines, kind="peers")[-1:]:
-        for site, by_name in line["peers"]["sites"].items():
-            cells |= {(f"FVU (dead), {site}", name): "{} ({:.1f}%)".format(
+    """FVU of held-out vectors and dead latents by site and library, then ms per step by shape, as
+    the first of the runs measured it."""
+    runs, cells = pick(lines, kind="peers"), {}
+    for run in runs:
+        steps = run["settings"].get("steps")  # the oldest run does not say
+        for site, by_name in run["peers"]["sites"].items():
+            label = f"FVU (dead), {site}" + (f", {steps:,} steps" if steps else "")
+            cells |= {(label, name): "{} ({:.1f}%)".format(
                 spread(x["fvu"], 4), 100 * statistics.mean(x["dead"]))
                 for name, x in by_name.items()}
-        for shape, by_name in line["peers"]["times"].items():
-            cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
+    for shape, by_name in runs[0]["peers"]["times"].items() if runs else ():
+        cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
     return table("", cells)
 
 def main(argv=None):
