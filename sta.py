@@ -75,13 +75,13 @@ class TopKSAE(nn.Module):
         if not 0 <= k <= self.n_latents:
             raise UsageError(f"k = {k}: want 0 to n_latents = {self.n_latents}")
         normalised = (x - self.b_dec) / self.scale  # (..., H, D)
-        # (normalised @ W_enc + b_enc).topk(k), with a faster gradient (section 5 of sta.py)
+        # = (normalised @ W_enc + b_enc).topk(k), but faster to train (section 5)
         z, idx = top_k_of_matmul(normalised, self.W_enc, self.b_enc, k)
         return F.relu(z), idx
 
     def decode(self, z, idx):
         """z, idx (..., H, k) -> x_hat (..., H, D): k atoms, or at k = 0 none, and the mean."""
-        # (z[..., None] * W_dec[idx]).sum(-2), without a copy of each atom (section 5 of sta.py)
+        # = (z[..., None] * W_dec[idx]).sum(-2), without copying atoms (section 5)
         return self.scale * sum_of_rows(z, idx, self.W_dec) + self.b_dec
 
     def loss(self, x):

@@ -285,7 +285,7 @@ def draw_attention(look, model_name):
         words = textwrap.shorten(" ".join(dict.fromkeys(on)), 26, placeholder=" …")
         panel.bar(0, 0, color=colours[m], label=f"atom {m}: {words}")
     panel.bar(0, 0, color="#f0e4cc", label="other atoms")
-    panel.bar(0, 0, color="darkgrey", label="mean key, less its average")
+    panel.bar(0, 0, color="darkgrey", label="mean key (average subtracted)")
     panel.bar(0, 0, color="white", hatch="////", ec="grey", label="missed by the code")
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xticks(places, look["tokens"], rotation=60, ha="right", parse_math=False)

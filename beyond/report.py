@@ -255,7 +255,7 @@ TESTED = {  # the lines of the table of verdicts: how a claim was tested, by whi
            "all layers: accuracy within 2 points": ("cloze, one pass", "piqa, one pass")},
     "P7": {"per token: under half of bf16": ("per token",),
            "4,096 tokens, with dictionaries: under half of bf16": ("4,096 tokens",)},
-    "P8": {"do tokens share atoms accordingly? (tests that hold)": ()}}
+    "P8": {"tests of six that hold, on the atoms that two tokens share": ()}}
 
 def verdicts(lines):
     """P1 to P8 in words, a line for each test."""
@@ -286,7 +286,7 @@ def median_layer(lines, model):
     rows = list(layers_alone(lines, model).values())
     return rows[(len(rows) - 1) // 2] if rows else []
 
-SUMMARY = {"dual": "the paper's codes, all layers", "searched": "the same, atoms found by search",
+SUMMARY = {"dual": "the paper's codes, all layers", "searched": "the same budget, atoms found by search",
            "rotated 3 bits": "*rotated* quantisation, 3 bits",
            "transform 9.375": "*transform* quantisation", "additive 9.375": "*additive* codes"}
 
