@@ -134,7 +134,6 @@ def draw_curves(curves, title, x_label, x_scale):
     panel.set_title(title, parse_math=False)
     for method, points in curves.items():
         (x, rise), (label, colour, *_) = points[-1], STYLE[method]
-        label += " (no increase)" * (rise <= 0)
         side, ha = (-6, "right") if len(points) == 1 else (6, "left")  # where no line begins
         panel.annotate(label, (x, max(edge, rise)), xytext=(side, 0), textcoords="offset points",
                        color=colour, va="center", ha=ha, fontsize=9)
