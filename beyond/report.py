@@ -286,7 +286,8 @@ def median_layer(lines, model):
     rows = list(layers_alone(lines, model).values())
     return rows[(len(rows) - 1) // 2] if rows else []
 
-SUMMARY = {"dual": "the paper's codes, all layers", "searched": "the same budget, atoms found by search",
+SUMMARY = {"dual": "the paper's codes, all layers",
+           "searched": "the same budget, atoms found by search",
            "rotated 3 bits": "*rotated* quantisation, 3 bits",
            "transform 9.375": "*transform* quantisation", "additive 9.375": "*additive* codes"}
 
