@@ -240,6 +240,8 @@ def fidelity_and_bytes(row, vectors, config):
         size, by_layer[layer] = measure_codec(codec, keys, values)
         total += size
     columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}  # of the dense model
+    if row.make_forward:  # and no codecs of a layer: not measured
+        columns = dict.fromkeys(columns, math.nan)
     if by_layer:
         columns = {name: sum(layer[name] for layer in by_layer.values()) / len(by_layer)
                    for name in columns}

@@ -240,7 +240,7 @@ def write_fitted(folder, model, layer, tensors):
 def read_fitted(folder, model, layer):
     """The tensors of a layer in a folder that `write_fitted` wrote in, on the model's device."""
     path = folder / f"layer{layer}.safetensors"
-    command = {"calibration": "calibrate", "additive": "additive"}.get(
+    command = {"calibration": "calibrate", "additive": "additive", "joint": "rivals"}.get(
         folder.name, "variants --what stretch")
     with explain(f"{path}: missing or corrupt; run python -m beyond.{command}"):
         with safetensors.safe_open(path, "pt", device=str(model.device)) as file:

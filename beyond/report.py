@@ -501,9 +501,12 @@ FIGURES = {
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
                                               text="code", digits=digits)
        for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
-    **{f"smollm2 code {name}": functools.partial(ratio, model=SMOLLM2, name=name, text="code",
-                                                 experiment="trained on mixed text", digits=1)
-       for name in ("dual", "searched")},
+    **{f"smollm2 mixed {text} {name}": functools.partial(
+        ratio, model=SMOLLM2, name=name, text=text, experiment="trained on mixed text", digits=2)
+       for text in TEXTS for name in ("dual", "searched")},
+    **{f"smollm2 half {text} {name}": functools.partial(
+        ratio, model=SMOLLM2, name=name, text=text, experiment="code in half of the text", digits=2)
+       for text in TEXTS for name in ("dual", "searched")},
     "qwen additive from": additive_overtakes,
     **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
        for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))

@@ -1,6 +1,7 @@
 """What else could the same bytes buy? The quantisers that engineers would use, as rows.
 
     python -m beyond.calibrate && python evaluate.py --rows rivals     # with SAEs or without
+    python -m beyond.rivals --model tiny                               # adds the rows `joint`
 
 grouped    KIVI [arXiv 2402.02750] at 2 and 3 bits in groups of 32: each group is rounded to equal
            steps from its minimum to its maximum; minimum and step are kept in fp16. Keys are
@@ -16,23 +17,33 @@ transform  the idea of KVTC [arXiv 2511.01815]: the keys and values of all heads
            which is left out, would save 4 to 6% at 2 to 3 bits. At the bytes of the dual budget in
            words (beyond/variants.py) there are also its steps: axes per head, per layer, and in the
            metric, with as many bytes in each layer.
+joint      transform with axes across layers, as KVTC has them: the keys and values of all layers of
+           a token are one vector. They are there only when the model has read the token. So it
+           suits a text that is stored between its uses; and it is scored by two passes: the model
+           reads the text, and then reads it again with decoded keys and values, without errors
+           that build up from layer to layer. Transform by two passes stands beside it.
 
-The last two are fitted on the text of beyond/calibrate.py, never on the text that is scored.
+The last three are fitted on the text of beyond/calibrate.py, never on the text that is scored.
 """
+import contextlib
 import functools
 import math
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (EightBits, apart, plain_metric, principal_axes, read_fitted,
-                              read_settings, side_by_side)
-from support.files import run_main
+from beyond.calibrate import (EightBits, apart, keep_settings, plain_metric, principal_axes,
+                              read_fitted, read_settings, side_by_side, write_fitted)
+from support.files import check_out, run_main
+from support.models import load_model, pick_device
+from support.results import find_saes
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
+JOINT_SHARES = (0.015625, 0.03125, 0.0625)
 
 # ------------------------------------------------------------------ grouped
 def quantise(x, live, kind, bits, group):
@@ -177,6 +188,94 @@ def axes_of(fitted, shape, step):
         covariance = covariance * (head[:, None] == head)
     return principal_axes(covariance, metric)
 
+# ------------------------------------------------------------------ axes across layers
+def learn_joint_axes(model, windows, fitted):
+    """Windows (n, T) of token ids, {layer: what calibrate.py measured} -> the variances (Q,) of the
+    numbers along common principal axes, strongest first, and {layer: axes (P, Q)}: a layer's part
+    in y = sum over layers of (x - mean) root axes, root the root of its metric. Q axes are as many
+    as the largest of JOINT_SHARES uses."""
+    vectors, parts = sta.harvest(model, windows, list(fitted)), []
+    for layer, of_layer in fitted.items():
+        x = side_by_side(vectors.pop((layer, "key")), vectors.pop((layer, "value")))
+        parts.append((x - of_layer["mean"]) @ torch.linalg.cholesky(of_layer["metric"]))
+    y = torch.cat(parts, 1)  # (tokens, L P)
+    variances, axes = (x.flip(-1) for x in torch.linalg.eigh(y.T @ y / len(y)))
+    bits = allocate(variances.clamp_min(0), int(max(JOINT_SHARES) * 16 * len(variances)))
+    n_axes = int(bits.nonzero().max()) + 1
+    by_layer = axes[:, :n_axes].split(parts[0].shape[1])
+    return variances[:n_axes], dict(zip(fitted, by_layer))
+
+def joint_codec(fitted, learned, shape, share):
+    """`Transform` for the keys of all L layers, side by side as heads, and their values. fitted,
+    learned: by layer, what calibrate.py measured, and {variances, axes} of `learn_joint_axes`."""
+    def keys_first(parts):  # L of (P, ...) -> (L P, ...)
+        return torch.stack(parts).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+
+    roots = [torch.linalg.cholesky(of_layer["metric"]) for of_layer in fitted.values()]
+    axes = [of_layer["axes"] for of_layer in learned.values()]
+    W = keys_first([root @ part for root, part in zip(roots, axes)])  # (L P, Q)
+    inverse = keys_first([torch.linalg.inv(root).T @ part for root, part in zip(roots, axes)]).T
+    variances = next(iter(learned.values()))["variances"]
+    bits = allocate(variances, int(share * 16 * len(W)))
+    mean = keys_first([of_layer["mean"] for of_layer in fitted.values()])
+    return Transform((len(fitted) * shape[0], shape[1]), mean, variances, W, inverse, bits)
+
+class Given:
+    """A codec of one layer that makes of any vectors what it was given."""
+
+    def roundtrip(self, keys, values, live):
+        return self.decoded
+
+@contextlib.contextmanager
+def two_passes(model, layers, code, sink):
+    """`with two_passes(...) as forward`: ids (B, T) -> logits (B, T, V) with decoded keys and
+    values. code: what a code makes of those of all layers, (B, T, L H, D) each, which the
+    unmodified model has."""
+    given = {layer: Given() for layer in layers}
+
+    def forward(ids):
+        with sta.capture(model, layers) as vectors:
+            model.get_decoder()(input_ids=ids, use_cache=False)
+        both = [torch.cat([vectors[layer, kind].float() for layer in layers], 2)
+                for kind in sta.KINDS]
+        decoded = [x.chunk(len(layers), 2) for x in code(*both)]
+        for codec, *of_layer in zip(given.values(), *decoded):
+            codec.decoded = of_layer
+        with sta.reconstruct(model, given, sink):
+            return model(input_ids=ids, use_cache=False).logits
+
+    yield forward
+
+def each_alone(codecs, keys, values):
+    """What the codecs of L layers make of the keys and values of all, (B, T, L H, D) each."""
+    parts = zip(codecs, keys.chunk(len(codecs), 2), values.chunk(len(codecs), 2))
+    return [torch.cat(x, 2) for x in zip(*(codec.decode(codec.encode(*part))
+                                           for codec, *part in parts))]
+
+def joint_rows(model, folder, fitted, shape, sink):
+    """[Row], by two passes: transform across layers, and transform, at the same shares."""
+    learned = {layer: read_fitted(folder / "joint", model, layer) for layer in fitted}
+    axes, new_rows = {layer: axes_of(fitted[layer], shape, "") for layer in fitted}, []
+    variances = torch.stack([of_layer[0] for of_layer in axes.values()])
+    for share in JOINT_SHARES:
+        joint = joint_codec(fitted, learned, shape, share)
+        bits = allocate(variances, int(share * 16 * variances.numel()))
+        alone = {layer: Transform(shape, fitted[layer]["mean"], *axes[layer], of_layer)
+                 for layer, of_layer in zip(fitted, bits)}
+        n_dense = model.get_decoder().config.num_hidden_layers - len(fitted)
+        size = math.ceil(joint.levels.bits.sum().item() / 8) + n_dense * 4 * math.prod(shape)
+        for name, code, codecs, bytes_per_token in (
+                ("joint", lambda *both, codec=joint: codec.decode(codec.encode(*both)), {}, size),
+                ("transform", functools.partial(each_alone, list(alone.values())), alone, None)):
+            tables = [x for codec in (alone.values() if codecs else [joint])
+                      for x in (codec.mean, codec.axes, codec.inverse)]
+            new_rows.append(evaluate.Row(
+                f"{name} {100 * share:g}, two passes", codecs, method=f"{name}, two passes",
+                once_bytes=sum(x.nbytes for x in tables), bytes_per_token=bytes_per_token,
+                make_forward=functools.partial(two_passes, layers=list(fitted), code=code,
+                                               sink=sink)))
+    return new_rows
+
 # ------------------------------------------------------------------ the rows
 def rows(model, tokenizer, saes, args, before):
     """For evaluate.py: [Row]."""
@@ -207,13 +306,27 @@ def rows(model, tokenizer, saes, args, before):
                        for x in (codec.mean, codec.axes, codec.inverse))
             name = f"transform {100 * share:g}{step}"
             new_rows.append(evaluate.Row(name, codecs, once_bytes=once, method=f"transform{step}"))
+    if (folder.with_name("joint") / f"layer{layers[-1]}.safetensors").exists():
+        new_rows += joint_rows(model, folder.parent, fitted, shape, args.sink)
     for row in new_rows:
         row.settings = settings
     return new_rows
 
+@torch.no_grad()
 def main(argv=None):
-    parse_args(__doc__, argv, "")
-    raise sta.UsageError("this file adds rows to a table; run: python evaluate.py --rows rivals")
+    args = parse_args(__doc__, argv, "model saes layer device dtype")
+    check_out(args.saes)
+    name = args.model or find_saes(args.saes, None)[1] or "tiny"
+    folder = fitted_folder(args.saes, name)
+    settings = {"calibration": read_settings(folder / "calibration")}
+    model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
+    fitted = {layer: read_fitted(folder / "calibration", model, layer) for layer in layers}
+    windows = load_file(folder / "calibration" / "windows.safetensors")["ids"]
+    variances, by_layer = learn_joint_axes(model, windows, fitted)
+    keep_settings(folder / "joint", settings)
+    for layer, axes in by_layer.items():
+        write_fitted(folder / "joint", model, layer, {"axes": axes, "variances": variances})
+    print(f"{folder / 'joint'}: {len(variances):,} axes across {len(layers)} layers")
 
 if __name__ == "__main__":
     run_main(main)
