@@ -450,6 +450,16 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
         assert rows[name]["settings"]["tokens"] == 8704
     assert rows["transform 12.5"]["ce"] < rows["rotated 2 bits"]["ce"]
     assert script(plots, "--results", tmp_path, "--out", tmp_path) == 0
+    shutil.copytree(calibrated, tmp_path / "joint")
+    assert script(rivals, "--model", "tiny", "--saes", tmp_path / "joint") == 0
+    run[3] = tmp_path / "joint"
+    assert script(evaluate, *run, "--only", "two passes") == 0
+    _, *joint = read_json(tmp_path / "tiny.json")["rows"]
+    assert [row["name"] for row in joint[-2:]] == ["joint 6.25, two passes",
+                                                   "transform 6.25, two passes"]
+    for row, other in zip(joint[::2], joint[1::2]):
+        assert row["bytes_share"] == pytest.approx(other["bytes_share"], rel=0.05)
+        assert row["kl"] < other["kl"] and row["once_bytes"] > other["once_bytes"]
     run[3] = calibrated / "tiny"  # the model's folder does, too; --layer says what is coded
     assert script(evaluate, *run, "--layer", 3, "--only", "rotated 2") == 0
     result = read_json(tmp_path / "tiny.json")
@@ -465,6 +475,47 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     assert_one_line(capsys.readouterr().err, "layer3.safetensors: of another model")
 
 # ---------------------------------------------------------------- variants.py
+def test_axes_across_layers(monkeypatch):
+    """Enough bits bring back every layer's keys and values; fewer, most of them, where the layers
+    have nearly the same; and the model computes with what comes back."""
+    model, windows, (H, D) = small_model("llama"), tokens_of(40, 33), (2, 16)
+    fitted = {layer: {"mean": mean.float(), "covariance": covariance.float(),
+                      "metric": calibrate.metric(G).float()} for layer, (mean, covariance, G)
+              in calibrate.statistics(model, windows, [0, 1]).items()}
+
+    def learn(share):
+        monkeypatch.setattr(rivals, "JOINT_SHARES", (share,))
+        variances, axes = rivals.learn_joint_axes(model, windows, fitted)
+        learned = {layer: {"axes": axes[layer], "variances": variances} for layer in axes}
+        return rivals.joint_codec(fitted, learned, (H, D), share)
+
+    x = sta.harvest(model, windows[:4], [0, 1], sink=0)
+    keys, values = (torch.cat([x[layer, kind] for layer in (0, 1)], 1).view(4, 33, 2 * H, D)
+                    for kind in sta.KINDS)
+    codec = learn(0.5)
+    for exact, decoded in zip((keys, values), codec.decode(codec.encode(keys, values))):
+        for a, b in zip(exact.chunk(2, 2), decoded.chunk(2, 2)):  # of each layer
+            assert sta.fidelity(a[:, 1:], b[:, 1:])["fvu"] < 1e-3
+    stored, = learn(0.125).encode(keys, values)
+    assert stored.shape == (4, 33, 2 * 2 * H * D * 2 // 8)  # an eighth of bf16's
+
+    def code(keys, values):  # without the second layer's values
+        return keys, torch.cat([values[:, :, :H], 0 * values[:, :, H:]], 2)
+
+    only_zeros = {1: evaluate.OneKind("value", Given(torch.zeros_like))}
+    with sta.reconstruct(model, only_zeros, sink=1), torch.no_grad():
+        expected = model(windows[:4]).logits
+    with torch.no_grad(), rivals.two_passes(model, [0, 1], code, sink=1) as forward:
+        torch.testing.assert_close(forward(windows[:4]), expected)
+
+class Given:
+    """A codec that makes of a vector what a function does."""
+    def __init__(self, function):
+        self.function = function
+
+    def roundtrip(self, keys, values, live):
+        return self.function(keys), self.function(values)
+
 def coefficients_of(target, atoms):
     """Of least squares, without negative ones; then each, in turn, is given its best value."""
     z = np.maximum(np.linalg.lstsq(atoms.T, target)[0], 0)
