@@ -352,6 +352,19 @@ def sizes(lines):
             cells[name, f"{short}: less than rotated from"] = overtakes(lines, model, row)
     return table("format", cells)
 
+def by_two_passes(lines):
+    """Ratio to dense perplexity of the rows scored by two passes, by model, and the number of
+    tokens from which they take less than bf16."""
+    cells = {}
+    for short, model in MODELS.items():
+        rows = on_text(lines, kind="row", model=model)
+        for row in sorted(rows, key=lambda row: row["bytes_share"]):
+            if row["name"].endswith(", two passes"):
+                name = row["name"].removesuffix(", two passes")
+                cells[name, short] = cell([row], 4)
+                cells[name, f"{short}: pays from"] = f"{row['break_even_tokens']:,}"
+    return table("format", cells)
+
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
     "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
     "searched, packed": "searched, not stretched",
@@ -459,7 +472,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "summary": summary, "one layer": one_layer,
-          "damage": damage, "sizes": sizes,
+          "damage": damage, "sizes": sizes, "two passes": by_two_passes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
           "lengths": functools.partial(lengths, model=SMOLLM2)}
 
