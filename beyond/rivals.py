@@ -156,16 +156,26 @@ def allocate(variances, n_bits):
     chosen[gains.flatten().topk(n_bits).indices] = 1
     return chosen.view(gains.shape).sum(-1)
 
+class SixteenBits:
+    """A table kept in bf16, read as float32."""
+
+    def __init__(self, x):
+        self.x, self.nbytes = x.bfloat16(), 2 * x.numel()
+
+    def read(self):
+        return self.x.float()
+
 class Transform:
     """A codec of one layer: a token's P numbers along axes, each in its number of bits. Its tables
     are kept in 8 bits per number."""
 
-    def __init__(self, shape, mean, variances, W, inverse, bits):
-        """shape: (n_kv_heads, head_dim); mean (P,); what `principal_axes` and `allocate` return."""
+    def __init__(self, shape, mean, variances, W, inverse, bits, table=EightBits):
+        """shape: (n_kv_heads, head_dim); mean (P,); what `principal_axes` and `allocate` return;
+        table: how the axes for encoding are kept."""
         used = (bits.to(mean.device) > 0) & (variances > 0)
         spread = variances[used].sqrt()
         self.shape, self.mean, self.levels = shape, mean.float(), Levels(bits.to(mean.device)[used])
-        self.axes = EightBits((W[:, used] / spread).T.float())  # (axes in use, P)
+        self.axes = table((W[:, used] / spread).T.float())  # (axes in use, P)
         self.inverse = EightBits((spread[:, None] * inverse[used]).float())  # (axes in use, P)
 
     def encode(self, keys, values):
@@ -218,7 +228,9 @@ def joint_codec(fitted, learned, shape, share):
     variances = next(iter(learned.values()))["variances"]
     bits = allocate(variances, int(share * 16 * len(W)))
     mean = keys_first([of_layer["mean"] for of_layer in fitted.values()])
-    return Transform((len(fitted) * shape[0], shape[1]), mean, variances, W, inverse, bits)
+    # with 8 bits, what rounding adds to the weak axes from the strong ones is more than they hold
+    return Transform((len(fitted) * shape[0], shape[1]), mean, variances, W, inverse, bits,
+                     SixteenBits)
 
 class Given:
     """A codec of one layer that makes of any vectors what it was given."""
