@@ -771,7 +771,7 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         rows["dual"]["bytes_share"] + rows["dual"]["once_bytes"] / 256 / 6144)
     assert not any(name.startswith("P8") for name in verdicts)  # two layers
     assert verdicts.keys() == {f"{x['claim']} {x['part']}".strip() for x in claims.judge(
-        [*({"kind": "row", **row} for row in result["rows"]),
+        [*({"kind": "row", "context": 256, **row} for row in result["rows"]),
          {"kind": "measured", **measured["measured"]}])}
     without = [line for line in lines if not line["name"].endswith("alone, means")]
     without.append({**rows["dual"], "kind": "row", "tasks": {}})  # as if of another seed
@@ -1549,7 +1549,8 @@ def test_tables_and_figures_follow_from_the_rows(results):
             "It rises by 9.9<!--=tiny dual-->%.\n"
             "<!-- table: verdicts -->\n<!-- end -->\n")
     made = report.filled(text, lines)
-    figure = f"{100 * (rows['dual']['ratio'] - 1):.1f}<!--"
+    figure = report.rise([rows["dual"]]) + "<!--"
+    assert figure.startswith(f"{100 * (rows['dual']['ratio'] - 1):.1f} ± ")
     assert f"It rises by {figure}=tiny dual-->%." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
     assert f"| P7a | {claims.CLAIMS['P7'][0]} | per token: under half of bf16 | no |\n" in made
@@ -1557,9 +1558,11 @@ def test_tables_and_figures_follow_from_the_rows(results):
     assert report.filled(made, lines) == made
     broken = made.replace(figure, "0.1<!--")
     assert report.filled(broken, lines) == made != broken  # one digit is noticed
-    two = [{**rows["dual"], "ratio": ratio, "settings": {"seed": seed}} for seed, ratio in
-           enumerate((1.1, 1.2, 1.3))]
-    assert "20.0 ± 10.0<!--=tiny dual-->" in report.filled("1<!--=tiny dual-->", two)
+    three = [{**rows["dual"], "ratio": math.exp(nats), "delta_ce": nats, "delta_ce_stderr": 0.0,
+              "settings": {"seed": seed}} for seed, nats in enumerate((0.1, 0.2, 0.3))]
+    ratio, half = np.mean(np.exp([0.1, 0.2, 0.3])), 4.30 * 0.1 / math.sqrt(3)  # Student's t
+    expected = f"{100 * (ratio - 1):.1f} ± {100 * ratio * half:.1f}<!--=tiny dual-->"
+    assert expected in report.filled("1<!--=tiny dual-->", three)
 
 def test_a_cell_shows_what_varied():
     """Over seeds its spread and their number; where nothing varied, the interval of one run."""
