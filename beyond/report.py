@@ -499,7 +499,7 @@ def pays(lines, model, name):
 FIGURES = {
     "tiny one layer": median_layer_alone, "smollm2 worst layer": worst_layer_alone,
     **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
-       for name in ("dual", "packed", "layer SAE, packed")},
+       for name in ("dual", "packed", "layer SAE, packed", "joint 6.25, two passes")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform", 12), ("reverse", 16),
