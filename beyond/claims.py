@@ -300,7 +300,8 @@ def judge_loss(part, losses, threshold, controls, n=""):
     with the head's mean alone."""
     control = None
     if controls:
-        control = statistics.mean(controls), statistics.mean(controls) < threshold
+        lost = statistics.mean(controls)
+        control = lost, lost < threshold
     return verdict("P6", part, losses, threshold, control, above=False, trained=False, n=n)
 
 def judge_parity(rows):

@@ -264,11 +264,11 @@ def each_alone(codecs, keys, values):
     return [torch.cat(x, 2) for x in zip(*(codec.decode(codec.encode(*part))
                                            for codec, *part in parts))]
 
-def joint_rows(model, folder, fitted, shape, sink):
-    """[Row], by two passes: transform across layers, and transform, at the same shares."""
+def joint_rows(model, folder, fitted, axes, shape, sink):
+    """[Row], by two passes: transform across layers, and transform, whose axes {layer: what
+    `axes_of` returns} are given, at the same shares."""
     learned = {layer: read_fitted(folder / "joint", model, layer) for layer in fitted}
-    axes, new_rows = {layer: axes_of(fitted[layer], shape, "") for layer in fitted}, []
-    variances = torch.stack([of_layer[0] for of_layer in axes.values()])
+    variances, new_rows = torch.stack([of_layer[0] for of_layer in axes.values()]), []
     for share in JOINT_SHARES:
         joint = joint_codec(fitted, learned, shape, share)
         bits = allocate(variances, int(share * 16 * variances.numel()))
@@ -319,7 +319,8 @@ def rows(model, tokenizer, saes, args, before):
             name = f"transform {100 * share:g}{step}"
             new_rows.append(evaluate.Row(name, codecs, once_bytes=once, method=f"transform{step}"))
     if (folder.with_name("joint") / f"layer{layers[-1]}.safetensors").exists():
-        new_rows += joint_rows(model, folder.parent, fitted, shape, args.sink)
+        # axes are those of the last step
+        new_rows += joint_rows(model, folder.parent, fitted, axes, shape, args.sink)
     for row in new_rows:
         row.settings = settings
     return new_rows

@@ -1599,7 +1599,7 @@ def test_layers_coded_alone_are_ranked_by_their_cost():
     lines = [{"kind": "row", "model": report.QWEN, "method": "one layer" + ending, "tokens": 24,
               "name": f"layer {layer} alone{ending}", "text": "valid.txt", "seq_len": 8,
               "ratio": ratio, "ratio_ci95": [ratio - 0.01, ratio + 0.02],
-             "delta_ce": math.log(ratio), "delta_ce_stderr": 0.01}
+              "delta_ce": math.log(ratio), "delta_ce_stderr": 0.01}
              for layer, ratio in ((0, 1.05), (3, 1.01), (6, 1.002), (9, 1.03))
              for ending in ("", report.SEARCHED)]
     made = report.one_layer(lines)
