@@ -200,9 +200,9 @@ def take_apart(model, layer, sae, k, queries, keys):
 @torch.no_grad()
 def measure_attention(model, rows, layers, ids, sink=1):
     """How well the keys of {name: {layer: codec}} serve dense queries, over token ids (B, T) ->
-    {name: {layer: {r2, slope, height, fvu}}}. Of a query's logits at coded tokens, less their mean:
-    the share of their variance that the coded keys explain; the slope of the coded logits on the
-    exact ones; how high the largest still is, as a share. And the keys' own FVU."""
+    {name: {layer: {r2, slope, fvu}}}. Of a query's logits at coded tokens, less their mean: the
+    share of their variance that the coded keys explain; the slope of the coded logits on the exact
+    ones. And the keys' own FVU."""
     measured = {name: {} for name in rows}
     for layer, (queries, keys, values) in read_attention(model, layers, ids).items():
         exact = logits(model, layer, queries, keys)
@@ -215,16 +215,14 @@ def measure_attention(model, rows, layers, ids, sink=1):
     return measured
 
 def compare_logits(exact, coded, sink):
-    """Logits (B, n, T, T) -> {r2, slope, height}, as `measure_attention` has them."""
+    """Logits (B, n, T, T) -> {r2, slope}, as `measure_attention` has them."""
     seen = torch.ones(exact.shape[-2:], dtype=torch.bool, device=exact.device).tril()
     seen[:, :sink] = False
     n_seen = seen.sum(-1, keepdim=True).clamp_min(1)
     exact, coded = ((x - (x * seen).sum(-1, keepdim=True) / n_seen) * seen for x in (exact, coded))
-    highest = exact.masked_fill(~seen, -torch.inf).argmax(-1, keepdim=True)
     variance = exact.square().sum()
     return {"r2": 1 - ((coded - exact).square().sum() / variance).item(),
-            "slope": ((coded * exact).sum() / variance).item(),
-            "height": (coded.gather(-1, highest).sum() / exact.gather(-1, highest).sum()).item()}
+            "slope": ((coded * exact).sum() / variance).item()}
 
 def furthest_look(weights):
     """Attention weights {layer: (n, T, T)} -> (layer, head): whose last query looks most at a token

@@ -294,7 +294,8 @@ def table_of_costs(lines, model):
     return table("cache", {
         (cost["name"] + ", kept decoded" * cost["keep"], f"{cost['context']:,}"):
         f"{cost['token_ms']:.0f} ms, {cost['bytes'] / 1e6:.1f} MB"
-        for line in pick(lines, kind="caches", model=model) for cost in line["caches"]})
+        for line in pick(lines, kind="caches", model=model) for cost in line["caches"]
+        if cost["name"] != "searched"})  # which is decoded as dual is
 
 def main(argv=None):
     args = parse_args(

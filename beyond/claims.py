@@ -282,17 +282,28 @@ def judge_noise(rows):
         gain = statistics.mean(gain for gain, _ in estimates)
         yield verdict("P5", "", estimates, 0, (turned, turned >= gain), trained=False)
 
+def layers_alone(lines):
+    """{layer: rows} of the rows that code one layer by one pass, cheapest first."""
+    alone = {}
+    for row in lines:
+        if match := re.fullmatch(r"layer (\d+) alone", row["name"]):
+            alone.setdefault(int(match[1]), []).append(row)
+    return dict(sorted(alone.items(), key=lambda item: statistics.mean(
+        row["delta_ce"] for row in item[1])))
+
+def median(ranked):
+    """The middle one of a sorted list, the lower one of two."""
+    return ranked[(len(ranked) - 1) // 2]
+
+def nats_lost(rows):
+    return [(row["delta_ce"], row["delta_ce_stderr"]) for row in rows]
+
 def judge_parity_alone(rows):
-    costs = {}  # layer: [(nats, error)] by seed
-    for name in rows.by_name:
-        if match := re.fullmatch(r"layer (\d+) alone", name):
-            costs[match[1]] = [(row["delta_ce"], row["delta_ce_stderr"])
-                               for row in rows.by_name[name]]
-    ranked = sorted(costs, key=lambda layer: statistics.mean(x for x, _ in costs[layer]))
-    for part, layer in zip(("median layer", "worst layer"), (
-            ranked[(len(ranked) - 1) // 2], ranked[-1])) if ranked else ():
+    alone = layers_alone(itertools.chain(*rows.by_name.values()))
+    ranked = list(alone)
+    for part, layer in (("median", median(ranked)), ("worst", ranked[-1])) if ranked else ():
         means = rows.by_name.get(f"layer {layer} alone, means", [])
-        yield judge_loss(f"{part} alone", costs[layer], math.log(1.01), [
+        yield judge_loss(f"{part} layer alone", nats_lost(alone[layer]), math.log(1.01), [
             row["delta_ce"] for row in means], f"layer {layer}, of {len(ranked)} coded")
 
 def judge_loss(part, losses, threshold, controls, n=""):
@@ -309,9 +320,8 @@ def judge_parity(rows):
     for name, method in (("dual", "one pass"), ("searched", "searched")):
         coded = rows.by_name.get(name, [])
         if coded:
-            yield judge_loss(f"all layers, {method}",
-                             [(row["delta_ce"], row["delta_ce_stderr"]) for row in coded],
-                             math.log(1.02), [row["delta_ce"] for row in means])
+            yield judge_loss(f"all layers, {method}", nats_lost(coded), math.log(1.02),
+                             [row["delta_ce"] for row in means])
         for task in dict.fromkeys(task for row in coded for task in row["tasks"]):
             scores, controls = ([row["tasks"][task] for row in some if task in row["tasks"]]
                                 for some in (coded, means))
@@ -327,11 +337,12 @@ def share_with_dictionaries(row, n_tokens):
 
 def judge_memory(rows):
     for dual in rows.by_name.get("dual", [])[:1]:
-        parts = {"per token": dual["bytes_share"]}
-        for n_tokens in dict.fromkeys((4096, dual["context"])):
-            parts[f"{n_tokens:,} tokens"] = share_with_dictionaries(dual, n_tokens)
-        for part, share in parts.items():
-            yield verdict("P7", part, [(share, 0.0)], 0.5, (0.5, share >= 0.5), above=False)
+        context = dual["context"]
+        for part, share, n in (
+                ("per token", dual["bytes_share"], ""),
+                ("4,096 tokens", share_with_dictionaries(dual, 4096), ""),
+                ("full context", share_with_dictionaries(dual, context), f"{context:,} tokens")):
+            yield verdict("P7", part, [(share, 0.0)], 0.5, (0.5, share >= 0.5), above=False, n=n)
 
 def judge_depth(depths):
     """depths: what `hierarchy` returned, by seed."""

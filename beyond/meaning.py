@@ -359,51 +359,48 @@ def print_meaning(words, seeds, without):
         print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
 
 # ------------------------------------------------------------------ tables
-def table_of_meaning(lines, models):
-    """By model and layer: AUROC on other words, means over keys, values and concepts; how alike
-    atoms are to those of another seed; and, over all layers, with the paired standard error over
-    concepts, by how much the AUROC of atoms is better."""
-    cells = {}
-    for model, line in ((short, line) for short, name in models.items()
-                        for line in pick(lines, kind="meaning", model=name)):
-        aurocs, gaps = {}, {}
-        for site, by_concept in line["meaning"]["words"].items():
-            for concept, x in by_concept.items():
-                for name in x:
-                    aurocs.setdefault((site.split(".")[0], name), []).append(x[name])
-                    gaps.setdefault(name, {}).setdefault(concept, []).append(x["atoms"] - x[name])
-        for (layer, name), values in aurocs.items():
-            cells[f"{model}, layer {layer}", name] = spread([statistics.mean(values)])
-        for site, columns in line["meaning"]["seeds"].items():
-            layer, kind = site.split(".")
-            row = f"{model}, layer {layer}"
-            cells[row, f"{kind}s: nearest cosine (random)"] = "{median:.2f} ({random:.2f})".format(
-                **columns)
-            if "logits" in columns:
-                cells[row, "stable half's share of logits"] = f"{columns['logits']:.2f}"
-        for name, by_concept in gaps.items():
-            mean, stderr = mean_stderr([statistics.mean(x) for x in by_concept.values()])
-            if name != "atoms":
-                cells[f"{model}, atoms better by", name] = f"{mean:+.3f} ± {stderr:.3f}"
-    return table("model and layer", cells)
+CONTENDERS = {"atoms": "atoms", "untrained twin": "atoms of an untrained dictionary",
+              "numbers of the vector": "single coordinates of the vector",
+              "random directions": "as many random directions as atoms",
+              "difference of means": "difference of means"}
 
-def nats_dropped(lines, model, name):
-    """Nats that it costs to drop the atoms of the stable or unstable half."""
-    return "".join("{:.3f} ± {:.3f}".format(*line["meaning"]["without"][name])
-                   for line in pick(lines, kind="meaning", model=model)[-1:]
-                   if line["meaning"]["without"])
-
-def table_of_aurocs(lines, models):
-    """AUROC on other words, means over a model's layers, kinds and concepts."""
+def table_of_aurocs(lines, models, contenders=tuple(CONTENDERS), with_gaps=True):
+    """AUROC on other words, means over a model's layers, kinds and concepts; and by how much that
+    of atoms is better, with its paired standard error over concepts."""
     cells = {}
-    for name, label in (("atoms", "atoms"), ("untrained twin", "atoms of an untrained dictionary"),
-                        ("numbers of the vector", "single coordinates of the vector")):
-        for heading, model in models.items():
-            cells[label, heading] = spread([statistics.mean(
-                x[name] for by_concept in line["meaning"]["words"].values()
-                for x in by_concept.values())
-                for line in pick(lines, kind="meaning", model=model)[-1:]])
+    for heading, model in models.items():
+        for line in pick(lines, kind="meaning", model=model)[-1:]:
+            sites = line["meaning"]["words"].values()
+            for name in contenders:
+                found = [x[name] for by_concept in sites for x in by_concept.values()]
+                cells[CONTENDERS[name], heading] = spread([statistics.mean(found)])
+                gaps = {}
+                for concept, x in itertools.chain(*(by_concept.items() for by_concept in sites)):
+                    gaps.setdefault(concept, []).append(x["atoms"] - x[name])
+                if with_gaps and name != "atoms":
+                    cells[CONTENDERS[name], f"{heading}: atoms better by"] = "{:+.3f} ± {:.3f}".format(
+                        *mean_stderr([statistics.mean(gap) for gap in gaps.values()]))
     return table("AUROC (0.5: chance, 1: perfect)", cells)
+
+def table_of_seeds(lines, models):
+    """How alike atoms are to those of another seed, means over a model's layers, and what they
+    carry."""
+    cells = {}
+    for heading, model in models.items():
+        for line in pick(lines, kind="meaning", model=model)[-1:]:
+            seeds, without = line["meaning"]["seeds"], line["meaning"]["without"]
+            for kind in sta.KINDS:
+                median, random = (statistics.mean(x[name] for site, x in seeds.items()
+                                                  if site.endswith(kind))
+                                  for name in ("median", "random"))
+                cells[f"nearest cosine, {kind}s (random atoms)", heading] = (
+                    f"{median:.2f} ({random:.2f})")
+            share = statistics.mean(x["logits"] for x in seeds.values() if "logits" in x)
+            cells["stable half's share of key atoms' logits", heading] = f"{share:.2f}"
+            for name, label in (("stable", "stable half"), ("unstable", "other half")):
+                cells[f"cost of dropping the {label}, nats", heading] = "{:.3f} ± {:.3f}".format(
+                    *without[name])
+    return table("", cells)
 
 def share_alike(lines, model):
     """The share of atoms, in %, that are much like one of another seed."""

@@ -26,8 +26,9 @@ from beyond import pick, spread, table
 from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
-from beyond.claims import CLAIMS, Rows, excess, interval, judge, seed_of
-from beyond.meaning import nats_dropped, share_alike, table_of_aurocs, table_of_meaning
+from beyond.claims import (CLAIMS, Rows, excess, interval, judge, layers_alone, median,
+                           nats_lost, seed_of)
+from beyond.meaning import share_alike, table_of_aurocs, table_of_seeds
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
 
@@ -46,6 +47,7 @@ TEXTS = ("valid", "prose", "code")  # the first is of the kind that the codes we
 QWEN, SMOLLM2 = "DIR/qwen2.5-coder-1.5b-instruct", "DIR/smollm2-135m-instruct"
 MODELS = {"tiny": "tiny", "smollm2": SMOLLM2, "qwen": QWEN}
 OTHERS = {SMOLLM2: "SmolLM2-135M", QWEN: "Qwen2.5-Coder-1.5B"}
+LABELS = {OTHERS.get(model, model): model for model in MODELS.values()}
 
 # ------------------------------------------------------------------ taking results in
 def lines_of(result, experiment=None):
@@ -183,22 +185,11 @@ def rise(rows):
     if not rows:
         return ""
     ratio = statistics.mean(row["ratio"] for row in rows)
-    _, half = interval(*zip(*((row["delta_ce"], row["delta_ce_stderr"]) for row in rows)),
-                       trained=False)
+    _, half = interval(*zip(*nats_lost(rows)), trained=False)
     return f"{round(100 * (ratio - 1), 1) + 0:.1f} ± {100 * ratio * half:.1f}"  # no -0.0
 
 def rise_of(lines, **wanted):
     return rise(on_text(lines, **wanted))
-
-def overtakes(lines, model, row):
-    """The tokens from which on a row takes less than rotated codes of 3 bits; "" if it never does.
-    """
-    rotated = pick(lines, kind="row", model=model, name="rotated 3 bits")
-    if not rotated or row["bytes_per_token"] >= rotated[0]["bytes_per_token"]:
-        return ""
-    n_tokens = (row["once_bytes"] - rotated[0]["once_bytes"]) / (
-        rotated[0]["bytes_per_token"] - row["bytes_per_token"])
-    return f"{max(0, math.ceil(n_tokens)):,}"
 
 def about(n_tokens):
     """27,705 -> "28,000"."""
@@ -273,18 +264,11 @@ def verdicts(lines):
                     f"{words.count('holds') or 'none'} of {len(words)}")
     return table("", cells)
 
-def layers_alone(lines, model):
-    """{layer: rows} of a model's rows that code one layer by one pass, on valid, cheapest first."""
-    alone = {}
-    for row in on_text(lines, kind="row", model=model, method="one layer"):
-        alone.setdefault(int(row["name"].split()[1]), []).append(row)
-    return dict(sorted(alone.items(), key=lambda item: statistics.mean(
-        row["ratio"] for row in item[1])))
-
-def median_layer(lines, model):
-    """Of these, the median layer's rows."""
-    rows = list(layers_alone(lines, model).values())
-    return rows[(len(rows) - 1) // 2] if rows else []
+def rises_alone(lines, model):
+    """By how much perplexity rises with one layer coded by one pass, from the best layer to the
+    worst."""
+    alone = layers_alone(on_text(lines, kind="row", model=model))
+    return [rise(rows) for rows in alone.values()] or [""]
 
 SUMMARY = {"dual": "the paper's codes, all layers",
            "searched": "the same budget, atoms found by search",
@@ -304,7 +288,7 @@ def summary(lines):
                 cells[label, "size"] += f" (SmolLM2: {percent(row['bytes_share'])})"
     for model in MODELS.values():
         rows, column = on_text(lines, kind="row", model=model), OTHERS.get(model, model)
-        cells[one_layer, column] = rise(median_layer(lines, model))
+        cells[one_layer, column] = median(rises_alone(lines, model))
         for name, label in SUMMARY.items():
             cells[label, column] = rise(pick(rows, name=name))
     return table("increase in perplexity, %", cells)
@@ -331,25 +315,21 @@ FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", 
            "rotated 2 bits", "rotated 3 bits", "transform 9.375", "transform 18.75",
            "additive 9.375", "additive 18.75")  # the ladder and the pictures have others, too
 
-def damage(lines):
-    """Ratio to dense perplexity of each format, by model and text."""
+def formats(lines):
+    """By format: bytes per token as a share of bf16's; and by model, the number of tokens from
+    which on it takes less than bf16, and the ratio to dense perplexity by text."""
     cells = {}
-    for (short, model), text in itertools.product(MODELS.items(), TEXTS):
-        rows = compared(lines, model, text)
-        for name in FORMATS if rows else ():
-            cells[name, f"{short}, {text}"] = cell(pick(rows, name=name))
-    return table("format", cells)
-
-def sizes(lines):
-    """By model and format: bytes per token as a share of bf16's; and the numbers of tokens from
-    which it takes less than bf16, and less than rotated codes of 3 bits, dictionaries included.
-    Searched codes have the sizes of the others."""
-    cells, names = {}, [name for name in FORMATS if name != "searched"]
-    for (short, model), name in itertools.product(MODELS.items(), names):
-        for row in pick(compared(lines, model), name=name)[:1]:
-            cells[name, f"{short}: of bf16"] = percent(row["bytes_share"])
-            cells[name, f"{short}: pays from"] = f"{row['break_even_tokens']:,}"
-            cells[name, f"{short}: less than rotated from"] = overtakes(lines, model, row)
+    for name in FORMATS:
+        shares = [percent(row["bytes_share"]) for model in ("tiny", SMOLLM2)
+                  for row in pick(compared(lines, model), name=name)[:1]]
+        cells[name, "size / SmolLM2's"] = " / ".join(shares)
+        for (short, model), text in itertools.product(MODELS.items(), TEXTS):
+            rows = pick(compared(lines, model, text), name=name)
+            if text == TEXTS[0]:
+                cells[name, f"{short}: pays from"] = "".join(
+                    f"{row['break_even_tokens']:,}" for row in rows[:1])
+            if on_text(lines, text, kind="row", model=model):
+                cells[name, f"{short}: {text}"] = cell(rows)
     return table("format", cells)
 
 def by_two_passes(lines):
@@ -436,10 +416,10 @@ def one_layer(lines):
     others; and the change of the residual stream after it, as a share of the stream's spread."""
     cells = {}
     for short, model in MODELS.items():
-        alone = layers_alone(lines, model)
+        alone = layers_alone(on_text(lines, kind="row", model=model))
         others = [layer for layer in alone if layer > 0]
         streams = [line["stream"] for line in pick(lines, kind="measured", model=model)]
-        for which, layer in (("first", 0), ("median", others[(len(others) - 1) // 2]),
+        for which, layer in (("first", 0), ("median", median(others)),
                              ("worst other", others[-1])) if others else ():
             label = f"{short}, {which}: layer {layer}"
             searched = on_text(lines, kind="row", model=model,
@@ -457,8 +437,7 @@ def attention(lines):
         measured = [line["attention"] for line in pick(lines, kind="measured", model=model)
                     if line["attention"]]
         for name in SERVED if measured else ():
-            for column, heading in (("r2", "r²"), ("slope", "slope"), ("height", "height"),
-                                    ("fvu", "FVU of keys")):
+            for column, heading in ("r2", "r²"), ("slope", "slope"), ("fvu", "FVU of keys"):
                 cells[name, f"{heading}, {short}"] = spread([statistics.mean(
                     layer[column] for layer in by_row[name].values())
                     for by_row in measured if name in by_row])
@@ -466,26 +445,28 @@ def attention(lines):
 
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": verdict_inputs,
           "peers": table_of_peers, "one key": one_key, "attention": attention,
-          "meaning": functools.partial(table_of_meaning, models=MODELS),
-          "aurocs": functools.partial(table_of_aurocs, models={"tiny": "tiny",
-                                                               "SmolLM2-135M": SMOLLM2}),
+          "meaning": functools.partial(table_of_aurocs, models=LABELS),
+          "aurocs": functools.partial(table_of_aurocs, models=LABELS, with_gaps=False, contenders=(
+              "atoms", "untrained twin", "numbers of the vector")),
+          "seeds": functools.partial(table_of_seeds, models=LABELS),
           "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "summary": summary, "one layer": one_layer,
-          "damage": damage, "sizes": sizes, "two passes": by_two_passes,
+          "formats": formats, "two passes": by_two_passes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
           "lengths": functools.partial(lengths, model=SMOLLM2)}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-def median_layer_alone(lines):
-    return rise(median_layer(lines, "tiny"))
-
 def worst_layer_alone(lines):
-    return rise(list(layers_alone(lines, SMOLLM2).values())[-1])
+    return rises_alone(lines, SMOLLM2)[-1]
 
 def additive_overtakes(lines):
-    row = pick(lines, kind="row", model=QWEN, name="additive 9.375")[0]
-    return about(float(overtakes(lines, QWEN, row).replace(",", "")))
+    """The tokens from which on additive codes take less than rotated ones, dictionaries included,
+    on Qwen2.5."""
+    additive, rotated = (pick(lines, kind="row", model=QWEN, name=name)[0]
+                         for name in ("additive 9.375", "rotated 3 bits"))
+    return about((additive["once_bytes"] - rotated["once_bytes"])
+                 / (rotated["bytes_per_token"] - additive["bytes_per_token"]))
 
 def gain(lines, model, name):
     """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
@@ -497,7 +478,7 @@ def pays(lines, model, name):
     return about(pick(lines, kind="row", model=model, name=name)[0]["break_even_tokens"])
 
 FIGURES = {
-    "tiny one layer": median_layer_alone, "smollm2 worst layer": worst_layer_alone,
+    "smollm2 worst layer": worst_layer_alone,
     **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
        for name in ("dual", "packed", "layer SAE, packed", "joint 6.25, two passes")},
     "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
@@ -525,9 +506,7 @@ FIGURES = {
        for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
        for name in ("layer SAE", "searched")},
     **{f"{short} alike": functools.partial(share_alike, model=model)
-       for short, model in MODELS.items()},
-    **{f"{short} dropped {name}": functools.partial(nats_dropped, model=model, name=name)
-       for short, model in MODELS.items() for name in ("stable", "unstable")}}
+       for short, model in MODELS.items()}}
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of

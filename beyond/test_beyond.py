@@ -767,7 +767,7 @@ def test_verdicts_follow_from_the_rows(judged, capsys):
         assert verdicts[f"P6 {part} alone"]["figure"] in costs
     assert verdicts["P6 all layers, searched"]["figure"] == rows["searched"]["delta_ce"]
     assert verdicts["P6 cloze, one pass"]["n"] == "8 questions"
-    assert verdicts["P7 256 tokens"]["figure"] == pytest.approx(
+    assert verdicts["P7 full context"]["figure"] == pytest.approx(
         rows["dual"]["bytes_share"] + rows["dual"]["once_bytes"] / 256 / 6144)
     assert not any(name.startswith("P8") for name in verdicts)  # two layers
     assert verdicts.keys() == {f"{x['claim']} {x['part']}".strip() for x in claims.judge(
@@ -1052,14 +1052,12 @@ def test_what_attention_keeps():
     model, ids = small_model("llama"), tokens_of(3, 12)
     rows = {"exact": {1: Exact()}, "half": {1: Shrunk(torch.zeros(2, 16))}}
     measured = atoms.measure_attention(model, rows, [1], ids)
-    assert measured["exact"][1] == pytest.approx({"r2": 1, "slope": 1, "height": 1, "fvu": 0},
-                                                 abs=1e-5)
+    assert measured["exact"][1] == pytest.approx({"r2": 1, "slope": 1, "fvu": 0}, abs=1e-5)
     assert measured["half"][1] == pytest.approx(
-        {"r2": 0.75, "slope": 0.5, "height": 0.5, "fvu": measured["half"][1]["fvu"]}, abs=1e-5)
+        {"r2": 0.75, "slope": 0.5, "fvu": measured["half"][1]["fvu"]}, abs=1e-5)
     x = torch.tensor([[[[0., 0, 0], [0, 0, 0], [9, 1, 3]]]])  # the first token is left out
     coded = torch.tensor([[[[0., 0, 0], [0, 0, 0], [-5, 1, 2]]]])
-    assert atoms.compare_logits(x, coded, 1) == pytest.approx(
-        {"r2": 0.75, "slope": 0.5, "height": 0.5})
+    assert atoms.compare_logits(x, coded, 1) == pytest.approx({"r2": 0.75, "slope": 0.5})
 
 def test_the_head_that_looks_furthest():
     """Neither the first token nor one of the last four counts; nor a query before the last."""
