@@ -21,7 +21,6 @@ fine-tuning, an entropy coder.
 import collections
 import math
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
@@ -29,11 +28,9 @@ from tqdm import tqdm
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (EightBits, apart, keep_settings, principal_axes, read_fitted,
-                              read_settings, side_by_side, write_fitted)
-from support.files import check_out, run_main
-from support.models import load_model, pick_device
-from support.results import find_saes
+from beyond.calibrate import (EightBits, apart, keep_settings, open_calibrated, principal_axes,
+                              read_fitted, read_settings, side_by_side, write_fitted)
+from support.files import run_main
 
 N_ATOMS, BLOCK, BEAM, ROUNDS = 256, 16, 4, 6
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16's bytes per token: a row for each
@@ -198,23 +195,20 @@ def main(argv=None):
         type=float, default=0.25, help="largest share of bf16 to learn for (default 0.25)"))
     if not 0 < args.most <= 1:
         raise sta.UsageError(f"--most {args.most}: want a share above 0, at most 1")
-    check_out(args.saes)
-    name = args.model or find_saes(args.saes, None)[1] or "tiny"
-    folder = fitted_folder(args.saes, name) / "additive"
-    calibration = folder.with_name("calibration")
-    settings = {"calibration": read_settings(calibration), "seed": args.seed, "most": args.most,
-                "n_atoms": N_ATOMS, "block": BLOCK, "beam": BEAM, "rounds": ROUNDS}
-    model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
-    fitted = {layer: read_fitted(calibration, model, layer) for layer in layers}
-    keep_settings(folder, settings)
-    windows = safetensors.torch.load_file(calibration / "windows.safetensors")["ids"]
-    n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(model.get_decoder().config)))
-    todo = [layer for layer in layers if not (folder / f"layer{layer}.safetensors").exists()]
-    print(f"{name}: {len(todo)} of {len(layers)} layers to learn, {windows.numel():,} tokens")
-    vectors = sta.harvest(model, windows, todo) if todo else {}
+    run = open_calibrated(args)
+    folder = run.folder / "additive"
+    keep_settings(folder, {
+        "calibration": run.settings, "seed": args.seed, "most": args.most, "n_atoms": N_ATOMS,
+        "block": BLOCK, "beam": BEAM, "rounds": ROUNDS})
+    n_stages = int(1.25 * args.most * 4 * math.prod(sta.kv_shape(run.model.get_decoder().config)))
+    todo = [layer for layer in run.fitted if not (folder / f"layer{layer}.safetensors").exists()]
+    print(f"{run.name}: {len(todo)} of {len(run.fitted)} layers to learn, "
+          f"{run.windows.numel():,} tokens")
+    vectors = sta.harvest(run.model, run.windows, todo) if todo else {}
     for layer in tqdm(todo, desc="layers", disable=None):
         x = side_by_side(vectors.pop((layer, "key")), vectors.pop((layer, "value")))
-        write_fitted(folder, model, layer, learn_layer(x, fitted[layer], n_stages, args.seed))
+        write_fitted(folder, run.model, layer,
+                     learn_layer(x, run.fitted[layer], n_stages, args.seed))
     print(f"{folder} is complete")
 
 if __name__ == "__main__":

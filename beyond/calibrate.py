@@ -25,6 +25,7 @@ their rivals can then be fitted on the same file. Non-goal: G across tokens or l
 """
 import json
 import pathlib
+import types
 
 import safetensors.torch
 import torch
@@ -32,11 +33,11 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import sta
-from beyond import parse_args
+from beyond import fitted_folder, parse_args
 from support.files import (check_out, expect_same, explain, model_hash, run_main,
                            sha256, write_atomic)
 from support.models import load_model, pick_device, slug
-from support.results import commit
+from support.results import commit, find_saes
 from support.text import read_text, text_name, token_windows
 
 FISHER = 0.9  # the share of G in the metric
@@ -253,6 +254,20 @@ def read_fitted(folder, model, layer):
 def read_settings(folder):
     with explain(f"{folder}: nothing fitted there; run python -m beyond.calibrate"):
         return json.loads((folder / "settings.json").read_text(encoding="utf-8"))
+
+def open_calibrated(args):
+    """A model that was calibrated, and of that: .name, .model, .folder (saes/<model>), .fitted
+    ({layer: mean, covariance and metric}), .windows (n, T) of token ids, .settings."""
+    check_out(args.saes)
+    name = args.model or find_saes(args.saes, None)[1] or "tiny"
+    folder = fitted_folder(args.saes, name)
+    calibration = folder / "calibration"
+    settings = read_settings(calibration)
+    model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
+    return types.SimpleNamespace(
+        name=name, model=model, folder=folder, settings=settings,
+        fitted={layer: read_fitted(calibration, model, layer) for layer in layers},
+        windows=safetensors.torch.load_file(calibration / "windows.safetensors")["ids"])
 
 def settings_of_fit(args, model, windows):
     layers = range(model.get_decoder().config.num_hidden_layers)

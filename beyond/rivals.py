@@ -31,16 +31,14 @@ import math
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 import evaluate
 import sta
 from beyond import coded_layers, fitted_folder, parse_args
-from beyond.calibrate import (EightBits, apart, keep_settings, plain_metric, principal_axes,
-                              read_fitted, read_settings, side_by_side, write_fitted)
-from support.files import check_out, run_main
-from support.models import load_model, pick_device
-from support.results import find_saes
+from beyond.calibrate import (EightBits, apart, keep_settings, open_calibrated, plain_metric,
+                              principal_axes, read_fitted, read_settings, side_by_side,
+                              write_fitted)
+from support.files import run_main
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 JOINT_SHARES = (0.015625, 0.03125, 0.0625)
@@ -327,19 +325,13 @@ def rows(model, tokenizer, saes, args, before):
 
 @torch.no_grad()
 def main(argv=None):
-    args = parse_args(__doc__, argv, "model saes layer device dtype")
-    check_out(args.saes)
-    name = args.model or find_saes(args.saes, None)[1] or "tiny"
-    folder = fitted_folder(args.saes, name)
-    settings = {"calibration": read_settings(folder / "calibration")}
-    model, _, layers = load_model(name, *pick_device(args.device, args.dtype), args.layer or "all")
-    fitted = {layer: read_fitted(folder / "calibration", model, layer) for layer in layers}
-    windows = load_file(folder / "calibration" / "windows.safetensors")["ids"]
-    variances, by_layer = learn_joint_axes(model, windows, fitted)
-    keep_settings(folder / "joint", settings)
+    run = open_calibrated(parse_args(__doc__, argv, "model saes layer device dtype"))
+    folder = run.folder / "joint"
+    keep_settings(folder, {"calibration": run.settings})
+    variances, by_layer = learn_joint_axes(run.model, run.windows, run.fitted)
     for layer, axes in by_layer.items():
-        write_fitted(folder / "joint", model, layer, {"axes": axes, "variances": variances})
-    print(f"{folder / 'joint'}: {len(variances):,} axes across {len(layers)} layers")
+        write_fitted(folder, run.model, layer, {"axes": axes, "variances": variances})
+    print(f"{folder}: {len(variances):,} axes across {len(by_layer)} layers")
 
 if __name__ == "__main__":
     run_main(main)
