@@ -213,16 +213,23 @@ def time_steps(trainers):
     return medians
 
 def table_of_peers(lines):
-    """FVU of held-out vectors and dead latents by site and library, then ms per step by shape, as
-    the first of the runs measured it."""
+    """FVU of held-out vectors and dead latents by library and kind, means over layers, then ms per
+    step by shape, as the first of the runs measured it."""
     runs, cells = pick(lines, kind="peers"), {}
     for run in runs:
-        steps = run["settings"].get("steps")  # the oldest run does not say
+        steps = run["settings"].get("steps", 334)  # the oldest run does not say
+        by_kind = {}
         for site, by_name in run["peers"]["sites"].items():
-            label = f"FVU (dead), {site}" + (f", {steps:,} steps" if steps else "")
-            cells |= {(label, name): "{} ({:.1f}%)".format(
-                spread(x["fvu"], 4), 100 * statistics.mean(x["dead"]))
-                for name, x in by_name.items()}
+            by_kind.setdefault(site.split()[-1], {})[site] = by_name
+        for kind, sites in by_kind.items():
+            layers = ", ".join(site.split()[1] for site in sites)
+            label = f"FVU (dead), {kind}s, layer {layers}, {steps:,} steps"
+            for name in next(iter(sites.values())):
+                by_seed = zip(*(by_name[name]["fvu"] for by_name in sites.values()))
+                dead = [x for by_name in sites.values() for x in by_name[name]["dead"]]
+                cells[label, name] = "{} ({:.1f}%)".format(
+                    spread([statistics.mean(fvus) for fvus in by_seed], 4),
+                    100 * statistics.mean(dead))
     for shape, by_name in runs[0]["peers"]["times"].items() if runs else ():
         cells |= {(f"ms per step, {shape}", name): f"{ms:.1f}" for name, ms in by_name.items()}
     return table("", cells)

@@ -290,12 +290,13 @@ def token_counts(text):
     return counts
 
 def table_of_costs(lines, model):
-    """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache."""
+    """Of beyond/cache.py --contexts: ms for a further token, and the bytes of the cache. Searched
+    codes are decoded as dual ones are; what is kept decoded is the same for all codes."""
     return table("cache", {
         (cost["name"] + ", kept decoded" * cost["keep"], f"{cost['context']:,}"):
         f"{cost['token_ms']:.0f} ms, {cost['bytes'] / 1e6:.1f} MB"
         for line in pick(lines, kind="caches", model=model) for cost in line["caches"]
-        if cost["name"] != "searched"})  # which is decoded as dual is
+        if cost["name"] != "searched" and not (cost["keep"] and cost["name"] != "dual")})
 
 def main(argv=None):
     args = parse_args(

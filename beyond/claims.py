@@ -33,7 +33,6 @@ from beyond.atoms import measure_attention
 from beyond.meaning import measure_depth
 from beyond.variants import SEARCHED, VARIANTS, beside, search, searched, settings_of
 from support.files import load_sae, run_main, write_atomic
-from support.models import context_length
 from support.tasks import mean_stderr
 
 # ------------------------------------------------------------------ the rows
@@ -131,8 +130,8 @@ def stream_change(model, codecs, windows, sink):
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes; a Top-K budget does not",
-           "slope of coded on exact logits, Top-K with the FVU of L1, less that of L1: above 0",
-           "the same for untrained atoms, which no penalty shrinks: less"),
+           "slope of coded on exact logits: that of Top-K less that of L1, at equal FVU: above 0",
+           "the same with untrained atoms, which no penalty shrinks, in place of L1: less"),
     "P2": ("8 atoms recover over 80% of a key's direction",
            "cosine of key and code, both less the head's mean, mean over layers: above 0.8",
            "plain cosine of the head's mean alone: below the code's own"),
@@ -145,9 +144,9 @@ CLAIMS = {
     "P5": ("dropping weak atoms removes noise and improves perplexity",
            "nats by which the best of k/2, k and 2k searched atoms, chosen on one half of the "
            "text, beats dense on the other: above 0",
-           "the same error, turned at random: gains less"),
+           "an equal error in a random direction: gains less"),
     "P6": ("perplexity and accuracy are comparable to the dense model's",
-           "nats lost: below 0.01 for a layer alone, 0.02 for all; accuracy lost: below 0.02",
+           "nats lost: below ln 1.01 for a layer alone, ln 1.02 for all; accuracy lost: below 0.02",
            "no atoms, the head's mean alone: is not within these limits"),
     "P7": ("significantly less memory", "share of bf16's bytes: below a half",
            "8 bits per number take a half"),

@@ -359,7 +359,7 @@ def print_meaning(words, seeds, without):
         print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
 
 # ------------------------------------------------------------------ tables
-CONTENDERS = {"atoms": "atoms", "untrained twin": "atoms of an untrained dictionary",
+CONTENDERS = {"atoms": "atoms", "untrained twin": "atoms of the untrained twin",
               "numbers of the vector": "single coordinates of the vector",
               "random directions": "as many random directions as atoms",
               "difference of means": "difference of means"}
@@ -372,13 +372,13 @@ def table_of_aurocs(lines, models, contenders=tuple(CONTENDERS), with_gaps=True)
         for line in pick(lines, kind="meaning", model=model)[-1:]:
             sites = line["meaning"]["words"].values()
             for name in contenders:
+                row, gaps = CONTENDERS[name], {}
                 found = [x[name] for by_concept in sites for x in by_concept.values()]
-                cells[CONTENDERS[name], heading] = spread([statistics.mean(found)])
-                gaps = {}
+                cells[row, heading] = spread([statistics.mean(found)])
                 for concept, x in itertools.chain(*(by_concept.items() for by_concept in sites)):
                     gaps.setdefault(concept, []).append(x["atoms"] - x[name])
                 if with_gaps and name != "atoms":
-                    cells[CONTENDERS[name], f"{heading}: atoms better by"] = "{:+.3f} ± {:.3f}".format(
+                    cells[row, f"{heading}: atoms better by"] = "{:+.3f} ± {:.3f}".format(
                         *mean_stderr([statistics.mean(gap) for gap in gaps.values()]))
     return table("AUROC (0.5: chance, 1: perfect)", cells)
 

@@ -38,8 +38,8 @@ PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
 BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key")  # what verdicts need
 SERVED = ("dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, searched",
-          "grouped 3 bits", "rotated 3 bits", "transform 9.375", "additive 9.375", "random axes",
-          "k = 0", "k = 4")  # of which the table of attention has lines
+          "random axes",
+          "k = 0")  # of which the table of attention has lines
 OF_EXPERIMENTS = r"(dual|searched|packed|stretched( per \w+)?)$"  # names of rows
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
@@ -295,11 +295,13 @@ def summary(lines):
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict. The
-    first part of a claim has its rule."""
+    first part of a claim has its rule. Letters are those of `verdicts`."""
     cells, explained = {}, set()
+    letters = {(claim, part): "abcdef"[i] for claim, tests in TESTED.items() if len(tests) > 1
+               for i, parts in enumerate(tests.values()) for part in parts}
     for model, parts in judged(lines).items():
         for x in parts:
-            row = f"{x['claim']} {x['part']}".strip()
+            row = f"{x['claim']}{letters.get((x['claim'], x['part']), '')} {x['part']}".strip()
             if x["claim"] not in explained:
                 explained.add(x["claim"])
                 _, cells[row, "measured: wanted"], cells[row, "control"] = CLAIMS[x["claim"]]
@@ -309,7 +311,10 @@ def verdict_inputs(lines):
             control = "no control" if x["control"] is None else f"control {x['control']:.4f}"
             cells[row, OTHERS.get(model, model)] = f"{x['verdict']}: " + "; ".join(filter(None, [
                 f"{x['figure']:.4f}{half}", control, n]))
-    return table("part", dict(sorted(cells.items(), key=lambda item: item[0][0][:2])))  # by claim
+    def place(item):  # by claim, and in it by letter; parts without one come last
+        return item[0][0][:3].replace(" ", "z")
+
+    return table("part", dict(sorted(cells.items(), key=place)))
 
 FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", "grouped 3 bits",
            "rotated 2 bits", "rotated 3 bits", "transform 9.375", "transform 18.75",
@@ -326,29 +331,27 @@ def formats(lines):
         for (short, model), text in itertools.product(MODELS.items(), TEXTS):
             rows = pick(compared(lines, model, text), name=name)
             if text == TEXTS[0]:
-                cells[name, f"{short}: pays from"] = "".join(
+                cells[name, f"{short}: break-even"] = "".join(
                     f"{row['break_even_tokens']:,}" for row in rows[:1])
             if on_text(lines, text, kind="row", model=model):
                 cells[name, f"{short}: {text}"] = cell(rows)
     return table("format", cells)
 
 def by_two_passes(lines):
-    """Ratio to dense perplexity of the rows scored by two passes, by model, and the number of
-    tokens from which they take less than bf16."""
+    """Ratio to dense perplexity of the rows scored by two passes, and the number of tokens from
+    which on they take less than bf16, by size, on SmolLM2."""
     cells = {}
-    for short, model in MODELS.items():
-        rows = on_text(lines, kind="row", model=model)
-        for row in sorted(rows, key=lambda row: row["bytes_share"]):
-            if row["name"].endswith(", two passes"):
-                name = row["name"].removesuffix(", two passes")
-                cells[name, short] = cell([row], 4)
-                cells[name, f"{short}: pays from"] = f"{row['break_even_tokens']:,}"
-    return table("format", cells)
+    for row in sorted(on_text(lines, kind="row", model=SMOLLM2), key=lambda row: row["name"]):
+        if row["name"].endswith(", two passes"):
+            name, share = row["name"].removesuffix(", two passes").split()
+            cells[f"{share}%", name] = cell([row], 4)
+            cells[f"{share}%", f"{name}: break-even"] = f"{row['break_even_tokens']:,}"
+    return table("size", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
     "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
     "searched, packed": "searched, not stretched",
-    "layer SAE, searched, packed": "one SAE for all heads of a layer",
+    "layer SAE, searched, packed": "one SAE per layer, for all heads",
     "layer SAE, metric, searched, packed": "in the metric of the loss",
     "layer SAE, metric, shared, searched, packed": "bytes split between layers",
     "additive %": "additive: no coefficients"}, {
@@ -412,15 +415,15 @@ def accuracies(lines):
     return table("change of accuracy, points", cells)
 
 def one_layer(lines):
-    """Ratio to dense perplexity with one layer coded, of the first, the median and the worst of the
-    others; and the change of the residual stream after it, as a share of the stream's spread."""
+    """Ratio to dense perplexity with one layer coded, of the first, the median, and the worst but
+    for the first; and the change of the residual stream after it, as a share of its spread."""
     cells = {}
     for short, model in MODELS.items():
         alone = layers_alone(on_text(lines, kind="row", model=model))
-        others = [layer for layer in alone if layer > 0]
+        worst = [layer for layer in alone if layer > 0][-1:]
         streams = [line["stream"] for line in pick(lines, kind="measured", model=model)]
-        for which, layer in (("first", 0), ("median", median(others)),
-                             ("worst other", others[-1])) if others else ():
+        for which, layer in (("first", 0), ("median", median(list(alone))),
+                             ("worst other", *worst)) if worst else ():
             label = f"{short}, {which}: layer {layer}"
             searched = on_text(lines, kind="row", model=model,
                                name=f"layer {layer} alone{SEARCHED}")

