@@ -130,8 +130,8 @@ def stream_change(model, codecs, windows, sink):
 # claim: (what the paper says; the figure and what is wanted of it; the control)
 CLAIMS = {
     "P1": ("an L1 penalty shrinks magnitudes; a Top-K budget does not",
-           "slope of coded on exact logits: that of Top-K less that of L1, at equal FVU: above 0",
-           "the same with untrained atoms, which no penalty shrinks, in place of L1: less"),
+           "slope of coded on exact logits with Top-K less that with L1, at equal FVU: above 0",
+           "the same difference, with untrained atoms in place of L1: less"),
     "P2": ("8 atoms recover over 80% of a key's direction",
            "cosine of key and code, both less the head's mean, mean over layers: above 0.8",
            "plain cosine of the head's mean alone: below the code's own"),

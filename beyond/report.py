@@ -507,7 +507,7 @@ FIGURES = {
     "qwen additive from": additive_overtakes,
     **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
        for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
-       for name in ("layer SAE", "searched")},
+       for name in ("layer SAE", "searched", "stretched")},
     **{f"{short} alike": functools.partial(share_alike, model=model)
        for short, model in MODELS.items()}}
 
