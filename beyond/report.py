@@ -493,6 +493,9 @@ FIGURES = {
                                                  experiment="trained on mixed text")
        for name in ("dual", "stretched", "stretched per model", "stretched per layer",
                     "stretched per mean")},
+    **{f"smollm2 three layers {n_tokens}": functools.partial(
+        rise_of, model=SMOLLM2, name="dual", experiment=f"{n_tokens} tokens, three layers")
+       for n_tokens in ("200,000", "1,000,000", "4,000,000")},
     **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
        for name in ("half the atoms", "64 latents")},
     **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
