@@ -147,7 +147,7 @@ CLAIMS = {
            "an equal error in a random direction: gains less"),
     "P6": ("perplexity and accuracy are comparable to the dense model's",
            "nats lost: below ln 1.01 for a layer alone, ln 1.02 for all; accuracy lost: below 0.02",
-           "no atoms, the head's mean alone: is not within these limits"),
+           "the head's mean alone: outside these limits"),
     "P7": ("significantly less memory", "share of bf16's bytes: below a half",
            "8 bits per number take a half"),
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",

@@ -278,12 +278,12 @@ SUMMARY = {"dual": "the paper's codes, all layers",
 def summary(lines):
     """For the first screen: how much perplexity rises, by model, and what the cache takes."""
     one_layer = "the paper's codes, one layer (the median)"
-    cells = {(one_layer, heading): "" for heading in ("size", "break-even, tokens (Qwen2.5)")}
+    cells = {(one_layer, heading): "" for heading in ("size", "break-even, tokens (SmolLM2)")}
     for name, label in SUMMARY.items():
         for row in on_text(lines, kind="row", model=QWEN, name=name):
             cells[label, "size"] = percent(row["bytes_share"])
-            cells[label, "break-even, tokens (Qwen2.5)"] = about(row["break_even_tokens"])
         for row in pick(lines, kind="row", model=SMOLLM2, name=name)[:1]:
+            cells[label, "break-even, tokens (SmolLM2)"] = about(row["break_even_tokens"])
             if row["k_key"]:  # its heads are half as wide
                 cells[label, "size"] += f" (SmolLM2: {percent(row['bytes_share'])})"
     for model in MODELS.values():
@@ -465,8 +465,8 @@ def worst_layer_alone(lines):
 
 def additive_overtakes(lines):
     """The tokens from which on additive codes take less than rotated ones, dictionaries included,
-    on Qwen2.5."""
-    additive, rotated = (pick(lines, kind="row", model=QWEN, name=name)[0]
+    on SmolLM2."""
+    additive, rotated = (pick(lines, kind="row", model=SMOLLM2, name=name)[0]
                          for name in ("additive 9.375", "rotated 3 bits"))
     return about((additive["once_bytes"] - rotated["once_bytes"])
                  / (rotated["bytes_per_token"] - additive["bytes_per_token"]))
@@ -476,15 +476,10 @@ def gain(lines, model, name):
     rows = Rows(on_text(lines, kind="row", model=model))
     return f"{rows.mean(lambda packed, row: excess(packed, row)[0], 'packed', name):.3f}"
 
-def pays(lines, model, name):
-    """The tokens from which on a format takes less than bf16, dictionaries included."""
-    return about(pick(lines, kind="row", model=model, name=name)[0]["break_even_tokens"])
-
 FIGURES = {
     "smollm2 worst layer": worst_layer_alone,
     **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
        for name in ("dual", "packed", "layer SAE, packed", "joint 6.25, two passes")},
-    "qwen pays dual": functools.partial(pays, model=QWEN, name="dual"),
     **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
        for name, k_key in (("dual", 8), ("searched", 8), ("uniform", 12), ("reverse", 16),
                            ("uniform, trained for it", 12), ("reverse, trained for it", 16),
@@ -507,7 +502,7 @@ FIGURES = {
     **{f"smollm2 half {text} {name}": functools.partial(
         ratio, model=SMOLLM2, name=name, text=text, experiment="code in half of the text", digits=2)
        for text in ("valid", "code") for name in ("dual", "searched")},
-    "qwen additive from": additive_overtakes,
+    "smollm2 additive from": additive_overtakes,
     **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
        for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
        for name in ("layer SAE", "searched", "stretched")},
