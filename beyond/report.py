@@ -7,7 +7,7 @@ results.jsonl has one line per row that a README quotes, and where it comes from
 models, texts, dense losses or fits never stand under one name: `add` refuses them and says why. A
 row names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
 filled. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a figure
-before <!--=NAME-->. A test compares all of them with what is made here. ± over seeds is a standard
+before <!--=QUERY-->. A test compares all of them with what is made here. ± over seeds is a standard
 deviation, and (n) is the number of seeds; in brackets behind one run is its 95% interval.
 """
 import argparse
@@ -176,10 +176,6 @@ def compared(lines, model, text="valid"):
     return [row for row in on_text(lines, text, kind="row", model=model)
             if row["k_key"] in (None, (row["settings"] or {}).get("k_key"))]
 
-def ratio(lines, digits, text, **wanted):
-    """The ratio to the dense model's perplexity of the rows wanted, over seeds, for a sentence."""
-    return spread([row["ratio"] for row in on_text(lines, text, **wanted)], digits)
-
 def rise(rows):
     """The increase in perplexity, in %, a mean over seeds, ± half its 95% interval."""
     if not rows:
@@ -187,9 +183,6 @@ def rise(rows):
     ratio = statistics.mean(row["ratio"] for row in rows)
     _, half = interval(*zip(*nats_lost(rows)), trained=False)
     return f"{round(100 * (ratio - 1), 1) + 0:.1f} ± {100 * ratio * half:.1f}"  # no -0.0
-
-def rise_of(lines, **wanted):
-    return rise(on_text(lines, **wanted))
 
 def about(n_tokens):
     """27,705 -> "28,000"."""
@@ -460,54 +453,41 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "lengths": functools.partial(lengths, model=SMOLLM2)}
 
 # ------------------------------------------------------------------ figures in sentences, a picture
-def worst_layer_alone(lines):
-    return rises_alone(lines, SMOLLM2)[-1]
+def rows_named(lines, model, name, text="valid", experiment=None):
+    which = {"experiment": experiment} if experiment else {"kind": "row"}
+    return on_text(lines, text, model=model, name=name, **which)
 
-def additive_overtakes(lines):
-    """The tokens from which on additive codes take less than rotated ones, dictionaries included,
-    on SmolLM2."""
-    additive, rotated = (pick(lines, kind="row", model=SMOLLM2, name=name)[0]
-                         for name in ("additive 9.375", "rotated 3 bits"))
-    return about((additive["once_bytes"] - rotated["once_bytes"])
-                 / (rotated["bytes_per_token"] - additive["bytes_per_token"]))
+def rise_of(lines, *named):
+    return rise(rows_named(lines, *named))
+
+def ratio_of(lines, *named):
+    """The ratio to the dense model's perplexity, a mean over seeds."""
+    ratios = [row["ratio"] for row in rows_named(lines, *named)]
+    return f"{statistics.mean(ratios):#.3g}" if ratios else ""
+
+def worst_layer(lines, model):
+    return rises_alone(lines, model)[-1]
+
+def overtakes(lines, model, name):
+    """The tokens from which on a format takes less than rotated codes of 3 bits, dictionaries
+    included."""
+    row, rotated = (rows_named(lines, model, each)[0] for each in (name, "rotated 3 bits"))
+    return about((row["once_bytes"] - rotated["once_bytes"])
+                 / (rotated["bytes_per_token"] - row["bytes_per_token"]))
 
 def gain(lines, model, name):
     """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
     rows = Rows(on_text(lines, kind="row", model=model))
     return f"{rows.mean(lambda packed, row: excess(packed, row)[0], 'packed', name):.3f}"
 
-FIGURES = {
-    "smollm2 worst layer": worst_layer_alone,
-    **{f"smollm2 {name}": functools.partial(rise_of, kind="row", model=SMOLLM2, name=name)
-       for name in ("dual", "packed", "layer SAE, packed", "joint 6.25, two passes")},
-    **{f"tiny {name}": functools.partial(rise_of, kind="row", model="tiny", name=name, k_key=k_key)
-       for name, k_key in (("dual", 8), ("searched", 8), ("uniform", 12), ("reverse", 16),
-                           ("uniform, trained for it", 12), ("reverse, trained for it", 16),
-                           ("layer 0 alone", 8))},
-    **{f"smollm2 200k {name}": functools.partial(rise_of, model=SMOLLM2, name=name,
-                                                 experiment="trained on mixed text")
-       for name in ("dual", "stretched", "stretched per model", "stretched per layer",
-                    "stretched per mean")},
-    **{f"smollm2 three layers {n_tokens}": functools.partial(
-        rise_of, model=SMOLLM2, name="dual", experiment=f"{n_tokens} tokens, three layers")
-       for n_tokens in ("200,000", "1,000,000", "4,000,000")},
-    **{f"tiny {name}": functools.partial(rise_of, model="tiny", experiment=name)
-       for name in ("half the atoms", "64 latents")},
-    **{f"qwen code {name}": functools.partial(ratio, kind="row", model=QWEN, name=name,
-                                              text="code", digits=digits)
-       for name, digits in (("dual", 1), ("keys", 1), ("values", 1), ("additive 18.75", 3))},
-    **{f"smollm2 mixed {text} {name}": functools.partial(
-        ratio, model=SMOLLM2, name=name, text=text, experiment="trained on mixed text", digits=2)
-       for text in ("valid", "code") for name in ("dual", "searched")},
-    **{f"smollm2 half {text} {name}": functools.partial(
-        ratio, model=SMOLLM2, name=name, text=text, experiment="code in half of the text", digits=2)
-       for text in ("valid", "code") for name in ("dual", "searched")},
-    "smollm2 additive from": additive_overtakes,
-    **{f"{short} gain {name}": functools.partial(gain, model=model, name=f"{name}, packed")
-       for short, model in (("tiny", "tiny"), ("smollm2", SMOLLM2))
-       for name in ("layer SAE", "searched", "stretched")},
-    **{f"{short} alike": functools.partial(share_alike, model=model)
-       for short, model in MODELS.items()}}
+FIGURES = {"rise": rise_of, "ratio": ratio_of, "worst layer": worst_layer, "overtakes": overtakes,
+           "gain": gain, "alike": share_alike}
+
+def figure(lines, query):
+    """What a README has before <!--=QUERY-->: a name in FIGURES, a model and, where it is of rows,
+    their name, their text and their experiment, if these are not `valid` and none."""
+    name, model, *which = query.split(" | ")
+    return FIGURES[name](lines, MODELS[model], *which)
 
 def curves_by_bytes(lines, model):
     """{method: [(share of bf16, rise of perplexity)]}, both in %, means over seeds, on the kind of
@@ -545,7 +525,7 @@ def filled(text, lines):
         return "\n".join([f"<!-- table: {match[1]} -->", *made, "<!-- end -->"])
 
     def figure_before(match):
-        return f"{FIGURES[match[1]](lines) or 'nan'}<!--={match[1]}-->"
+        return f"{figure(lines, match[1]) or 'nan'}<!--={match[1]}-->"
 
     text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table_between, text, flags=re.S)
     number = r"(?:[-+]?[\d.,]+|nan)(?: ± [\d.]+)?(?: \([\d. to]+\))?"

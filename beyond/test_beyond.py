@@ -1544,12 +1544,12 @@ def test_tables_and_figures_follow_from_the_rows(results):
     lines = report.read(results)
     rows = {line["name"]: line for line in lines if line["kind"] == "row"}
     text = ("<!-- table: quick start -->\nSTALE\n<!-- end -->\n"
-            "It rises by 9.9<!--=tiny dual-->%.\n"
+            "It rises by 9.9<!--=rise | tiny | dual-->%.\n"
             "<!-- table: verdicts -->\n<!-- end -->\n")
     made = report.filled(text, lines)
     figure = report.rise([rows["dual"]]) + "<!--"
     assert figure.startswith(f"{100 * (rows['dual']['ratio'] - 1):.1f} ± ")
-    assert f"It rises by {figure}=tiny dual-->%." in made
+    assert f"It rises by {figure}=rise | tiny | dual-->%." in made
     assert evaluate.format_row(rows["dual"], 16) in made and "STALE" not in made
     assert f"| P7a | {claims.CLAIMS['P7'][0]} | per token: under half of bf16 | no |\n" in made
     assert "| P7b |  | 4,096 tokens, with dictionaries: under half of bf16 | no |\n" in made
@@ -1559,8 +1559,8 @@ def test_tables_and_figures_follow_from_the_rows(results):
     three = [{**rows["dual"], "ratio": math.exp(nats), "delta_ce": nats, "delta_ce_stderr": 0.0,
               "settings": {"seed": seed}} for seed, nats in enumerate((0.1, 0.2, 0.3))]
     ratio, half = np.mean(np.exp([0.1, 0.2, 0.3])), 4.30 * 0.1 / math.sqrt(3)  # Student's t
-    expected = f"{100 * (ratio - 1):.1f} ± {100 * ratio * half:.1f}<!--=tiny dual-->"
-    assert expected in report.filled("1<!--=tiny dual-->", three)
+    expected = f"{100 * (ratio - 1):.1f} ± {100 * ratio * half:.1f}<!--=rise | tiny | dual-->"
+    assert expected in report.filled("1<!--=rise | tiny | dual-->", three)
 
 def test_a_cell_shows_what_varied():
     """Over seeds its spread and their number; where nothing varied, the interval of one run."""
