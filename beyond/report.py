@@ -7,8 +7,8 @@ results.jsonl has one line per row that a README quotes, and where it comes from
 models, texts, dense losses or fits never stand under one name: `add` refuses them and says why. A
 row names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
 filled. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a figure
-before <!--=QUERY-->. A test compares all of them with what is made here. ± over seeds is a standard
-deviation, and (n) is the number of seeds; in brackets behind one run is its 95% interval.
+before <!--=QUERY-->. A test compares all of them with what is made here. ± over seeds is a
+standard deviation, and (n) is the number of seeds; in brackets behind one run is its 95% interval.
 """
 import argparse
 import functools
@@ -314,20 +314,27 @@ FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", 
            "additive 9.375", "additive 18.75")  # the ladder and the pictures have others, too
 
 def formats(lines):
-    """By format: bytes per token as a share of bf16's; and by model, the number of tokens from
-    which on it takes less than bf16, and the ratio to dense perplexity by text."""
+    """By format: bytes per token as a share of bf16's; and by model, the ratio to dense perplexity
+    on valid, and the number of tokens from which on it takes less than bf16."""
     cells = {}
     for name in FORMATS:
         shares = [percent(row["bytes_share"]) for model in ("tiny", SMOLLM2)
                   for row in pick(compared(lines, model), name=name)[:1]]
         cells[name, "size / SmolLM2's"] = " / ".join(shares)
-        for (short, model), text in itertools.product(MODELS.items(), TEXTS):
-            rows = pick(compared(lines, model, text), name=name)
-            if text == TEXTS[0]:
-                cells[name, f"{short}: break-even"] = "".join(
-                    f"{row['break_even_tokens']:,}" for row in rows[:1])
-            if on_text(lines, text, kind="row", model=model):
-                cells[name, f"{short}: {text}"] = cell(rows)
+        for short, model in MODELS.items():
+            rows = pick(compared(lines, model), name=name)
+            cells[name, short] = cell(rows)
+            cells[name, f"{short}: break-even"] = "".join(
+                f"{row['break_even_tokens']:,}" for row in rows[:1])
+    return table("format", cells)
+
+def other_texts(lines):
+    """Ratio to dense perplexity by format, model and text, other than valid."""
+    cells = {}
+    for name, (short, model), text in itertools.product(FORMATS, MODELS.items(), TEXTS[1:]):
+        rows = pick(compared(lines, model, text), name=name)
+        if rows:
+            cells[name, f"{short}: {text}"] = cell(rows)
     return table("format", cells)
 
 def by_two_passes(lines):
@@ -448,7 +455,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "accuracies": accuracies,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "summary": summary, "one layer": one_layer,
-          "formats": formats, "two passes": by_two_passes,
+          "formats": formats, "other texts": other_texts, "two passes": by_two_passes,
           "ladder": functools.partial(ladder, shares={"tiny": "9.375", SMOLLM2: "18.75"}),
           "lengths": functools.partial(lengths, model=SMOLLM2)}
 
