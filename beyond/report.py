@@ -29,6 +29,7 @@ from beyond.cache import table_of_costs
 from beyond.claims import (CLAIMS, Rows, excess, interval, judge, layers_alone, median,
                            nats_lost, seed_of)
 from beyond.meaning import share_alike, table_of_aurocs, table_of_seeds
+from beyond.s3 import table_of_recall
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
 
@@ -62,7 +63,7 @@ def lines_of(result, experiment=None):
     if "measured" in result:
         new_lines.append({"kind": "measured", "name": "measured", **short(result["measured"], 4)})
     new_lines += [{"kind": kind, "name": kind, kind: short(result[kind], 4)}
-                  for kind in ("look", "meaning", "caches", "peers") if kind in result]
+                  for kind in ("look", "meaning", "caches", "peers", "retrieval") if kind in result]
     if "example" in result:  # of the last layer
         new_lines[-1]["example"] = list(result["example"].values())[-1]
     if not new_lines or any(math.isnan(line.get("ce", 0)) for line in new_lines):
@@ -452,7 +453,7 @@ TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": ve
           "aurocs": functools.partial(table_of_aurocs, models=LABELS, with_gaps=False, contenders=(
               "atoms", "untrained twin", "numbers of the vector")),
           "seeds": functools.partial(table_of_seeds, models=LABELS),
-          "accuracies": accuracies,
+          "accuracies": accuracies, "recall": table_of_recall,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
           "summary": summary, "one layer": one_layer,
           "formats": formats, "other texts": other_texts, "two passes": by_two_passes,

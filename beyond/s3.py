@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 
 import sta
-from beyond import capture_queries, parse_args
+from beyond import capture_queries, parse_args, pick, table
 from support.files import run_main, write_atomic
 from support.models import context_length
 from support.results import load_run
@@ -268,6 +268,21 @@ def evaluate_on(model, tokenizer, saes, rows):
                 for name, (mean, error) in columns.items()))
             table.append({"passages": n, "what": what, "contexts": len(x), **columns})
     return {"chosen": chosen, "retrieval": table}
+
+METHOD_LABELS = {"s3": "atoms (S3)", "dense": "queries and keys themselves",
+                 "residual": "cosine of the residual stream", "bm25": "words (BM25)",
+                 "fused": "atoms and words, fused by ranks", "chance": "chance"}
+
+def table_of_recall(lines):
+    """Recall in %, when 5% of the text is returned, ± its standard error, by method and number of
+    passages."""
+    cells = {}
+    for line in pick(lines, kind="retrieval")[-1:]:
+        for x, (method, label) in itertools.product(line["retrieval"], METHOD_LABELS.items()):
+            if x["what"] == f"recall by {method} at 5%":
+                cells[label, f"{x['passages']} passages"] = "{:.0f} ± {:.0f}".format(
+                    *(100 * share for share in x["mean"]))
+    return table("recall, %", cells)
 
 @torch.no_grad()
 def main(argv=None):

@@ -1498,6 +1498,8 @@ def test_retrieval_from_a_question(trained, tmp_path, capsys, monkeypatch):
                   tmp_path) == 0
     result = read_json(tmp_path / "tiny-s3.json")
     means = {row["what"]: row["mean"][0] for row in result["retrieval"] if row["passages"] == 8}
+    *_, fused, chance = s3.table_of_recall(report.lines_of(result))
+    assert f"{100 * means['recall by fused at 5%']:.0f} ± " in fused and "| chance |" in chance
     assert [len(x) for x in result["chosen"].values()] == [1] * 4
     assert means["recall by bm25 at 10%"] > 2 * means["recall by chance at 10%"]
     assert 0 <= means["recall by s3 at 5%"] <= means["recall by s3 at 10%"] < 1
@@ -1655,7 +1657,7 @@ IMPORTS = {"calibrate": set(), "rivals": {"calibrate"}, "additive": {"calibrate"
            "variants": {"additive", "calibrate"}, "cache": set(), "atoms": set(),
            "meaning": {"atoms", "variants"},
            "claims": {"variants", "atoms", "meaning"}, "s3": set(), "benchmark": set(),
-           "report": {"atoms", "benchmark", "cache", "claims", "meaning", "variants"}}
+           "report": {"atoms", "benchmark", "cache", "claims", "meaning", "s3", "variants"}}
 
 @pytest.mark.parametrize("name", IMPORTS)
 def test_help_needs_nothing(name, capsys, monkeypatch):

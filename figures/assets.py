@@ -46,6 +46,7 @@ Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtyp
     python -m beyond.cache --model FOLDER --contexts 1024,2048,4096,8192 --recent 128 \\
         --rows variants,rivals,additive
     python -m beyond.benchmark --model FOLDER --text TEXT --layer 12
+    python -m beyond.s3 --model FOLDER --evaluate --task-dir DIR/tasks    # SAEs of 200,000 tokens
 """
 import argparse
 import json
