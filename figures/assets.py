@@ -22,8 +22,9 @@ For tiny, with s = 0, 1 and 2:
     python train_sae.py --n-latents 64 --seed $s --out saes/small$s    # then evaluate.py
     python -m beyond.meaning --saes saes/seed0/tiny --other saes/seed1/tiny
 
-For SmolLM2 and Qwen2.5: FOLDER is a model, TEXT is DIR/text/train.txt, HELD_OUT valid.txt, prose.txt
-or code.txt there, and MIXED the text that the first line writes. Each model has its own --out.
+For SmolLM2 and Qwen2.5: FOLDER is a model, TEXT is DIR/text/train.txt, HELD_OUT valid.txt,
+prose.txt or code.txt there, and MIXED the text that the first line writes. Each model has its own
+--out.
 Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtype bfloat16.
 
     python -m beyond.calibrate --model FOLDER --text TEXT --tokens 230000 --write MIXED
