@@ -389,6 +389,8 @@ def table_of_seeds(lines, models):
     for heading, model in models.items():
         for line in pick(lines, kind="meaning", model=model)[-1:]:
             seeds, without = line["meaning"]["seeds"], line["meaning"]["without"]
+            if not seeds:  # measured without --other
+                continue
             for kind in sta.KINDS:
                 median, random = (statistics.mean(x[name] for site, x in seeds.items()
                                                   if site.endswith(kind))

@@ -253,7 +253,7 @@ def evaluate_on(model, tokenizer, saes, rows):
         raise sta.UsageError(f"--evaluate: {len(rows)} different passages, --limit or fewer; want "
                              f"{N_CHOOSE + max(PASSAGES)} or more, to choose layers and to test")
     rows = [rows[i] for i in np.random.default_rng(0).permutation(len(rows))]
-    chosen, table = choose_layers(model, tokenizer, saes, rows[:N_CHOOSE]), []
+    chosen, retrieval = choose_layers(model, tokenizer, saes, rows[:N_CHOOSE]), []
     layers = sorted({layer for pairs in chosen.values() for _, layer in pairs})
     saes = {layer: saes[layer] for layer in layers}
     for n in PASSAGES:
@@ -266,9 +266,10 @@ def evaluate_on(model, tokenizer, saes, rows):
             print(f"{n:3} passages, {len(x)} contexts: {what:28}", ", ".join(
                 f"{name} {mean:.3f} ±{np.nan if error is None else error:.3f}"
                 for name, (mean, error) in columns.items()))
-            table.append({"passages": n, "what": what, "contexts": len(x), **columns})
-    return {"chosen": chosen, "retrieval": table}
+            retrieval.append({"passages": n, "what": what, "contexts": len(x), **columns})
+    return {"chosen": chosen, "retrieval": retrieval}
 
+# ------------------------------------------------------------------ a table, and the run
 METHOD_LABELS = {"s3": "atoms (S3)", "dense": "queries and keys themselves",
                  "residual": "cosine of the residual stream", "bm25": "words (BM25)",
                  "fused": "atoms and words, fused by ranks", "chance": "chance"}

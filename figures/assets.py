@@ -24,8 +24,7 @@ For tiny, with s = 0, 1 and 2:
 
 For SmolLM2 and Qwen2.5: FOLDER is a model, TEXT is DIR/text/train.txt, HELD_OUT valid.txt,
 prose.txt or code.txt there, and MIXED the text that the first line writes. Each model has its own
---out.
-Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtype bfloat16.
+--out. Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtype bfloat16.
 
     python -m beyond.calibrate --model FOLDER --text TEXT --tokens 230000 --write MIXED
     FIT="--model FOLDER --text MIXED"
@@ -34,6 +33,8 @@ Qwen2.5's SAEs are older: they were trained on TEXT, and the model ran in --dtyp
     python -m beyond.calibrate $FIT --tokens 61440 && python -m beyond.additive --model FOLDER
     python -m beyond.rivals --model FOLDER
     python -m beyond.variants --what layer $FIT --tokens 1000000 --lr 0.003    # and --what metric
+    # report add --experiment "N tokens, three layers", of the rows dual of these SAEs
+    python train_sae.py $FIT --layer 3,14,27 --tokens 4000000 --lr 0.0015    # and the others
     python -m beyond.variants --what splits $FIT --tokens 200000 --lr 0.008
     python -m beyond.variants --what twin $FIT --layer 3,14,27 --tokens 1000000 --lr 0.003
     # SAEs of 200,000 tokens, two fifths of Python: report add --experiment "code in half of the
