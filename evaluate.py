@@ -6,11 +6,11 @@
 
 Perplexity is the GPTQ convention: the text in disjoint windows of --seq-len tokens, the tail
 dropped, mean loss over each window's seq_len - 1 targets. Zero-shot formats and scores are those of
-lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, first 4,096 tokens.
-Writes results/<model>.json: what was run; the rows, with the columns that `compare`, `next_tokens`,
-`fidelity_and_bytes` and `score_task` name, and with what made them: a row that is kept keeps that.
-Budget curves and elbows of the SAEs. Until it is complete, it is <model>.json.unfinished, written
-after every row.
+lm-evaluation-harness 0.4.13. Fidelity: on the dense model's keys and values, of the first windows.
+Writes results/<model>.json: what was run; the rows, each with its own commit and date (--resume
+keeps those), and the columns that `compare`, `next_tokens`, `fidelity_and_bytes` and `score_task`
+name; the SAEs' budget curves and elbows. While it is running, <model>.json.unfinished has the rows
+so far.
 Non-goals: word perplexity, few-shot prompts, other tasks: lm-eval itself runs in sta.reconstruct.
 """
 import argparse
@@ -35,7 +35,7 @@ from support.results import check_pattern, finished_rows, inputs_hash, load_run
 from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
 from support.text import read_text, text_name, token_windows
 
-FIDELITY_TOKENS = BATCH_TOKENS  # the first call of the model
+FIDELITY_TOKENS = BATCH_TOKENS  # 4,096: one call of the model
 BLOCK = 8  # windows
 
 def parse_args(argv=None, description=__doc__):
@@ -57,15 +57,17 @@ def parse_args(argv=None, description=__doc__):
     add("--seq-len", type=int, help="tokens per window (default 2048, or the model's limit)")
     add("--max-tokens", type=int, default=32_768, help="tokens to score (default 32,768)")
     add("--limit", type=int, help="rows of each task (default all)")
-    add("--k-key", type=int, default=8, help="atoms per key (default 8)")
-    add("--k-val", type=int, default=16, help="atoms per value (default 16)")
+    add("--k-key", type=int, help="atoms per key (default: what the SAEs were trained for)")
+    add("--k-val", type=int, help="atoms per value (default: the same)")
     add("--sink", type=int, default=1, help="first tokens of a window kept exact (default 1)")
     # where
     add("--device", help="cpu, cuda, or auto: over all GPUs, by accelerate (default: cuda if any)")
     add("--dtype", help="of the model (default float32 on cpu, bfloat16 on cuda)",
         choices=["float32", "bfloat16", "float16"])
-    add("--out", type=pathlib.Path, default="results", help="(default results)")
-    add("--resume", action="store_true", help="keep the rows in --out whose inputs were the same")
+    add("--out", type=pathlib.Path, default="results",
+        help="folder whose <model>.json is replaced (default results)")
+    add("--resume", action="store_true",
+        help="take from --out, of the rows wanted, those whose inputs were the same")
     args = parser.parse_args(argv)
     for name, least in (("sink", 0), ("max_tokens", 2), ("limit", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
@@ -93,7 +95,7 @@ class OneKind:
     """A codec's keys alone (kind "key"), or its values: the other kind stays as it is. It states
     its bytes_per_token, of one layer, as all codecs do that have a roundtrip of their own."""
 
-    def __init__(self, kind, codec, bytes_per_token=None):
+    def __init__(self, kind, codec, bytes_per_token):
         self.kind, self.codec, self.bytes_per_token = kind, codec, bytes_per_token
 
     def roundtrip(self, keys, values, live):
@@ -176,21 +178,21 @@ def window_losses(forward, windows, model, name):
         first_logits = logits if first_logits is None else first_logits
         for of_window, ids in zip(logits, batch.to(logits.device)):  # (T, V), (T,)
             losses.append(F.cross_entropy(of_window[:-1].float(), ids[1:]).double())
-    losses = torch.stack(losses).cpu().round(decimals=6)  # as the JSON has them, for --resume
-    return losses, first_logits
+    return torch.stack(losses).cpu(), first_logits
 
 def mean_excess(losses, others):
     """(mean over windows of losses - others, its standard error). Neighbouring windows are alike,
     so the error is over means of BLOCK of them, if that makes four or more."""
-    excess = torch.as_tensor(losses).double() - torch.as_tensor(others).double()
+    losses, others = (torch.as_tensor(x, dtype=torch.float64) for x in (losses, others))
+    excess = losses - others
     size = BLOCK if len(excess) >= 4 * BLOCK else 1
     blocks = excess[:len(excess) // size * size].view(-1, size)
     return excess.mean().item(), mean_stderr(blocks.mean(1))[1]
 
-def compare(losses, dense):
+def compare(losses, dense_losses):
     """Columns of a row that come from window losses, paired with dense's."""
-    mean, stderr = mean_excess(losses, dense)
-    ce, margin = losses.mean().item(), 1.96 * (stderr or 0)
+    mean, stderr = mean_excess(losses, dense_losses)
+    ce, margin = losses.mean().item(), 1.96 * stderr
     exponents = torch.tensor([ce, mean, mean - margin, mean + margin], dtype=torch.float64)
     perplexity, ratio, low, high = exponents.exp().tolist()  # infinite rather than an OverflowError
     return {"perplexity": perplexity, "ce": ce, "delta_ce": mean, "delta_ce_stderr": stderr,
@@ -200,8 +202,8 @@ def compare(losses, dense):
 def next_tokens(logits, dense_logits):
     """How the distributions of the next token differ from the dense model's, by the logits (n, T,
     V) of both -> {kl: mean of KL(dense || row) in nats; kl_p99: its 99th percentile; same_top:
-    share of tokens whose likeliest next token is the same}. Perplexity is a mean over what the
-    text says; this shows the tail."""
+    share of tokens whose likeliest next token is the same}. Perplexity is an average over the
+    tokens of the text; the percentile shows changes that are rare and large."""
     kl, same = [], []
     for of_window, exact in zip(logits, dense_logits):  # (T, V)
         log_p, log_q = (x.float().log_softmax(-1) for x in (exact, of_window))
@@ -230,8 +232,9 @@ def measure_codec(codec, keys, values):
 
 def fidelity_and_bytes(row, vectors, config):
     """{bytes_per_token of the cache, in which layers that are not coded stay in bf16; bytes_share
-    of bf16; once_bytes, kept whatever the number of tokens; break_even_tokens; fvu_key, fvu_val,
-    cos_*, means over by_layer} of a row. vectors: {(layer, kind): (B, T, H, D)}."""
+    of bf16; once_bytes, kept whatever the number of tokens; break_even_tokens, beyond which it is
+    smaller than bf16; fvu_key, fvu_val, cos_key, cos_val, means over by_layer} of a row. vectors:
+    {(layer, kind): (B, T, H, D)}."""
     n_layers = config.num_hidden_layers
     dense_bytes = 4 * math.prod(sta.kv_shape(config))  # of a layer: keys and values in bf16
     total, by_layer = (n_layers - len(row.codecs)) * dense_bytes, {}
@@ -239,18 +242,20 @@ def fidelity_and_bytes(row, vectors, config):
         keys, values = (vectors[layer, kind].float() for kind in sta.KINDS)
         size, by_layer[layer] = measure_codec(codec, keys, values)
         total += size
-    columns = {"fvu_key": 0.0, "fvu_val": 0.0, "cos_key": 1.0, "cos_val": 1.0}  # of the dense model
-    if row.make_forward:  # and no codecs of a layer: not measured
-        columns = dict.fromkeys(columns, math.nan)
+    names = "fvu_key", "fvu_val", "cos_key", "cos_val"
     if by_layer:
         columns = {name: sum(layer[name] for layer in by_layer.values()) / len(by_layer)
-                   for name in columns}
+                   for name in names}
+    elif row.make_forward:  # it has no codecs to measure
+        columns = dict.fromkeys(names, math.nan)
+    else:  # the dense model
+        columns = dict(zip(names, (0.0, 0.0, 1.0, 1.0)))
     if row.bytes_per_token is not None:
         total = row.bytes_per_token
     saved = n_layers * dense_bytes - total
     return {"bytes_per_token": total, "bytes_share": total / (n_layers * dense_bytes),
             "once_bytes": row.once_bytes,
-            "break_even_tokens": round(row.once_bytes / saved) if saved > 0 else None,
+            "break_even_tokens": int(row.once_bytes // saved) if saved > 0 else None,
             **columns, "by_layer": by_layer}
 
 def find_curves(saes, vectors):
@@ -268,8 +273,8 @@ HEADER = ("{name:{width}} k_key k_val  perplexity  delta CE          bytes/tok  
           "fvu_V  cos_K  cos_V")
 
 def format_row(row, width):
-    k = ["-" if row[name] is None else f"{row[name]:.3g}" for name in ("k_key", "k_val")]
-    error = "" if row["delta_ce_stderr"] is None else f" ±{row['delta_ce_stderr']:.4f}"
+    k = ["-" if row[name] is None else f"{row[name]:.4g}" for name in ("k_key", "k_val")]
+    error = f" ±{row['delta_ce_stderr']:.4f}"
     return (f"{row['name']:{width}} {k[0]:>5} {k[1]:>5} {row['perplexity']:11.3f} "
             f"{row['delta_ce']:+8.4f}{error:8} {row['bytes_per_token']:9,.0f} "
             f"{100 * row['bytes_share']:6.2f}% {row['fvu_key']:6.3f} {row['fvu_val']:6.3f} "
@@ -277,57 +282,66 @@ def format_row(row, width):
 
 def print_elbows(curves):
     """How many layers have their elbow at which k."""
-    for kind in sta.KINDS if curves else ():
+    for kind in sta.KINDS:
         elbows = [layer[f"elbow_{kind}"] for layer in curves.values()]
         counts = [f"k = {k} in {elbows.count(k)}" for k in sorted(set(elbows))]
-        most = 2 * max(layer[f"k_{kind}"] for layer in curves.values())
+        most = max(min(2 * layer[f"k_{kind}"], layer[kind][-1]["k"]) for layer in curves.values())
         print(f"elbow of the {kind} curves (k from 1 to {most}), layers: {', '.join(counts)}")
 
 def print_dictionaries(rows):
-    """The number of tokens from which on each row's dictionaries pay."""
+    """The number of tokens beyond which each row's dictionaries pay off."""
     for row in rows:
         if row["break_even_tokens"]:
-            print(f"{row['name']}: its dictionaries take {row['once_bytes']:,} bytes, once; "
-                  f"including them, smaller than bf16 from {row['break_even_tokens']:,} tokens on")
+            print(f"{row['name']}: dictionaries of {row['once_bytes']:,} bytes, stored once; with "
+                  f"them, smaller than bf16 beyond {row['break_even_tokens']:,} tokens")
 
 def print_next_tokens(rows, width):
-    print("next token, against dense: mean KL in nats, its 99th percentile, the same is likeliest")
+    print("next token, against dense: mean KL in nats, its 99th percentile, same most likely token")
     for row in rows[1:]:
         print(f"  {row['name']:{width}} {row['kl']:9.4f} {row['kl_p99']:9.3f} "
               f"{100 * row['same_top']:7.2f}%")
 
 def print_tasks(rows, width):
     for task in rows[0]["tasks"]:
-        print(f"{task}, {rows[0]['tasks'][task]['n']} rows: per cent right ± standard error; "
+        print(f"{task}, {rows[0]['tasks'][task]['n']} questions: accuracy in % ± standard error; "
               "change from dense ± its paired standard error")
-        for row in (row for row in rows if row["tasks"]):
+        scored = [row for row in rows if row["tasks"]]
+        for row in scored:
             x = row["tasks"][task]
-            cells = [f"{name} {100 * x[name]:6.2f} ±{100 * (x[name + '_stderr'] or 0):5.2f}"
+            cells = [f"{name} {100 * x[name]:6.2f} ±{100 * x[name + '_stderr']:5.2f}"
                      for name in ("acc", "acc_norm", "delta_acc")]
             print(f"  {row['name']:{width}} {'   '.join(cells)}")
 
-def score_row(row, dense, model, windows, tasks, measured, sink):
+@torch.no_grad()
+def run_dense(model, windows, layers, sink):
+    """The dense model on the first windows (B, T) -> (its vectors {(layer, kind): (B, T, H, D)},
+    its logits (B, T, V))."""
+    part = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
+    vectors = {site: x.unflatten(0, (len(part), -1))
+               for site, x in sta.harvest(model, part, layers, sink).items()}
+    return vectors, model(input_ids=part.to(model.device), use_cache=False).logits
+
+def score_row(row, dense, model, windows, tasks, vectors, dense_logits, sink):
     """A row's columns in the JSON. dense: those of the dense model, or None for its own row;
-    measured: its keys and values, and its logits, on the first windows."""
-    vectors, dense_logits = measured
+    vectors, dense_logits: of `run_dense`."""
     if row.make_forward:
-        context = row.make_forward(model)
+        patched = row.make_forward(model)
     else:
-        context = through_hooks(model, row.codecs, sink)
-    with context as forward:
+        patched = through_hooks(model, row.codecs, sink)
+    with patched as forward:
         losses, logits = window_losses(forward, windows, model, row.name)
         differences = next_tokens(logits, dense_logits)
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
-    dense_losses = torch.tensor(dense["window_ce"]).double() if dense else losses
     scores = {name: score_task(tasks[name], totals[name], dense and dense["tasks"][name])
               for name in totals}
-    figures = [losses.sum(), *(score["acc"] for score in scores.values())]
-    if not dense and not all(map(math.isfinite, figures)):
+    finite = [losses.isfinite().all(), *(math.isfinite(x["acc"]) for x in scores.values())]
+    if not dense and not all(finite):
         raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
     return {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-            "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense_losses),
-            **differences, "tasks": scores,
+            "k_val": row.budget[1], "settings": row.settings,
+            **compare(losses, dense["window_ce"] if dense else losses), **differences,
+            "tasks": scores,
             **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
 def choose_rows(run, args):
@@ -343,19 +357,21 @@ def read_input(run, args):
                             args.seq_len, 2048, args.max_tokens)
     if args.sink >= windows.shape[1]:
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
-    specs = args.tasks or (str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else "")
-    return windows, load_tasks(specs, args.task_dir, args.limit, run.tokenizer,
+    if args.tasks is None:
+        args.tasks = str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else ""
+    return windows, load_tasks(args.tasks, args.task_dir, args.limit, run.tokenizer,
                                context_length(run.model))
 
 def main(argv=None, codec=None):
-    """Evaluate as `argv` says, and a codec of yours in all layers that have SAEs, under the name of
-    its class; returns the path of the JSON."""
+    """Evaluate as `argv` says, and your own codec, if any, in all layers that have SAEs, under the
+    name of its class; returns the path of the JSON."""
     args = parse_args(argv)
     run = load_run(args, needs_saes=not args.rows)
     windows, tasks = read_input(run, args)
-    rows, n_layers = choose_rows(run, args), run.model.get_decoder().config.num_hidden_layers
+    rows = choose_rows(run, args)
     if codec:
         rows.append(Row(type(codec).__name__, dict.fromkeys(run.layers, codec)))
+    n_layers = run.model.get_decoder().config.num_hidden_layers
     print(f"{run.name}{f' with the SAEs of {run.folder}' if run.saes else ''}: {len(run.layers)} "
           f"of {n_layers} layers reconstructed, {windows.numel():,} tokens in windows of "
           f"{windows.shape[1]}")
@@ -368,21 +384,18 @@ def main(argv=None, codec=None):
     finished = finished_rows(run.path) | finished_rows(unfinished) if args.resume else {}
     width = max(8, *(len(row.name) for row in rows))
     print(HEADER.format(name="row", width=width))
-    part = windows[:max(1, FIDELITY_TOKENS // windows.shape[1])]
-    vectors = {site: x.unflatten(0, (len(part), -1))  # (B, T, H, D)
-               for site, x in sta.harvest(run.model, part, run.layers, args.sink).items()}
+    vectors, dense_logits = run_dense(run.model, windows, run.layers, args.sink)
+    result["curves"] = find_curves(run.saes, vectors)
     weights = [x.sum(dtype=torch.float64).item() for x in run.model.parameters()]
-    common = windows, repr(tasks), weights  # what all rows are made from
-    with torch.no_grad():
-        measured = vectors, run.model(input_ids=part.to(run.model.device), use_cache=False).logits
-    result["curves"], dense = find_curves(run.saes, vectors), None  # the first row's columns
+    dense = None
     for row in rows:
-        inputs = inputs_hash(run.about, args, row, *common)
+        inputs = inputs_hash(run.about, args, row, windows, repr(tasks), weights)
         columns = finished.get(row.name, {})
         if columns.get("inputs") != inputs:
-            columns = score_row(row, dense, run.model, windows, tasks, measured, args.sink)
+            columns = score_row(row, dense, run.model, windows, tasks, vectors, dense_logits,
+                                args.sink)
             columns |= {"inputs": inputs, **run.about, "date": time.ctime()}
-        dense = dense or columns
+        dense = dense or columns  # the first row's
         result["rows"].append(columns)
         write_atomic(unfinished, json.dumps(result, indent=1, default=str) + "\n")
         print(format_row(columns, width), flush=True)
@@ -390,7 +403,8 @@ def main(argv=None, codec=None):
     print_next_tokens(result["rows"], width)
     print_dictionaries(result["rows"])
     print_tasks(result["rows"], width)
-    print_elbows(result["curves"])
+    if result["curves"]:
+        print_elbows(result["curves"])
     print(f"wrote {run.path}")
     return run.path
 

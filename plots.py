@@ -3,9 +3,9 @@
     python plots.py                                        # results/*.json -> results/*.png
     python plots.py --results other/results --out pictures
 
-For each model <model>-overview.png: what k atoms leave; keys against values, by layer; perplexity.
-Colours are Okabe and Ito's, which colour-blind readers can tell apart; markers and dashes tell them
-apart in grey. beyond/report.py calls draw_curves for the rivals, in the same colours.
+For each model <model>-overview.png: unexplained variance against k; keys against values, by layer;
+perplexity. Most colours are Okabe and Ito's, which colour-blind readers can tell apart; methods of
+one colour differ in markers or dashes. beyond/report.py calls draw_curves for other formats.
 Non-goals: styling options, several models in one picture.
 """
 import argparse
@@ -24,7 +24,7 @@ from matplotlib.ticker import LogLocator, NullFormatter
 import sta
 from support.files import check_out, explain, run_main, write_atomic
 
-# Of every method, in all pictures: its name in legends, colour, marker, dash.
+# method: (its name in legends, colour, marker, dash), in all pictures
 STYLE = {
     "keys": ("keys", "#0072B2", "o", "-"), "values": ("values", "#D55E00", "s", "-"),
     "dual": ("dual (the paper's)", "#009E73", "D", "-"),
@@ -50,7 +50,7 @@ def draw_budget(panel, result):
         fvus = {p["k"]: p["fvu"] for p in curve if 1 <= p["k"] <= most}
         panel.plot(fvus.keys(), fvus.values(), color=colour, marker=marker, ms=4, label=label)
         at = sta.elbow(curve, most)
-        panel.plot(at, fvus.get(at, at), marker="o", ms=14, mfc="none", mec=colour, ls="",
+        panel.plot(at, fvus.get(at, math.nan), marker="o", ms=14, mfc="none", mec=colour, ls="",
                    label=f"elbow, k = {at}")
     panel.set_xscale("log", base=2)
     panel.xaxis.set_major_formatter("{x:g}")
@@ -63,7 +63,8 @@ def draw_budget(panel, result):
 def draw_asymmetry(panel, result):
     """FVU of keys and values by layer, both at k_key and both at k_val atoms."""
     some = next(iter(result["curves"].values()))
-    for k, fill in ((some["k_key"], "full"), (some["k_value"], "none")):
+    for k in sorted({some["k_key"], some["k_value"]}):
+        fill = "full" if k == some["k_key"] else "none"
         for kind in sta.KINDS:
             label, colour, marker, dash = STYLE[f"{kind}s"]
             points = [[p for p in curves[kind] if p["k"] <= k][-1]
@@ -79,21 +80,22 @@ def draw_asymmetry(panel, result):
     panel.legend()
 
 def draw_perplexity(panel, result):
-    """Perplexity by keys, values, dual, its rivals and searched, with 95% intervals."""
+    """Perplexity by keys, values, dual, searched, uniform and reverse, with 95% intervals."""
     ticks = []
     for row in result["rows"]:
         if row["name"] in ("keys", "values", "dual", "searched", "uniform", "reverse"):
-            ratio, high = row["ratio"], row["ratio_ci95"][1] - row["ratio"]
-            if math.isfinite(high):
-                panel.bar(len(ticks), 100 * (ratio - 1), yerr=100 * high, capsize=3,
-                          color=STYLE[row["name"]][1])
+            ratio, (low, high) = row["ratio"], row["ratio_ci95"]
+            if math.isfinite(ratio):
+                errors = [[100 * (ratio - low)], [100 * (high - ratio)]]  # inf, of one window
+                panel.bar(len(ticks), 100 * (ratio - 1), color=STYLE[row["name"]][1], capsize=3,
+                          yerr=errors if math.isfinite(high) else None)
             budget = ", ".join(str(row[k]) for k in ("k_key", "k_val") if row[k])
-            ticks.append(f"{row['name']}: {budget if math.isfinite(high) else 'not finite'}")
+            ticks.append(f"{row['name']}: {budget if math.isfinite(ratio) else 'not finite'}")
     panel.set_xticks(range(len(ticks)), ticks, fontsize=8, rotation=35, ha="right")
     panel.axhline(0, color="black", lw=0.8)
     panel.set_xlabel("what is coded, and its atoms per vector")
     panel.set_ylabel("increase in perplexity, %")
-    panel.set_title("All layers coded")
+    panel.set_title(f"{len(result['layers'])} of {result['n_layers']} layers coded")
 
 # ------------------------------------------------------------------ the pictures
 def draw_overview(result):

@@ -7,8 +7,8 @@ Caches via Sparse Autoencoders", arXiv 2512.10547; the SAE's formulas are in arX
     z, idx = the k largest of ReLU(((x - b_dec[h]) / s) W_enc + b_enc), and their indices:
              the code of x                                                            (k,)
     x_hat  = s sum_j z_j W_dec[idx_j] + b_dec[h]                                      (D,)
-    b_dec[h] = the mean of head h;  s^2 = the mean of all numbers in (x - b_dec[h])^2
-    loss   = |x - x_hat|^2 / (s^2 D) at budget k, plus 1/8 of the same at 2k; the mean over x
+    b_dec[h] = the mean of head h;  s^2 = the mean of (x - b_dec[h])^2 over vectors and coordinates
+    loss   = e_k + e_2k / 8, a mean over vectors; e_k = |x - x_hat|^2 / (s^2 D) at budget k
     dual budget: a key becomes its k_key = 8 strongest atoms, a value its k_val = 16, stored as
              fp16 coefficients z and int16 indices idx
 
@@ -47,6 +47,7 @@ class TopKSAE(nn.Module):
         W_enc (D, M), b_enc (M,), W_dec (M, D)   are trained; the unit rows of W_dec are the atoms
         b_dec (H, D), scale ()                   are measured by `centre`: heads' means, the s above
         since_fired (M,)                         counts the vectors since a latent last fired
+    Files hold b_enc times s, so a loaded SAE has scale 1, and its z are in the units of x.
     not in paper: a mean per head, and not trained. The difference between heads can be most of a
     key; with one mean for all, atoms would be spent on it, and many latents would never fire."""
 
@@ -87,8 +88,8 @@ class TopKSAE(nn.Module):
     def loss(self, x):
         """The loss of vectors x (tokens, H, D): the share of variance left at budget k and, so that
         one SAE serves other budgets too, an eighth of that at 2k [Multi-TopK, Gao]. Side effect:
-        counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest. (Were
-        it among k, error would be the same at k and 1 to 24% larger at 2k: measured.)"""
+        counts in `since_fired`. A latent fires if it has z > 0 among a vector's 2k strongest. (With
+        the k strongest instead, the error at k was the same, but at 2k 1 to 24% larger.)"""
         z, idx = self.encode(x, min(2 * self.k, self.n_latents))  # (tokens, H, 2k)
         error = (x - self.decode(z[..., :self.k], idx[..., :self.k])) / self.scale
         error_2k = (x - self.decode(z, idx)) / self.scale
@@ -107,33 +108,33 @@ class TopKSAE(nn.Module):
 
     @torch.no_grad()
     def lift_silent(self, amount):
-        """Call after each step: raises the bias of latents that have not fired for 16 M vectors,
-        until they fire, and so learn, again. (16 M vectors make 2k choices each among M latents, so
-        an average one fires up to 32 k times.) not in paper: the alternative, AuxK [Gao], takes ten
-        lines more."""
+        """Call after each step: raises the bias of latents that none of the last 16 * n_latents
+        vectors fired, until they fire, and so learn, again. (An average latent fires up to 32 * k
+        times in as many vectors.) not in paper. [Gao] adds a loss, AuxK, instead."""
         self.b_enc[self.since_fired > 16 * self.n_latents] += amount
 
 # ------------------------------------------------------------------ 2. fidelity and the elbow
 @torch.no_grad()
 def fidelity(x, x_hat):
-    """Vectors x, x_hat (..., H, D) -> {fvu, cos, cos_centred}, in float64.
+    """Vectors x, x_hat (..., H, D) -> {fvu, cos, cos_centred}, computed in float64.
 
     fvu = sum |x - x_hat|^2 / sum |x - mean_h|^2 over all vectors, mean_h the mean of the vector's
     head: variance unexplained within heads. Means over vectors: cos, the cosine of x and x_hat;
     cos_centred, that of x - mean_h and x_hat - mean_h."""
-    x, x_hat = x.flatten(0, -3).double(), x_hat.flatten(0, -3).double()  # (tokens, H, D)
-    spread = (x - x.mean(0)).square().sum().clamp_min(1e-12)
+    x, x_hat = (y.reshape(-1, *y.shape[-2:]).double() for y in (x, x_hat))  # (tokens, H, D)
+    mean = x.mean(0)
+    variance = (x - mean).square().sum().clamp_min(1e-12)
     cosine = functools.partial(F.cosine_similarity, dim=-1, eps=1e-12)
-    return {"fvu": ((x - x_hat).square().sum() / spread).item(),
+    return {"fvu": ((x - x_hat).square().sum() / variance).item(),
             "cos": cosine(x, x_hat).mean().item(),
-            "cos_centred": cosine(x - x.mean(0), x_hat - x.mean(0)).mean().item()}
+            "cos_centred": cosine(x - mean, x_hat - mean).mean().item()}
 
 @torch.no_grad()
 def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
-    """[{k, fvu, cos, cos_centred, dead}] of vectors x (tokens, H, D) by rising k; one encode serves
-    all of them. k = 0: the head's mean alone, without an atom. dead: the share of latents that
-    none of these vectors fired."""
-    ks = sorted(k for k in ks if k <= sae.n_latents)
+    """[{k, fvu, cos, cos_centred, dead}] of vectors x (tokens, H, D) by rising k: of ks, sae.k and
+    2 sae.k, but n_latents at most. One encode serves all of them. k = 0: the head's mean alone,
+    without an atom. dead: the share of latents that none of these vectors fired."""
+    ks = sorted({min(k, sae.n_latents) for k in (*ks, sae.k, 2 * sae.k)})
     z, idx = sae.encode(x, ks[-1])  # (tokens, H, ks[-1])
     curve = []
     for k in ks:
@@ -145,7 +146,7 @@ def budget_curve(sae, x, ks=(0, 1, 2, 4, 8, 16, 32, 64)):
 def elbow(curve, most):
     """The semantic elbow: the k from 1 to `most` whose FVU lies furthest below the chord between
     the curve's ends there. Both axes scaled to [0, 1], k linear [Kneedle, Satopaa 2011]: it depends
-    on `most`, so state that; nan if an FVU is. not in paper: the readable text gives no rule."""
+    on `most`, so state that. nan if any FVU is nan. not in paper: its public text has no rule."""
     curve = [point for point in curve if 1 <= point["k"] <= most]
     first, last = curve[0], curve[-1]
     fall, k_range = max(first["fvu"] - last["fvu"], 1e-12), max(last["k"] - first["k"], 1)
@@ -200,7 +201,7 @@ def roundtrip(codec, keys, values, live):
 @contextlib.contextmanager
 def reconstruct(model, codecs, sink=1):
     """Inside, `model` computes with decoded keys and values, in prefill and in generation; its own
-    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}; they get float32.
+    cache then holds those, not codes (beyond/cache.py). codecs: {layer: codec}, given float32.
     The first `sink` tokens of a text stay exact (not in paper: their norms are extreme, arXiv
     2309.17453). Raises UsageError as `watch` and `live_tokens` do. The order of events:
 
@@ -222,7 +223,7 @@ def reconstruct(model, codecs, sink=1):
 @contextlib.contextmanager
 def capture(model, layers):
     """`with capture(model, layers) as vectors: model(ids)` sets vectors[layer, kind] to the keys or
-    values of the call, (B, T, H, D): with `reconstruct`, inside or outside of it, decoded ones."""
+    values of the call, (B, T, H, D). With `reconstruct`, in either order, these are decoded."""
     vectors = {}
 
     def keep(layer, keys, values, _):
@@ -252,17 +253,18 @@ def harvest(model, windows, layers, sink=1):
 # ------------------------------------------------------------------ the hooks (safe to skip)
 @contextlib.contextmanager
 def watch(model, layers, on_vectors, on_call=lambda arguments: None, writes=False):
-    """Inside, whenever the decoder is called: context = on_call({argument: value}), and then, once
-    per layer, as soon as its keys and values are both there, on_vectors(layer, keys, values,
-    context); these are writable views (B, T, H, D). A watch that `writes` comes before those that
-    read. Raises UsageError if there is no such layer, if a call missed the keys or values of one,
-    or if there was no call: torch.compile does either."""
+    """Inside, each call of the decoder first calls on_call({argument: value}), which returns a
+    context; then, once per layer, on_vectors(layer, keys, values, context), as soon as both are
+    there. They are views (B, T, H, D), writable if `writes`. A watch that writes comes before those
+    that read. Raises UsageError if there is no such layer, if a call skipped the keys or values of
+    one, or if there was no call; both happen to compiled models."""
     decoder, sites = model.get_decoder(), kv_sites(model)
     wanted = {(layer, kind) for layer in layers for kind in KINDS}
     absent = wanted - sites.keys()
     if absent:
         raise UsageError(f"layer {min(absent)[0]}: the model has layers 0 to {max(sites)[0]}")
-    state = types.SimpleNamespace(n_calls=0, missing=set(), vectors={}, context=None)
+    state = types.SimpleNamespace(  # vectors: {kind: keys or values} of the layer that is computed
+        n_calls=0, missing=set(), vectors={}, context=None)
 
     def before_call(decoder, args, kwargs):
         bound = inspect.signature(decoder.forward).bind_partial(*args, **kwargs)
@@ -275,7 +277,7 @@ def watch(model, layers, on_vectors, on_call=lambda arguments: None, writes=Fals
                 return  # outside a call of the decoder, or captured already in this one
             state.missing.remove((layer, kind))
             if writes and (output._is_view() or output.is_leaf and output.requires_grad):
-                output = output.clone()  # autograd forbids to write in those, as 4-bit layers make
+                output = output.clone()  # autograd forbids writing there; 4-bit layers make such
             state.vectors[kind] = per_head(decoder.config, name, kind, args[0], output)
             if len(state.vectors) == 2:  # which of them comes first depends on the type of model
                 keys, values = state.vectors.pop("key"), state.vectors.pop("value")
@@ -286,7 +288,7 @@ def watch(model, layers, on_vectors, on_call=lambda arguments: None, writes=Fals
     def after_call(decoder, args, output):
         if state.missing:
             raise UsageError(f"layer {min(state.missing)[0]}: keys or values were not captured; "
-                             "the model is compiled, or this is no self-attention")
+                             "the model is compiled, or the layer is not self-attention")
 
     with contextlib.ExitStack() as hooks:
         hooks.callback(decoder.register_forward_pre_hook(before_call, with_kwargs=True).remove)
@@ -300,16 +302,16 @@ def watch(model, layers, on_vectors, on_call=lambda arguments: None, writes=Fals
         raise UsageError("the model was not called, or compiled and called before; do not compile")
 
 def live_tokens(arguments, sink):
-    """The tokens of a call of the decoder that a codec may touch, (B, T) bool: neither padding, as
-    attention_mask tells, nor sinks, whose position is below `sink`. position_ids may begin again,
-    in packed texts; without them, positions count the mask's ones. Raises UsageError at a mask
-    other than (B, tokens) or what `generate` makes for a static cache."""
+    """The tokens of a call of the decoder that a codec may touch, (B, T) bool: not padding, which
+    attention_mask shows, nor sinks, whose position is below `sink`. In packed texts, position_ids
+    begin again; without position_ids, positions count the mask's ones. Raises UsageError at a mask
+    that is neither (B, tokens) nor what `generate` makes for a static cache."""
     tokens = arguments.get("input_ids")
     tokens = arguments["inputs_embeds"] if tokens is None else tokens
     cache = arguments.get("cache", arguments.get("past_key_values"))
     past = 0 if cache is None else int(cache.get_seq_length())  # int: static caches count in place
-    (B, T), position = tokens.shape[:2], arguments.get("position_ids")
-    mask = arguments.get("attention_mask")
+    B, T = tokens.shape[:2]
+    position, mask = arguments.get("position_ids"), arguments.get("attention_mask")
     if isinstance(mask, dict):  # by type of layer
         mask = next(iter(mask.values()))
     if mask is None:
@@ -320,7 +322,8 @@ def live_tokens(arguments, sink):
             position = mask.bool().cumsum(-1)[:, past:past + T] - 1
     elif mask.dim() == 4 and position is not None:  # (B, 1, T, slots of the cache)
         attends = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > -1e4
-        # padding does not even attend to itself
+        # Padding is what does not even attend to itself. Token t lies in slot past + t, or, in a
+        # sliding window that is full, in one of the last T.
         real = attends.diagonal(min(past, attends.shape[2] - T), 1, 2)  # (B, T)
     else:
         raise UsageError(f"attention_mask {list(mask.shape)} for {past} + {T} tokens: want (batch, "
@@ -337,7 +340,8 @@ def kv_sites(model, kinds=KINDS):
     """{(layer, kind): {name: module}} of a Hugging Face decoder of any type: the modules, found by
     the names in PARTS, of which the last one's output is the layer's keys or values before RoPE.
     Raises UsageError where layers lack them."""
-    decoder, by_layer = model.get_decoder(), []
+    decoder = model.get_decoder()
+    by_layer = []
     for module in decoder.modules():
         children = dict(module.named_children())
         parts = {kind: {name: children[name] for name in PARTS[kind] if name in children}
@@ -394,15 +398,16 @@ class TopKOfMatmul(torch.autograd.Function):
         x, W, idx = ctx.saved_tensors
         k, M = idx.shape[1], W.shape[1]
         dx = dW = db = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # not to train an SAE, but through codes to what is below
             dx = F.embedding_bag(idx, W.T.contiguous(), mode="sum", per_sample_weights=dz)  # (N, D)
         if ctx.needs_input_grad[1]:
             order = idx.flatten().argsort(stable=True)  # the N*k choices, sorted by latent
             counts = idx.flatten().bincount(minlength=M)
             first = counts.cumsum(0) - counts  # (M,): where a latent's choices begin
-            weights = dz.flatten()[order]
-            dW = F.embedding_bag(order // k, x, first, mode="sum", per_sample_weights=weights).T
-            db = dz.new_zeros(M).index_add_(0, idx.flatten()[order], weights)
+            dW = F.embedding_bag(order // k, x, first, mode="sum",
+                                 per_sample_weights=dz.flatten()[order]).T
+        if ctx.needs_input_grad[2]:
+            db = dz.new_zeros(M).index_add_(0, idx.flatten(), dz.flatten())
         return dx, dW, db, None
 
 def sum_of_rows(z, idx, W):
@@ -411,7 +416,7 @@ def sum_of_rows(z, idx, W):
     starts = torch.arange(idx.shape[:-1].numel(), device=idx.device, dtype=idx.dtype) * k
     sums = F.embedding_bag(idx.flatten(), W, starts, mode="sum",
                            per_sample_weights=z.flatten())  # (N, D)
-    return sums.view(*shape, -1)
+    return sums.view(*shape, W.shape[1])
 
 def fuse(codecs):
     """{layer: codec} -> the same with the dual budget's encode and decode in one compiled graph,

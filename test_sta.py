@@ -211,8 +211,8 @@ def test_fidelity_equals_numpy():
 
 def test_curve_and_elbow():
     sae, x = small_sae(), vectors_of(100)
-    points = sta.budget_curve(sae, x, [8, 0, 1, 40, 64])  # 64 is over n_latents: left out
-    assert [p["k"] for p in points] == [0, 1, 8, 40]
+    points = sta.budget_curve(sae, x, [0, 1, 64])  # and k = 8, 2k; of 64, there are only 40
+    assert [p["k"] for p in points] == [0, 1, 8, 16, 40]
     mean_alone = sta.fidelity(x, sae.b_dec.expand_as(x))
     assert points[0] == pytest.approx({"k": 0, **mean_alone, "dead": 1})
     z, idx = sae.encode(x, 8)
@@ -533,7 +533,7 @@ def test_evaluation_table(evaluated):
     assert dual["once_bytes"] == 4 * (2 * 64 * 128 + 64 + 2 * 128) * 4  # of four SAEs, float32
     saved = dense["bytes_per_token"] - dual["bytes_per_token"]
     assert np.mean(dual["window_ce"]) == pytest.approx(dual["ce"], abs=1e-6)
-    assert dual["break_even_tokens"] == round(dual["once_bytes"] / saved)
+    assert dual["break_even_tokens"] == dual["once_bytes"] // saved
 
 def test_perplexity_is_that_of_hugging_face(evaluated):
     """The dense row against transformers' own labels= loss on windows cut here."""

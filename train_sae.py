@@ -32,7 +32,7 @@ LIFT = 10  # the biases of silent latents rise by 10 learning rates per step: 60
 BUFFER_TOKENS = 32_768  # shuffled together, because neighbouring tokens are similar
 
 CHECKPOINT_SECONDS, LOG_STEPS = 10, 50
-DEAD_VECTORS = 1_000_000  # a latent that has not fired for so many is logged as dead
+DEAD_VECTORS = 1_000_000  # a latent that none of so many vectors fired is logged as dead
 
 def parse_args(argv=None, description=__doc__):
     parser = argparse.ArgumentParser(
@@ -43,8 +43,9 @@ def parse_args(argv=None, description=__doc__):
     add("--layer", default="all", help="all, 12, 0-7 or 3,9 (default all)")
     add("--text", help="UTF-8 file, or hub data set (default: tiny's own, else WikiText-103)")
     # how much
-    add("--tokens", type=int, help="to train on; a shorter text is read again (default 131,072 "
-                                   "for tiny, else 1,000,000)")
+    add("--tokens", type=int, help="to train on, and to read; about 8,000 of these are held out, "
+                                   "and others read again (default 131,072 for tiny, else "
+                                   "1,000,000)")
     add("--seq-len", type=int, help="tokens per window (default 512, or the model's limit)")
     add("--batch-tokens", type=int, default=512,
         help="tokens per step; each gives a vector for each kv head (default 512)")
@@ -69,9 +70,9 @@ def parse_args(argv=None, description=__doc__):
         if getattr(args, name) is None:
             setattr(args, name, value)
     if not (0 < args.lr < math.inf and 0 <= args.seed < 1 << 40):
-        raise sta.UsageError(f"--lr {args.lr}, --seed {args.seed}: want a rate above 0, and a seed "
-                             "of 0 or more")
-    for name, most in (("tokens", 1 << 40), ("batch_tokens", 1 << 30), ("n_latents", 1 << 15),
+        raise sta.UsageError(f"--lr {args.lr}, --seed {args.seed}: want a finite rate above 0, and "
+                             "a seed of 0 to 2^40")
+    for name, most in (("tokens", 1 << 40), ("batch_tokens", BUFFER_TOKENS), ("n_latents", 1 << 15),
                        ("k_key", args.n_latents), ("k_val", args.n_latents)):
         if not 1 <= getattr(args, name) <= most:
             limit = f"{most:,} = --n-latents" if name in ("k_key", "k_val") else f"{most:,}"
@@ -114,15 +115,15 @@ def read_vectors(model, windows, layers, variant):
 def plan_buffers(n_windows, seq_len, n_tokens, seed):
     """Window numbers -> (those held out, [those of each buffer]), in the order of training.
     Drawn once from the seed, so that a buffer mixes windows from all the text and a resumed run
-    finds the same ones; a text shorter than n_tokens is read again, in another order."""
+    finds the same ones. The text is read again, in another order, until there are n_tokens."""
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(n_windows, generator=generator)
-    n_held = min(1 + 8192 // seq_len, 1 + n_windows // 10)  # 8,192 tokens, or a tenth
-    held_out, seen = drawn[:n_held], drawn[n_held:]
-    n, order = max(1, n_tokens // seq_len), seen
-    while len(order) < n:
-        order = torch.cat([order, seen[torch.randperm(len(seen), generator=generator)]])
-    return held_out, order[:n].split(max(1, BUFFER_TOKENS // seq_len))
+    n_held = 1 + min(8192 // seq_len, n_windows // 10)  # about 8,192 tokens, or a tenth
+    held_out, training = drawn[:n_held], drawn[n_held:]
+    n_wanted, order = max(1, n_tokens // seq_len), training
+    while len(order) < n_wanted:
+        order = torch.cat([order, training[torch.randperm(len(training), generator=generator)]])
+    return held_out, order[:n_wanted].split(max(1, BUFFER_TOKENS // seq_len))
 
 # ------------------------------------------------------------------ the loop
 def learning_rate(peak, step, n_steps):
@@ -154,13 +155,13 @@ def train_step(saes, optimizer, batches):
 def train(model, saes, windows, args, folder, settings, variant):
     """Train saes {(layer, name): SAE} on windows (n, T) -> (the vectors {(layer, name): (tokens, H,
     D)} of windows that were held out, log of the training curves)."""
-    seq_len, layers = windows.shape[1], settings["layers"]
+    layers, seq_len = settings["layers"], windows.shape[1]
     parameters = list(nn.ModuleList(saes.values()).parameters())
     optimizer = torch.optim.Adam(parameters, lr=args.lr, betas=BETAS, fused=True)
     # where an interrupted run stopped, and the order in which the text is read
-    state = folder / "unfinished.safetensors"
-    progress = load_state(state, saes, optimizer, settings)
-    step, saved = progress["step"], time.perf_counter()
+    path = folder / "unfinished.safetensors"
+    progress = load_state(path, saes, optimizer, settings)
+    step, saved_at = progress["step"], time.perf_counter()
     held_out, buffers = plan_buffers(len(windows), seq_len, args.tokens, args.seed)
     held_vectors = read_vectors(model, windows[held_out], layers, variant)
     n_tokens = [len(buffer) * (seq_len - 1) for buffer in buffers]  # without first tokens
@@ -169,7 +170,7 @@ def train(model, saes, windows, args, folder, settings, variant):
     bar = tqdm(total=all_steps, initial=step, unit="step", disable=None)
     if step:
         bar.write(f"resuming at step {step}/{all_steps}")
-    for b in range(progress["buffers"], len(buffers)):
+    for b in range(progress["n_buffers"], len(buffers)):
         # fill a buffer: the keys and values of some windows
         vectors = read_vectors(model, windows[buffers[b]], layers, variant)
         if b == 0:
@@ -194,9 +195,9 @@ def train(model, saes, windows, args, folder, settings, variant):
         if not all(p.isfinite().all() for p in parameters):
             raise sta.UsageError(f"step {step}: an SAE is no longer finite; start again with a "
                                  f"--lr below {args.lr:g}")
-        if time.perf_counter() - saved > CHECKPOINT_SECONDS or b == len(buffers) - 1:
-            save_state(state, saes, optimizer, {**progress, "buffers": b + 1, "step": step})
-            saved = time.perf_counter()
+        if time.perf_counter() - saved_at > CHECKPOINT_SECONDS or b == len(buffers) - 1:
+            save_state(path, saes, optimizer, {**progress, "n_buffers": b + 1, "step": step})
+            saved_at = time.perf_counter()
     bar.close()
     return held_vectors, progress["log"]
 
@@ -228,7 +229,7 @@ def save_trained(folder, model, saes, held_vectors, settings, name_of_model):
     print(f"held out ({len(next(iter(held_vectors.values()))):,} tokens; dead: not fired at 2k)")
     for (layer, name), sae in saes.items():
         x = held_vectors[layer, name].float()
-        curve = sta.budget_curve(sae, x, [sae.k, 2 * sae.k])
+        curve = sta.budget_curve(sae, x, ks=())  # at k and 2k
         point = {**curve[0], "dead": curve[-1]["dead"]}
         largest_z = sae.encode(x, 1)[0].max() * sae.scale
         print(f"layer {layer:3} {name:5} cos {point['cos']:.3f}  fvu {point['fvu']:.3f}  dead "

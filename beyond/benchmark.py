@@ -236,11 +236,13 @@ def table_of_peers(lines):
 
 def main(argv=None):
     args = parse_args(
-        __doc__, argv, "layer text seq-len k-key k-val out",
+        __doc__, argv, "layer text seq-len out",
         model=dict(default="tiny", help="short name, hub id or folder (default tiny)"),
         dtype=dict(default="float32", choices=["float32", "bfloat16"], help="of the model"),
         tokens=dict(type=int, default=132_000, least=2, help="of the text (default 132,000)"),
         n_latents=dict(type=int, default=1024, least=1, most=1 << 15, help="(default 1024)"),
+        k_key=dict(default=8, help="atoms per key (default 8)"),
+        k_val=dict(default=16, help="atoms per value (default 16)"),
         batch=dict(type=int, default=1024, least=1, help="vectors per step (default 1024)"),
         steps=dict(type=int, default=5000, least=2, help="of training (default 5,000)"),
         resume=dict(action="store_true", help="keep the layers that are in --out already"))

@@ -157,9 +157,9 @@ STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95%, by number of seeds
 
 def interval(values, errors, trained=True):
     """(mean, half the width of its 95% interval) of a figure by seed, and its standard errors
-    within each run: None, of a single window, layer or question, decides nothing. trained: it
+    within each run: inf, of a single window, layer or question, decides nothing. trained: it
     compares SAEs with SAEs."""
-    within = math.inf if None in errors else statistics.mean(errors)
+    within = statistics.mean(errors)
     if len(values) < 3:
         return statistics.mean(values), (5 if trained else 1.96) * within
     between = statistics.stdev(values) / math.sqrt(len(values))
@@ -275,7 +275,7 @@ def judge_noise(rows):
             best = min(candidates, key=lambda row: statistics.mean(row["window_ce"][choose]))
             gains.append(excess(dense, best, test))
         gain, errors = statistics.mean(gain for gain, _ in gains), [error for _, error in gains]
-        estimates.append((gain, None if None in errors else math.hypot(*errors) / 2))
+        estimates.append((gain, math.hypot(*errors) / 2))
     if estimates:
         turned = rows.mean(lambda dense, turned: excess(dense, turned)[0], "dense", "errors turned")
         gain = statistics.mean(gain for gain, _ in estimates)

@@ -264,7 +264,7 @@ def evaluate_on(model, tokenizer, saes, rows):
                 bm25s = means[re.sub("by .* at", "by bm25 at", what)]
                 columns["less bm25's"] = mean_stderr(np.subtract(x, bm25s))
             print(f"{n:3} passages, {len(x)} contexts: {what:28}", ", ".join(
-                f"{name} {mean:.3f} ±{np.nan if error is None else error:.3f}"
+                f"{name} {mean:.3f} ±{error:.3f}"
                 for name, (mean, error) in columns.items()))
             retrieval.append({"passages": n, "what": what, "contexts": len(x), **columns})
     return {"chosen": chosen, "retrieval": retrieval}

@@ -906,9 +906,9 @@ def test_what_a_single_measurement_leaves_undecided():
     """One window, one question or one layer has no error: nothing is decided by it."""
     lines = lines_where_all_holds()
     for row in lines[:-1]:
-        row |= {"delta_ce_stderr": None, "window_ce": row["window_ce"][:2],
+        row |= {"delta_ce_stderr": math.inf, "window_ce": row["window_ce"][:2],
                 "by_layer": {"0": row["by_layer"]["0"]},
-                "tasks": {"cloze": {**row["tasks"]["cloze"], "delta_acc_stderr": None}}}
+                "tasks": {"cloze": {**row["tasks"]["cloze"], "delta_acc_stderr": math.inf}}}
     for by_layer in lines[-1]["attention"].values():
         del by_layer["1"]
     words = words_of_verdicts(lines)

@@ -156,7 +156,7 @@ def load_state(path, saes, optimizer, settings):
     """Inverse of `save_state`; returns progress, that of a new run if there is no file. Raises
     UsageError if it is corrupt or of other settings."""
     if not path.exists():
-        return {"buffers": 0, "step": 0, "settings": settings, "log": []}
+        return {"n_buffers": 0, "step": 0, "settings": settings, "log": []}
     with explain(f"{path}: corrupt; delete it and train again"):
         with safetensors.safe_open(path, "pt") as file:
             progress = json.loads(file.metadata()["progress"])

@@ -36,8 +36,9 @@ def find_saes(root, model_name):
 def load_run(args, ending="", needs_saes=True):
     """--model, --saes, --layer, --out, ... -> a namespace: model, tokenizer, name; folder, saes
     {(layer, kind): SAE} and their settings; layers, those that have SAEs, or else those of --layer;
-    about, where the result comes from; path, where it goes. Raises UsageError without SAEs, unless
-    they are not needed and the model is named."""
+    about, where the result comes from; path, where it goes. Where --k-key or --k-val is not given,
+    it becomes what the SAEs were trained for. Raises UsageError without SAEs, unless they are not
+    needed and the model is named."""
     folder, name = find_saes(args.saes, args.model)
     if folder is None and (needs_saes or name is None):
         command = shlex.join(["train_sae.py", "--model", name or "tiny", "--out", str(args.saes)])
@@ -52,8 +53,12 @@ def load_run(args, ending="", needs_saes=True):
     if folder:
         saes, metadata = load_saes(folder, model, layers if args.layer else None)
         layers = sorted({layer for layer, _ in saes})
+    settings = metadata.get("settings")
+    for option, k in (("k_key", 8), ("k_val", 16)):
+        if getattr(args, option, 0) is None:
+            setattr(args, option, (settings or {}).get(option, k))
     return types.SimpleNamespace(model=model, tokenizer=tokenizer, name=name, folder=folder,
-                                 saes=saes, settings=metadata.get("settings"), layers=layers,
+                                 saes=saes, settings=settings, layers=layers,
                                  about=about, path=path)
 
 # ------------------------------------------------------------------ which result

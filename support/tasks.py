@@ -166,6 +166,7 @@ def score_task(questions, totals, dense):
     return columns
 
 def mean_stderr(values):
-    """(mean, sample standard deviation / sqrt(n)) of numbers or booleans; None for one alone."""
+    """(mean, sample standard deviation / sqrt(n)) of numbers or booleans. One number alone tells
+    nothing of its error: inf."""
     x = torch.as_tensor(values, dtype=torch.float64)
-    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else None
+    return x.mean().item(), (x.std() / math.sqrt(len(x))).item() if len(x) > 1 else math.inf

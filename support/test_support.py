@@ -772,7 +772,7 @@ def test_nan_is_no_choice():
             yield lambda ids: model(ids).logits * (torch.nan if ids.shape[1] == length else 1)
         return evaluate.Row("broken", {}, make_forward=forward)
     with torch.no_grad():
-        scored = windows, {"t": questions}, ({}, model(windows).logits), 1
+        scored = windows, {"t": questions}, {}, model(windows).logits, 1
         dense = evaluate.score_row(evaluate.Row("dense", {}), None, model, *scored)
         for length in (2, 4):  # the first choice's tokens; the second's
             row = evaluate.score_row(broken(length), dense, model, *scored)
@@ -832,8 +832,8 @@ def test_plots(evaluated, tmp_path, capsys):
     (["--k-key", "0"], "--k-key 0: want 1 to 512 = --n-latents"),
     (["--n-latents", "40000"], "--n-latents 40000: want 1 to 32,768"),
     (["--tokens", "0"], "--tokens 0: want 1 to"),
-    (["--lr", "nan"], "--lr nan, --seed 0: want a rate above 0"),
-    (["--seed", "-1"], "--seed -1: want .* a seed of 0 or more"),
+    (["--lr", "nan"], "--lr nan, --seed 0: want a finite rate above 0"),
+    (["--seed", "-1"], "--seed -1: want .* a seed of 0 to 2.40"),
     (["--layer", "1-2-3"], "--layer 1-2-3: want all, 12, 0-7 or 3,9"),
     (["--layer", "0-999999999999"], "--layer 0-999999999999: .* layers 0 to 5"),
     (["--text", "absent.txt"], "--text absent.txt: no UTF-8 file"),
