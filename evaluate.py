@@ -32,7 +32,8 @@ import sta
 from support.files import ROOT, explain, run_main, sha256, write_atomic
 from support.models import context_length
 from support.results import check_pattern, finished_rows, inputs_hash, load_run
-from support.tasks import BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, mean_stderr, score_task
+from support.tasks import (BATCH_TOKENS, TASKS, load_tasks, loglikelihoods, margin, mean_stderr,
+                           score_task)
 from support.text import read_text, text_name, token_windows
 
 FIDELITY_TOKENS = BATCH_TOKENS  # 4,096: one call of the model
@@ -181,19 +182,21 @@ def window_losses(forward, windows, model, name):
     return torch.stack(losses).cpu(), first_logits
 
 def mean_excess(losses, others):
-    """(mean over windows of losses - others, its standard error). Neighbouring windows are alike,
-    so the error is over means of BLOCK of them, if that makes four or more."""
+    """(mean over windows of losses - others, its standard error, half its 95% interval).
+    Neighbouring windows are alike, so errors are over means of BLOCK of them, or of fewer, where
+    there would be less than four such means."""
     losses, others = (torch.as_tensor(x, dtype=torch.float64) for x in (losses, others))
     excess = losses - others
-    size = BLOCK if len(excess) >= 4 * BLOCK else 1
+    size = min(BLOCK, max(1, len(excess) // 4))
     blocks = excess[:len(excess) // size * size].view(-1, size)
-    return excess.mean().item(), mean_stderr(blocks.mean(1))[1]
+    stderr = mean_stderr(blocks.mean(1))[1]
+    return excess.mean().item(), stderr, margin(stderr, len(blocks))
 
 def compare(losses, dense_losses):
     """Columns of a row that come from window losses, paired with dense's."""
-    mean, stderr = mean_excess(losses, dense_losses)
-    ce, margin = losses.mean().item(), 1.96 * stderr
-    exponents = torch.tensor([ce, mean, mean - margin, mean + margin], dtype=torch.float64)
+    mean, stderr, half = mean_excess(losses, dense_losses)
+    ce = losses.mean().item()
+    exponents = torch.tensor([ce, mean, mean - half, mean + half], dtype=torch.float64)
     perplexity, ratio, low, high = exponents.exp().tolist()  # infinite rather than an OverflowError
     return {"perplexity": perplexity, "ce": ce, "delta_ce": mean, "delta_ce_stderr": stderr,
             "ratio": ratio, "ratio_ci95": [low, high], "window_ce": losses.tolist()}

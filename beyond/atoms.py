@@ -66,7 +66,7 @@ def read_codes(model, saes, windows, ks):
 def by_atom(z, idx, n_latents):
     """A code (tokens, H, k) -> (M, tokens): an atom's coefficients, in whichever head it is
     largest."""
-    dense = torch.zeros(len(z), n_latents)
+    dense = torch.zeros(len(z), n_latents, device=z.device)
     for of_head in zip(z.float().unbind(1), idx.long().unbind(1)):
         dense = dense.maximum(torch.zeros_like(dense).scatter_(1, *reversed(of_head)))
     return dense.T

@@ -33,7 +33,7 @@ from beyond.atoms import measure_attention
 from beyond.meaning import measure_depth
 from beyond.variants import SEARCHED, VARIANTS, beside, search, searched, settings_of
 from support.files import load_sae, run_main, write_atomic
-from support.tasks import mean_stderr
+from support.tasks import margin, mean_stderr
 
 # ------------------------------------------------------------------ the rows
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
@@ -151,22 +151,26 @@ CLAIMS = {
     "P7": ("significantly less memory", "share of bf16's bytes: below a half",
            "8 bits per number take a half"),
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
-           "change from shallow to deep in the direction claimed: above 0",
-           "the same by a random dictionary: less")}
-STUDENT = {3: 4.30, 4: 3.18, 5: 2.78}  # 95%, by number of seeds
+           "change from shallow to deep in the direction claimed: above 0 and above the control",
+           "the same by a random dictionary")}
 
-def interval(values, errors, trained=True):
-    """(mean, half the width of its 95% interval) of a figure by seed, and its standard errors
-    within each run: inf, of a single window, layer or question, decides nothing. trained: it
-    compares SAEs with SAEs."""
-    within = statistics.mean(errors)
+def mean_margin(values):
+    """(mean, half its 95% interval)."""
+    mean, stderr = mean_stderr(values)
+    return mean, margin(stderr, len(values))
+
+def interval(values, halves, trained=True):
+    """(mean, half its 95% interval) of a figure by seed, and half its interval within each run:
+    inf, of a single window, layer or question, decides nothing. trained: it compares SAEs with
+    SAEs, so with fewer than three seeds, of which the spread is unknown, it must be clearer."""
+    within = statistics.mean(halves)
     if len(values) < 3:
-        return statistics.mean(values), (5 if trained else 1.96) * within
+        return statistics.mean(values), (2.5 if trained else 1) * within
     between = statistics.stdev(values) / math.sqrt(len(values))
-    return statistics.mean(values), math.hypot(1.96 * within, STUDENT.get(len(values), 2) * between)
+    return statistics.mean(values), math.hypot(within, margin(between, len(values)))
 
 def verdict(claim, part, estimates, threshold, control, above=True, trained=True, n=""):
-    """estimates: [(figure, standard error)] by seed; control: (its figure, whether it does as
+    """estimates: [(figure, half its 95% interval)] by seed; control: (its figure, whether it does as
     well), or None if it was not run: then there is a verdict only if that is *no*."""
     figure, half = interval(*zip(*estimates), trained)
     beyond = [(figure + side * half > threshold) == above for side in (-1, 1)]
@@ -183,9 +187,9 @@ def seed_of(line):
     return settings.get("seed", settings.get("calibration", {}).get("seed"))
 
 def over_layers(a, column_a, b, column_b):
-    """(mean over layers of a column of row a less one of row b, its standard error)."""
+    """(mean over layers of a column of row a less one of row b, half its 95% interval)."""
     pairs = zip(a["by_layer"].values(), b["by_layer"].values())
-    return mean_stderr([x[column_a] - y[column_b] for x, y in pairs])
+    return mean_margin([x[column_a] - y[column_b] for x, y in pairs])
 
 class Rows:
     """The rows of a model by name, one per seed. Raises UsageError at a row whose loss is nan."""
@@ -208,8 +212,9 @@ class Rows:
         return statistics.mean(column(*rows) for rows in self.together(*names))
 
 def excess(a, b, windows=slice(None)):
-    """(nats by which row a is worse than b on some windows, its standard error)."""
-    return evaluate.mean_excess(a["window_ce"][windows], b["window_ce"][windows])
+    """(nats by which row a is worse than b on some windows, half its 95% interval)."""
+    mean, _, half = evaluate.mean_excess(a["window_ce"][windows], b["window_ce"][windows])
+    return mean, half
 
 def flattened(by_row, name):
     """[slope of as many Top-K atoms as have the row's FVU, less the row's slope] by layer, between
@@ -227,7 +232,7 @@ def judge_shrinkage(attention):
     if attention:
         control = statistics.mean(itertools.chain(*(flattened(by_row, "untrained twin")
                                                     for by_row in attention)))
-        estimates = [mean_stderr(flattened(by_row, "l1")) for by_row in attention]
+        estimates = [mean_margin(flattened(by_row, "l1")) for by_row in attention]
         figure = statistics.mean(x for x, _ in estimates)
         yield verdict("P1", "", estimates, 0, (control, control >= figure))
 
@@ -237,11 +242,11 @@ def judge_direction(rows):
         cos, of_mean = (statistics.mean(pair[i]["cos_key"] for pair in duals) for i in (0, 1))
         by_seed = [[layer["cos_centred_key"] for layer in dual["by_layer"].values()]
                    for dual, _ in duals]
-        yield verdict("P2", "", [mean_stderr(cosines) for cosines in by_seed], 0.8,
+        yield verdict("P2", "", [mean_margin(cosines) for cosines in by_seed], 0.8,
                       (of_mean, of_mean >= cos), trained=False, n=f"plain cosine {cos:.3f}")
 
 def smallest_gap(rows, ending):
-    """[(FVU of values less that of keys, its error)] by seed, at the number of atoms at which the
+    """[(FVU of values less that of keys, half its interval)] by seed, at the number of atoms at which the
     mean is smallest."""
     names = [name + ending for name in ("dual", "uniform, trained for it",
                                         "reverse, trained for it")]
@@ -271,11 +276,13 @@ def judge_noise(rows):
     together, estimates = rows.together("dense", "errors turned", *budgets), []
     for dense, _, *candidates in together:
         half, gains = len(dense["window_ce"]) // 2, []
+        if half == 0:  # a single window
+            return
         for choose, test in ((slice(half), slice(half, None)), (slice(half, None), slice(half))):
             best = min(candidates, key=lambda row: statistics.mean(row["window_ce"][choose]))
             gains.append(excess(dense, best, test))
-        gain, errors = statistics.mean(gain for gain, _ in gains), [error for _, error in gains]
-        estimates.append((gain, math.hypot(*errors) / 2))
+        gain, halves = statistics.mean(gain for gain, _ in gains), [half for _, half in gains]
+        estimates.append((gain, math.hypot(*halves) / 2))
     if estimates:
         turned = rows.mean(lambda dense, turned: excess(dense, turned)[0], "dense", "errors turned")
         gain = statistics.mean(gain for gain, _ in estimates)
@@ -295,7 +302,12 @@ def median(ranked):
     return ranked[(len(ranked) - 1) // 2]
 
 def nats_lost(rows):
-    return [(row["delta_ce"], row["delta_ce_stderr"]) for row in rows]
+    """[(nats by which a row is worse than dense, half its 95% interval)]."""
+    return [(row["delta_ce"], math.log(row["ratio_ci95"][1] / row["ratio"])) for row in rows]
+
+def accuracy_lost(score):
+    """A row's columns of a task -> (loss of accuracy from dense, half its 95% interval)."""
+    return -score["delta_acc"], margin(score["delta_acc_stderr"], score["n"])
 
 def judge_parity_alone(rows):
     alone = layers_alone(itertools.chain(*rows.by_name.values()))
@@ -306,8 +318,8 @@ def judge_parity_alone(rows):
             row["delta_ce"] for row in means], f"layer {layer}, of {len(ranked)} coded")
 
 def judge_loss(part, losses, threshold, controls, n=""):
-    """Part of P6. losses: [(nats or accuracy lost, standard error)] by seed; controls: those lost
-    with the head's mean alone."""
+    """Part of P6. losses: [(nats or accuracy lost, half its 95% interval)] by seed; controls: those
+    lost with the head's mean alone."""
     control = None
     if controls:
         lost = statistics.mean(controls)
@@ -324,9 +336,8 @@ def judge_parity(rows):
         for task in dict.fromkeys(task for row in coded for task in row["tasks"]):
             scores, controls = ([row["tasks"][task] for row in some if task in row["tasks"]]
                                 for some in (coded, means))
-            yield judge_loss(f"{task}, {method}",
-                             [(-score["delta_acc"], score["delta_acc_stderr"]) for score in scores],
-                             0.02, [-score["delta_acc"] for score in controls],
+            yield judge_loss(f"{task}, {method}", list(map(accuracy_lost, scores)), 0.02,
+                             [-score["delta_acc"] for score in controls],
                              f"{scores[0]['n']} questions")
 
 def share_with_dictionaries(row, n_tokens):
@@ -344,13 +355,13 @@ def judge_memory(rows):
             yield verdict("P7", part, [(share, 0.0)], 0.5, (0.5, share >= 0.5), above=False, n=n)
 
 def judge_depth(depths):
-    """depths: what `hierarchy` returned, by seed."""
+    """depths: what `meaning.measure_depth` returned, by seed."""
     for gap in depths[0]["changes"]["atoms"] if depths else ():
-        atoms, random = ([depth["changes"][name][gap] for depth in depths]
-                         for name in ("atoms", "random"))
-        change, control = (statistics.mean(x for x, _ in some) for some in (atoms, random))
-        raw = statistics.mean(depth["changes"]["vectors"][gap][0] for depth in depths)
-        yield verdict("P8", gap, atoms, 0, (control, control >= change), trained=False,
+        atoms, random, vectors = ([depth["changes"][name][gap] for depth in depths]
+                                  for name in ("atoms", "random", "vectors"))
+        estimates = [(change, 1.96 * error) for change, error in atoms]
+        control, raw = (statistics.mean(x for x, _ in some) for some in (random, vectors))
+        yield verdict("P8", gap, estimates, max(0, control), (control, False), trained=False,
                       n=f"raw cosine {raw:+.3f}")
 
 def judge(lines):

@@ -41,7 +41,7 @@ from beyond.atoms import by_atom, read_attention, read_codes, take_apart, words_
 from beyond.variants import beside
 from support.files import load_saes, run_main, write_atomic
 from support.results import find_saes
-from support.tasks import mean_stderr
+from support.tasks import margin, mean_stderr
 
 CONCEPTS = {name: words.split() for name, words in {
     "countries": "England France Spain Mexico Germany Russia China Japan Cuba Canada Italy Brazil "
@@ -122,7 +122,7 @@ def word_aurocs(x, sae, twin, k, drawn, generator):
     of what is best on those chosen by}."""
     (a, b), _ = drawn
     towards = (x[a].mean(0) - x[b].mean(0)).flatten()
-    directions = torch.randn(x.shape[2], sae.n_latents, generator=generator)
+    directions = torch.randn(x.shape[2], sae.n_latents, generator=generator).to(x.device)
     (train, train_others), (test, test_others) = (
         [scores_of(x[i], sae, twin, k, towards, directions) for i in both] for both in drawn)
     aurocs = {}
@@ -185,7 +185,7 @@ def measure_seeds(run, others, args):
     """-> {"layer.kind": {median: of each atom's likeness to the nearest one of others, the SAEs of
     another seed; random: the same for a random dictionary; alike: share above 0.7; and, of keys,
     logits: share_of_logits}}, {"stable", "unstable": (nats by which the dual budget without those
-    atoms is worse than with them, its standard error)}."""
+    atoms is worse than with them, its standard error, half its 95% interval)}."""
     ks, generator = {"key": args.k_key, "value": args.k_val}, torch.Generator().manual_seed(0)
     stable, measured = {}, {}
     for site, (z, idx) in read_codes(run.model, run.saes, run.windows[:32], ks).items():
@@ -355,8 +355,8 @@ def print_meaning(words, seeds, without):
     for site, columns in seeds.items():
         print(f"{site:9} likeness to another seed:",
               ", ".join(f"{name} {x:.3f}" for name, x in columns.items()))
-    for name, (nats, stderr) in without.items():
-        print(f"dual without its {name} atoms: {nats:+.4f} ±{stderr:.4f} nats")
+    for name, (nats, _, half) in without.items():
+        print(f"dual without its {name} atoms: {nats:+.4f} ± {half:.4f} nats")
 
 # ------------------------------------------------------------------ tables
 CONTENDERS = {"atoms": "atoms", "untrained twin": "atoms of the untrained twin",
@@ -364,22 +364,30 @@ CONTENDERS = {"atoms": "atoms", "untrained twin": "atoms of the untrained twin",
               "random directions": "as many random directions as atoms",
               "difference of means": "difference of means"}
 
-def table_of_aurocs(lines, models, contenders=tuple(CONTENDERS), with_gaps=True):
+def aurocs(lines, model, name):
+    """{concept: AUROC on other words, a mean over a model's layers and kinds}."""
+    by_concept = {}
+    for line in pick(lines, kind="meaning", model=model):
+        for concept, x in itertools.chain(*(x.items() for x in line["meaning"]["words"].values())):
+            by_concept.setdefault(concept, []).append(x[name])
+    return {concept: statistics.mean(values) for concept, values in by_concept.items()}
+
+def mean_auroc(lines, model, name):
+    found = aurocs(lines, model, name)
+    return f"{statistics.mean(found.values()):.2f}" if found else ""
+
+def table_of_aurocs(lines, models):
     """AUROC on other words, means over a model's layers, kinds and concepts; and by how much that
-    of atoms is better, with its paired standard error over concepts."""
+    of atoms is better, ± half its 95% interval over concepts."""
     cells = {}
-    for heading, model in models.items():
-        for line in pick(lines, kind="meaning", model=model)[-1:]:
-            sites = line["meaning"]["words"].values()
-            for name in contenders:
-                row, gaps = CONTENDERS[name], {}
-                found = [x[name] for by_concept in sites for x in by_concept.values()]
-                cells[row, heading] = spread([statistics.mean(found)])
-                for concept, x in itertools.chain(*(by_concept.items() for by_concept in sites)):
-                    gaps.setdefault(concept, []).append(x["atoms"] - x[name])
-                if with_gaps and name != "atoms":
-                    cells[row, f"{heading}: atoms better by"] = "{:+.3f} ± {:.3f}".format(
-                        *mean_stderr([statistics.mean(gap) for gap in gaps.values()]))
+    for (heading, model), (name, row) in itertools.product(models.items(), CONTENDERS.items()):
+        atoms, found = aurocs(lines, model, "atoms"), aurocs(lines, model, name)
+        if found:
+            cells[row, heading] = spread([statistics.mean(found.values())])
+            if name != "atoms":
+                mean, stderr = mean_stderr([atoms[concept] - found[concept] for concept in found])
+                cells[row, f"{heading}: atoms better by"] = (
+                    f"{mean:+.3f} ± {margin(stderr, len(found)):.3f}")
     return table("AUROC (0.5: chance, 1: perfect)", cells)
 
 def table_of_seeds(lines, models):
@@ -400,8 +408,8 @@ def table_of_seeds(lines, models):
             share = statistics.mean(x["logits"] for x in seeds.values() if "logits" in x)
             cells["stable half's share of key atoms' logits", heading] = f"{share:.2f}"
             for name, label in (("stable", "stable half"), ("unstable", "other half")):
-                cells[f"cost of dropping the {label}, nats", heading] = "{:.3f} ± {:.3f}".format(
-                    *without[name])
+                nats, _, half = without[name]
+                cells[f"cost of dropping the {label}, nats", heading] = f"{nats:.3f} ± {half:.3f}"
     return table("", cells)
 
 def share_alike(lines, model):

@@ -7,8 +7,7 @@ results.jsonl has one line per row that a README quotes, and where it comes from
 models, texts, dense losses or fits never stand under one name: `add` refuses them and says why. A
 row names its model by the path that was typed: DIR is a folder, or a link, that figures/assets.py
 filled. In a README, a table stands between <!-- table: NAME --> and <!-- end -->, and a figure
-before <!--=QUERY-->. A test compares all of them with what is made here. ± over seeds is a
-standard deviation, and (n) is the number of seeds; in brackets behind one run is its 95% interval.
+before <!--=QUERY-->. A test compares all of them with what is made here.
 """
 import argparse
 import functools
@@ -26,9 +25,9 @@ from beyond import pick, spread, table
 from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
-from beyond.claims import (CLAIMS, Rows, excess, interval, judge, layers_alone, median,
-                           nats_lost, seed_of)
-from beyond.meaning import share_alike, table_of_aurocs, table_of_seeds
+from beyond.claims import (CLAIMS, Rows, accuracy_lost, excess, interval, judge, layers_alone,
+                           median, nats_lost, seed_of)
+from beyond.meaning import mean_auroc, share_alike, table_of_aurocs, table_of_seeds
 from beyond.s3 import table_of_recall
 from beyond.variants import SEARCHED
 from support.files import ROOT, explain, run_main, write_atomic
@@ -94,14 +93,13 @@ def fit_of(settings):
 
 def key_of(line):
     """What tells lines apart: of two with one key, the later replaces the earlier."""
-    names = ("kind", "experiment", "name", "model", "text_sha256", "seq_len", "sink", "dtype",
-             "k_key", "k_val")
+    names = ("kind", "experiment", "name", "model", "text_sha256", "seq_len", "sink", "dtype")
     return json.dumps([*(line.get(name) for name in names), seed_of(line)])
 
 def check_together(old, new):
     """Raises UsageError where two lines cannot stand in one file."""
     def same(*names):
-        return all(old[name] == new[name] for name in names)
+        return all(old.get(name) == new.get(name) for name in names)
 
     if same("model") and not same("model_sha256"):
         raise sta.UsageError(f"two models are named {new['model']}: their weights differ")
@@ -109,6 +107,13 @@ def check_together(old, new):
         raise sta.UsageError(f"two texts are named {new['text']}: hash {old['text_sha256']} there, "
                              f"{new['text_sha256']} here")
     if same("model", "kind", "name") and new["kind"] in ("row", "measured"):
+        if not same("k_key", "k_val"):
+            raise sta.UsageError(f"{new['model']}, {new['name']}: with {old['k_key']} + "
+                                 f"{old['k_val']} atoms there, {new['k_key']} + {new['k_val']} "
+                                 "here; add it as an --experiment")
+        if key_of(old) == key_of(new) and new.get("tasks", {}).keys() < old.get("tasks", {}).keys():
+            raise sta.UsageError(f"{new['model']}, {new['name']}: has no more the tasks "
+                                 f"{', '.join(old['tasks'])}; run it with them, too")
         a, b = fit_of(old["settings"]), fit_of(new["settings"])
         for name in (a.keys() | b.keys()) if a and b else ():
             if a.get(name) != b.get(name):
@@ -135,13 +140,15 @@ def add(paths, file=FILE, experiment=None):
     print(f"{file}: {len(lines)} lines, {len(text):,} bytes")
 
 def short(x, digits=9):
-    """The same with so many significant digits in each number; the READMEs show up to eight of a
-    row's."""
+    """The same with so many significant digits in each number, and none for nan, which JSON lacks;
+    the READMEs show up to eight of a row's."""
     if isinstance(x, dict):
         return {name: short(value, digits) for name, value in x.items()}
     if isinstance(x, list):
         return [short(value, digits) for value in x]
-    return float(f"{x:.{digits}g}") if isinstance(x, float) else x
+    if isinstance(x, float):
+        return None if math.isnan(x) else float(f"{x:.{digits}g}")
+    return x
 
 def read(file=FILE):
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
@@ -159,15 +166,6 @@ def stem(row):
     """The name of a row's text, one of TEXTS."""
     return pathlib.Path(row["text"]).stem
 
-def cell(rows, digits=3):
-    """The ratio of one row by seed: with its spread and the number of seeds, or, where nothing
-    varied, with the interval over the text."""
-    ratios = [row["ratio"] for row in rows]
-    if len(set(ratios)) > 1:
-        return f"{spread(ratios, digits)} ({len(ratios)})"
-    return "{} ({:.{d}f} to {:.{d}f})".format(
-        spread(ratios, digits), *rows[0]["ratio_ci95"], d=digits) if rows else ""
-
 def on_text(lines, text="valid", **wanted):
     """The rows wanted, on the longest part of a text."""
     return [row for row in longest(pick(lines, **wanted)) if stem(row) == text]
@@ -178,11 +176,15 @@ def compared(lines, model, text="valid"):
             if row["k_key"] in (None, (row["settings"] or {}).get("k_key"))]
 
 def rise(rows):
-    """The increase in perplexity, in %, a mean over seeds, ± half its 95% interval."""
+    """The increase in perplexity, in %, a mean over seeds, ± half its 95% interval; from 100% on,
+    the factor, and its interval."""
     if not rows:
         return ""
     ratio = statistics.mean(row["ratio"] for row in rows)
     _, half = interval(*zip(*nats_lost(rows)), trained=False)
+    if ratio >= 2:
+        return "×{:.3g} ({:.3g} to {:.3g})".format(
+            ratio, ratio * math.exp(-half), ratio * math.exp(half))
     return f"{round(100 * (ratio - 1), 1) + 0:.1f} ± {100 * ratio * half:.1f}"  # no -0.0
 
 def about(n_tokens):
@@ -315,8 +317,8 @@ FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", 
            "additive 9.375", "additive 18.75")  # the ladder and the pictures have others, too
 
 def formats(lines):
-    """By format: bytes per token as a share of bf16's; and by model, the ratio to dense perplexity
-    on valid, and the number of tokens from which on it takes less than bf16."""
+    """By format: bytes per token as a share of bf16's; and by model, the increase in perplexity on
+    valid, and the number of tokens beyond which it takes less than bf16."""
     cells = {}
     for name in FORMATS:
         shares = [percent(row["bytes_share"]) for model in ("tiny", SMOLLM2)
@@ -324,28 +326,28 @@ def formats(lines):
         cells[name, "size / SmolLM2's"] = " / ".join(shares)
         for short, model in MODELS.items():
             rows = pick(compared(lines, model), name=name)
-            cells[name, short] = cell(rows)
+            cells[name, short] = rise(rows)
             cells[name, f"{short}: break-even"] = "".join(
                 f"{row['break_even_tokens']:,}" for row in rows[:1])
     return table("format", cells)
 
 def other_texts(lines):
-    """Ratio to dense perplexity by format, model and text, other than valid."""
+    """Increase in perplexity by format, model and text, other than valid."""
     cells = {}
     for name, (short, model), text in itertools.product(FORMATS, MODELS.items(), TEXTS[1:]):
         rows = pick(compared(lines, model, text), name=name)
         if rows:
-            cells[name, f"{short}: {text}"] = cell(rows)
+            cells[name, f"{short}: {text}"] = rise(rows)
     return table("format", cells)
 
 def by_two_passes(lines):
-    """Ratio to dense perplexity of the rows scored by two passes, and the number of tokens from
-    which on they take less than bf16, by size, on SmolLM2."""
+    """Increase in perplexity of the rows scored by two passes, and the number of tokens beyond
+    which they take less than bf16, by size, on SmolLM2."""
     cells = {}
     for row in sorted(on_text(lines, kind="row", model=SMOLLM2), key=lambda row: row["name"]):
         if row["name"].endswith(", two passes"):
             name, share = row["name"].removesuffix(", two passes").split()
-            cells[f"{share}%", name] = cell([row], 4)
+            cells[f"{share}%", name] = rise([row])
             cells[f"{share}%", f"{name}: break-even"] = f"{row['break_even_tokens']:,}"
     return table("size", cells)
 
@@ -362,9 +364,9 @@ LADDERS = ({  # names of rows, of which each changes one thing; % stands for the
     "transform %": "transform: bits split between layers"})
 
 def ladder(lines, shares):
-    """Ratio to dense perplexity of each step, by model and text, and nats by which it is better
-    than the step before, paired over windows and seeds, with its standard error over windows.
-    shares: {model: what % stands for in the names of its rows}."""
+    """Increase in perplexity at each step, by model and text, and nats by which it is better than
+    the step before, paired over windows and seeds, ± half its 95% interval over windows. shares:
+    {model: what % stands for in the names of its rows}."""
     cells = {}
     for (model, share), text, steps in itertools.product(shares.items(), TEXTS, LADDERS):
         before, rows = [], on_text(lines, text, kind="row", model=model)
@@ -375,7 +377,7 @@ def ladder(lines, shares):
                      if seed_of(a) == seed_of(b)]
             if here:
                 before = here
-                cells[label, column] = cell(here)
+                cells[label, column] = rise(here)
             if gains:
                 cells[label, f"{column}: better by, nats"] = "{:+.4f} ± {:.4f}".format(
                     *map(statistics.mean, zip(*gains)))
@@ -393,17 +395,17 @@ def by_length(lines, model):
     return groups
 
 def lengths(lines, model):
-    """Ratio to dense perplexity by text and row, by the tokens of the SAEs' training."""
+    """Increase in perplexity by text and row, by the tokens of the SAEs' training."""
     cells = {}
     for (name, n_tokens), group in by_length(lines, model).items():
         for text in TEXTS:
             of_text = [line for line in group if stem(line) == text]
             if of_text:
-                cells[f"{n_tokens:,}", f"{name}, {text}"] = cell(of_text)
+                cells[f"{n_tokens:,}", f"{name}, {text}"] = rise(of_text)
     return table("tokens", dict(sorted(cells.items(), key=lambda item: item[0][1])))
 
 def accuracies(lines):
-    """Changes of accuracy from dense, in points, with their paired standard errors."""
+    """Changes of accuracy from dense, in points, ± half their paired 95% intervals."""
     cells = {}
     for model, label in OTHERS.items():
         for row in pick(lines, kind="row", model=model):
@@ -411,13 +413,13 @@ def accuracies(lines):
                 if row["name"] in ("dual", "searched", "additive 9.375", "additive 18.75"):
                     name = f"{label}, {row['name']}"
                     cells[name, "size per token, of bf16"] = percent(row["bytes_share"])
-                    cells[name, task] = "{:+.1f} ± {:.1f}".format(
-                        100 * score["delta_acc"], 100 * score["delta_acc_stderr"])
+                    lost, half = accuracy_lost(score)
+                    cells[name, task] = f"{-100 * lost:+.1f} ± {100 * half:.1f}"
     return table("change of accuracy, points", cells)
 
 def one_layer(lines):
-    """Ratio to dense perplexity with one layer coded, of the first, the median, and the worst but
-    for the first; and the change of the residual stream after it, as a share of its spread."""
+    """Increase in perplexity with one layer coded, of the first, the median, and the worst but for
+    the first; and the change of the residual stream after it, as a share of its spread."""
     cells = {}
     for short, model in MODELS.items():
         alone = layers_alone(on_text(lines, kind="row", model=model))
@@ -428,8 +430,8 @@ def one_layer(lines):
             label = f"{short}, {which}: layer {layer}"
             searched = on_text(lines, kind="row", model=model,
                                name=f"layer {layer} alone{SEARCHED}")
-            cells[label, "one pass"] = cell(alone[layer], 4)
-            cells[label, "searched"] = cell(searched, 4)
+            cells[label, "one pass"] = rise(alone[layer])
+            cells[label, "searched"] = rise(searched)
             cells[label, "change of the residual stream"] = spread(
                 [stream[str(layer)] for stream in streams])
     return table("model and layer", cells)
@@ -450,8 +452,6 @@ def attention(lines):
 TABLES = {"quick start": quick_start, "verdicts": verdicts, "verdict inputs": verdict_inputs,
           "peers": table_of_peers, "one key": one_key, "attention": attention,
           "meaning": functools.partial(table_of_aurocs, models=LABELS),
-          "aurocs": functools.partial(table_of_aurocs, models=LABELS, with_gaps=False, contenders=(
-              "atoms", "untrained twin", "numbers of the vector")),
           "seeds": functools.partial(table_of_seeds, models=LABELS),
           "accuracies": accuracies, "recall": table_of_recall,
           "token times": functools.partial(table_of_costs, model=SMOLLM2),
@@ -489,7 +489,7 @@ def gain(lines, model, name):
     return f"{rows.mean(lambda packed, row: excess(packed, row)[0], 'packed', name):.3f}"
 
 FIGURES = {"rise": rise_of, "ratio": ratio_of, "worst layer": worst_layer, "overtakes": overtakes,
-           "gain": gain, "alike": share_alike}
+           "gain": gain, "alike": share_alike, "auroc": mean_auroc}
 
 def figure(lines, query):
     """What a README has before <!--=QUERY-->: a name in FIGURES, a model and, where it is of rows,
@@ -536,7 +536,7 @@ def filled(text, lines):
         return f"{figure(lines, match[1]) or 'nan'}<!--={match[1]}-->"
 
     text = re.sub(r"<!-- table: (.*?) -->.*?<!-- end -->", table_between, text, flags=re.S)
-    number = r"(?:[-+]?[\d.,]+|nan)(?: ± [\d.]+)?(?: \([\d. to]+\))?"
+    number = r"(?:[-+]?[\d.,]+|nan)(?: ± [\d.]+)?"
     return re.sub(number + r"<!--=(.*?)-->", figure_before, text)
 
 def main(argv=None):

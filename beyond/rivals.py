@@ -275,7 +275,7 @@ def joint_rows(model, folder, fitted, axes, shape, sink):
         n_dense = model.get_decoder().config.num_hidden_layers - len(fitted)
         size = math.ceil(joint.levels.bits.sum().item() / 8) + n_dense * 4 * math.prod(shape)
         for name, code, codecs, bytes_per_token in (
-                ("joint", lambda *both, codec=joint: codec.decode(codec.encode(*both)), {}, size),
+                ("joint", functools.partial(sta.roundtrip, joint, live=None), {}, size),
                 ("transform", functools.partial(each_alone, list(alone.values())), alone, None)):
             tables = [x for codec in (alone.values() if codecs else [joint])
                       for x in (codec.mean, codec.axes, codec.inverse)]

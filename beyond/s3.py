@@ -31,13 +31,13 @@ from beyond import capture_queries, parse_args, pick, table
 from support.files import run_main, write_atomic
 from support.models import context_length
 from support.results import load_run
-from support.tasks import Question, loglikelihoods, mean_stderr, task_rows
+from support.tasks import Question, loglikelihoods, margin, mean_stderr, task_rows
 from support.text import encode_text, read_text, tokenize
 
 CHUNK, OVERLAP, SPAN = 512, 64, 32  # tokens
 N_CHOOSE, N_LAYERS, N_TEST = 150, 3, 300  # questions to choose layers on, layers, other questions
 METHODS = ("s3", "dense", "residual")  # each with its own best layers
-PASSAGES, SHARES = (10, 30, 100), (0.02, 0.05, 0.1)  # in a context; of its tokens, returned
+PASSAGES, SHARE = (30, 100), 0.05  # in a context; of its tokens, returned
 
 # ------------------------------------------------------------------ the scan
 def read(model, ids, layers):
@@ -191,15 +191,11 @@ def rival_scores(model, ids, layers, questions):
                 F.cosine_similarity(centred, mean, dim=-1).cpu().numpy())
         yield dict(scores)
 
-def recall_and_hit(scores, right):
-    """{method: scores (n_spans,)}, whether a token is of the right passage (T,) -> {what: figure}:
-    recall, the share of its tokens that is returned; hit, whether it is half of what is."""
-    figures = {}
-    for share, (method, score) in itertools.product(SHARES, scores.items()):
-        returned = right[best_spans(score, share * len(right))[1]]
-        figures[f"recall by {method} at {share:.0%}"] = returned.sum() / right.sum()
-        figures[f"hit by {method} at {share:.0%}"] = returned.mean() >= 0.5
-    return figures
+def recalls(scores, right):
+    """{method: scores (n_spans,)}, whether a token is of the right passage (T,) -> {what: the share
+    of these tokens that is returned}."""
+    places = {method: best_spans(x, SHARE * len(right))[1] for method, x in scores.items()}
+    return {f"recall by {method}": right[x].sum() / right.sum() for method, x in places.items()}
 
 def losses_after(model, contexts, sentence):
     """{name: token ids} -> {what: mean loss (nats) of a sentence's tokens after that context}."""
@@ -211,8 +207,8 @@ def losses_after(model, contexts, sentence):
             for name, total in zip(contexts, totals)}
 
 def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
-    """n passages at a time -> {what: its mean in each context}: `recall_and_hit` of the methods,
-    each with its `chosen` layers; `losses_after` of the right passage's last sentence."""
+    """n passages at a time -> {what: its mean in each context}: `recalls` of the methods, each with
+    its `chosen` layers; `losses_after` of the right passage's last sentence."""
     means, chance = {}, np.random.default_rng(0)
     for ids, passages, questions, question_ids, last in boolq_contexts(rows, n, tokenizer):
         index, words, figures = scan(model, saes, ids), span_words(tokenizer, ids), {}
@@ -220,12 +216,12 @@ def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
             by_layer |= search(model, saes, index, question_ids[i], len(ids))
             scores = combine(by_layer, chosen, bm25(words, words_of(questions[i])))
             scores["chance"] = chance.random(len(words))
-            columns = recall_and_hit(scores, passages == i)
+            columns = recalls(scores, passages == i)
             if with_losses:
-                best = best_spans(scores["fused"], len(ids) / 20)[1]
+                best = best_spans(scores["fused"], SHARE * len(ids))[1]
                 contexts = {"nothing": ids[:1], "the right passage": ids[passages == i],
-                            "5% by fused": ids[best]}
-                if n == PASSAGES[1] and i % 10 == 0:  # because the full context takes longest
+                            "what fused returns": ids[best]}
+                if n == PASSAGES[0] and i % 10 == 0:  # because the full context takes longest
                     contexts["full context"] = ids
                 columns |= losses_after(model, contexts, last[i])
             for what, figure in columns.items():
@@ -237,9 +233,9 @@ def try_on(model, tokenizer, saes, rows, n, chosen, with_losses=True):
 def choose_layers(model, tokenizer, saes, rows):
     """{method: its N_LAYERS pairs (method, layer) of the best recall}; prints all recalls."""
     single = {f"{method} {layer}": [(method, layer)] for method in METHODS for layer in saes}
-    means, chosen = try_on(model, tokenizer, saes, rows, PASSAGES[1], single, False), {}
+    means, chosen = try_on(model, tokenizer, saes, rows, PASSAGES[0], single, False), {}
     for method in METHODS:
-        recall = {layer: np.mean(means[f"recall by {method} {layer} at 5%"]) for layer in saes}
+        recall = {layer: np.mean(means[f"recall by {method} {layer}"]) for layer in saes}
         print(f"{method}, layer: recall", ", ".join(f"{i}: {x:.3f}" for i, x in recall.items()))
         chosen[method] = [(method, layer) for layer in sorted(recall, key=recall.get)[-N_LAYERS:]]
     chosen["dense, s3's layers"] = [("dense", layer) for _, layer in chosen["s3"]]
@@ -259,31 +255,35 @@ def evaluate_on(model, tokenizer, saes, rows):
     for n in PASSAGES:
         means = try_on(model, tokenizer, saes, rows[N_CHOOSE:N_CHOOSE + N_TEST], n, chosen)
         for what, x in means.items():
-            columns = {"mean": mean_stderr(x)}
-            if what.startswith(("recall", "hit")):
-                bm25s = means[re.sub("by .* at", "by bm25 at", what)]
-                columns["less bm25's"] = mean_stderr(np.subtract(x, bm25s))
-            print(f"{n:3} passages, {len(x)} contexts: {what:28}", ", ".join(
-                f"{name} {mean:.3f} ±{error:.3f}"
-                for name, (mean, error) in columns.items()))
-            retrieval.append({"passages": n, "what": what, "contexts": len(x), **columns})
+            mean, error = mean_stderr(x)
+            print(f"{n:3} passages, {len(x)} contexts: {what:28} {mean:.3f} ± {error:.3f}")
+            retrieval.append({"passages": n, "what": what, "contexts": len(x), "mean": mean,
+                              "margin": margin(error, len(x))})
     return {"chosen": chosen, "retrieval": retrieval}
 
 # ------------------------------------------------------------------ a table, and the run
-METHOD_LABELS = {"s3": "atoms (S3)", "dense": "queries and keys themselves",
-                 "residual": "cosine of the residual stream", "bm25": "words (BM25)",
-                 "fused": "atoms and words, fused by ranks", "chance": "chance"}
+LABELS = {  # what: (of recall in %, or of loss in nats)
+    "recall by s3": "recall: atoms (S3)",
+    "recall by dense": "recall: queries and keys themselves",
+    "recall by dense, s3's layers": "recall: queries and keys, in S3's layers",
+    "recall by residual": "recall: cosine of the residual stream",
+    "recall by bm25": "recall: words (BM25)",
+    "recall by fused": "recall: atoms and words, fused by ranks",
+    "recall by chance": "recall: chance",
+    "loss after nothing": "loss after nothing",
+    "loss after what fused returns": "loss after what atoms and words return",
+    "loss after the right passage": "loss after the right passage"}
 
 def table_of_recall(lines):
-    """Recall in %, when 5% of the text is returned, ± its standard error, by method and number of
-    passages."""
+    """What was measured ± half its 95% interval over texts, by number of passages in a text."""
     cells = {}
     for line in pick(lines, kind="retrieval")[-1:]:
-        for x, (method, label) in itertools.product(line["retrieval"], METHOD_LABELS.items()):
-            if x["what"] == f"recall by {method} at 5%":
-                cells[label, f"{x['passages']} passages"] = "{:.0f} ± {:.0f}".format(
-                    *(100 * share for share in x["mean"]))
-    return table("recall, %", cells)
+        for (what, label), x in itertools.product(LABELS.items(), line["retrieval"]):
+            if x["what"] == what:
+                scale, digits = (100, 0) if what.startswith("recall") else (1, 2)
+                cells[label, f"{x['contexts']} texts of {x['passages']} passages"] = (
+                    f"{scale * x['mean']:.{digits}f} ± {scale * x['margin']:.{digits}f}")
+    return table("recall in %, loss in nats", cells)
 
 @torch.no_grad()
 def main(argv=None):

@@ -37,17 +37,18 @@ prose.txt or code.txt there, and MIXED the text that the first line writes. Each
     python train_sae.py $FIT --layer 3,14,27 --tokens 4000000 --lr 0.0015    # and the others
     python -m beyond.variants --what splits $FIT --tokens 200000 --lr 0.008
     python -m beyond.variants --what twin $FIT --layer 3,14,27 --tokens 1000000 --lr 0.003
-    # SAEs of 200,000 tokens, two fifths of Python: report add --experiment "code in half of the
-    # text"; with MIXED alone: --experiment "trained on mixed text"
-    (head -c 450000 MIXED; head -c 420000 DIR/text/code.txt | tail -c 320000) > HALF
+    # SAEs of 200,000 tokens: report add --experiment "trained on code, too", and with MIXED alone
+    # "trained on mixed text"
+    (head -c 450000 MIXED; head -c 420000 DIR/text/code.txt | tail -c 320000) > WITH_CODE
     SCORE="--model FOLDER --text HELD_OUT --seq-len 512"
     TASKS="--tasks piqa,openbookqa,boolq --task-dir DIR/tasks --limit 300"
     python -m beyond.claims $SCORE --max-tokens 16384 --rows variants,rivals,additive $TASKS
     python -m beyond.meaning $SCORE --max-tokens 65536 --layer 3,14,27 --other OTHER_SEED
+    # Qwen2.5; of SmolLM2 all layers, with SAEs of 200,000 tokens and --max-tokens 4096
     python -m beyond.atoms $SCORE --max-tokens 65536 --layer 0,14,27 --sentence "..."
     python -m beyond.cache --model FOLDER --contexts 1024,2048,4096,8192 --recent 128 \\
-        --rows variants,rivals,additive
-    python -m beyond.benchmark --model FOLDER --text TEXT --layer 12
+        --rows variants,rivals,additive --only "^dual$|transform 12|additive 12"
+    python -m beyond.benchmark --model FOLDER --text TEXT --layer 12 --tokens 300000 --seq-len 512
     python -m beyond.s3 --model FOLDER --evaluate --task-dir DIR/tasks    # SAEs of 200,000 tokens
 """
 import argparse
