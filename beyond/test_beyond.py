@@ -502,7 +502,7 @@ def test_axes_across_layers(monkeypatch):
     def code(keys, values):  # without the second layer's values
         return keys, torch.cat([values[:, :, :H], 0 * values[:, :, H:]], 2)
 
-    only_zeros = {1: evaluate.OneKind("value", Given(torch.zeros_like))}
+    only_zeros = {1: evaluate.OneKind("value", Given(torch.zeros_like), 0)}
     with sta.reconstruct(model, only_zeros, sink=1), torch.no_grad():
         expected = model(windows[:4]).logits
     with torch.no_grad(), rivals.two_passes(model, [0, 1], code, sink=1) as forward:
