@@ -84,12 +84,13 @@ def parse_args(argv=None, description=__doc__):
 class KeysAndValues:
     """The SAEs of a layer, here one for its keys and one for its values, and the vectors that they
     are trained on. beyond/variants.py has others."""
+    sae_class = sta.TopKSAE
 
     def make_saes(self, model, layer, args, generator):
         """-> {name: SAE}."""
         shape = sta.kv_shape(model.get_decoder().config)
-        return {"key": sta.TopKSAE(*shape, args.n_latents, args.k_key, generator),
-                "value": sta.TopKSAE(*shape, args.n_latents, args.k_val, generator)}
+        return {"key": self.sae_class(*shape, args.n_latents, args.k_key, generator),
+                "value": self.sae_class(*shape, args.n_latents, args.k_val, generator)}
 
     def vectors(self, layer, keys, values):
         """Keys and values of a layer (tokens, H, D) -> {name: vectors (tokens, n_heads, dim)}."""

@@ -11,9 +11,9 @@ its rows gets no verdict.
 
 A part of a claim *holds* if the 95% interval of its figure lies beyond the threshold, and its
 control does not do as well; it is *undecided* if the interval contains the threshold; else *no*.
-The interval is over seeds of the SAEs where there are three, by Student's t, and over blocks of
-text, layers, questions or words. With fewer seeds it leaves out how trainings vary: five standard
-errors, then, for a figure that compares SAEs with SAEs.
+The interval is over seeds of the SAEs where there are three, and over blocks of text, layers,
+questions or words, by Student's t. With fewer seeds it leaves out how trainings vary: it is then
+taken as 2.5 times as wide for a figure that compares SAEs with SAEs.
 """
 import itertools
 import json
@@ -103,9 +103,10 @@ def rows(model, tokenizer, saes, args, before):
         both = dual[layer].key_sae, dual[layer].value_sae
         means = {layer: sta.DualBudget(*both, sta.Budget(0, 0))}
         for ending, codecs in (("", one_pass), (SEARCHED, search(one_pass)), (", means", means)):
+            once = sum(sae.b_dec.nbytes for sae in both) if codecs is means else (
+                once_bytes // len(dual))
             new_rows.append(evaluate.Row(
-                f"layer {layer} alone{ending}", codecs, codecs[layer].budget,
-                once_bytes // len(dual), method=f"one layer{ending}", with_tasks=False,
+                f"layer {layer} alone{ending}", codecs, codecs[layer].budget, once, method=f"one layer{ending}", with_tasks=False,
                 settings=searched(settings) if ending == SEARCHED else settings))
     return new_rows
 

@@ -325,11 +325,7 @@ class Twin(train_sae.KeysAndValues):
 
 class L1(train_sae.KeysAndValues):
     """What train_sae.py trains for a layer: L1SAEs of keys and of values."""
-
-    def make_saes(self, model, layer, args, generator):
-        shape = sta.kv_shape(model.get_decoder().config)
-        return {"key": L1SAE(*shape, args.n_latents, args.k_key, generator),
-                "value": L1SAE(*shape, args.n_latents, args.k_val, generator)}
+    sae_class = L1SAE
 
 class ReluCode:
     """A codec of one layer: every positive latent, however many; SAEs trained as L1SAE."""
