@@ -106,7 +106,8 @@ def rows(model, tokenizer, saes, args, before):
             once = sum(sae.b_dec.nbytes for sae in both) if codecs is means else (
                 once_bytes // len(dual))
             new_rows.append(evaluate.Row(
-                f"layer {layer} alone{ending}", codecs, codecs[layer].budget, once, method=f"one layer{ending}", with_tasks=False,
+                f"layer {layer} alone{ending}", codecs, codecs[layer].budget, once,
+                method=f"one layer{ending}", with_tasks=False,
                 settings=searched(settings) if ending == SEARCHED else settings))
     return new_rows
 
@@ -171,8 +172,8 @@ def interval(values, halves, trained=True):
     return statistics.mean(values), math.hypot(within, margin(between, len(values)))
 
 def verdict(claim, part, estimates, threshold, control, above=True, trained=True, n=""):
-    """estimates: [(figure, half its 95% interval)] by seed; control: (its figure, whether it does as
-    well), or None if it was not run: then there is a verdict only if that is *no*."""
+    """estimates: [(figure, half its 95% interval)] by seed; control: (its figure, whether it does
+    as well), or None if it was not run: then there is a verdict only if that is *no*."""
     figure, half = interval(*zip(*estimates), trained)
     beyond = [(figure + side * half > threshold) == above for side in (-1, 1)]
     word = "holds" if all(beyond) else "undecided" if any(beyond) else "no"
@@ -247,8 +248,8 @@ def judge_direction(rows):
                       (of_mean, of_mean >= cos), trained=False, n=f"plain cosine {cos:.3f}")
 
 def smallest_gap(rows, ending):
-    """[(FVU of values less that of keys, half its interval)] by seed, at the number of atoms at which the
-    mean is smallest."""
+    """[(FVU of values less that of keys, half its interval)] by seed, at the number of atoms at
+    which the mean is smallest."""
     names = [name + ending for name in ("dual", "uniform, trained for it",
                                         "reverse, trained for it")]
     if ending:
