@@ -110,15 +110,19 @@ def draw_overview(result):
 
 def draw_curves(curves, title, x_label, x_scale):
     """The increase in perplexity, in %, against something: {method: [(x, increase), ...]}. A point
-    at or below dense is drawn at the lower edge."""
+    at or below dense is hollow, at the lower edge."""
     figure, panel = plt.subplots(figsize=(8, 4.5), layout="constrained")
     rises = [rise for points in curves.values() for _, rise in points if rise > 0.01]
     edge = min(rises, default=100) / 2
+    panel.set_yscale("log")
     for method, points in curves.items():
         _, colour, marker, dash = STYLE[method]
         panel.plot([x for x, _ in points], [max(edge, rise) for _, rise in points],
                    color=colour, marker=marker, ls=dash)
-    panel.set_yscale("log")
+        panel.plot([x for x, rise in points if rise < edge],
+                   [edge for _, rise in points if rise < edge],
+                   color=colour, marker=marker, mfc="white", ls="", zorder=3, clip_on=False)
+    panel.set_ylim(bottom=edge)
     panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     panel.yaxis.set_major_formatter("{x:g}%")  # plain numbers, not powers of ten
     panel.yaxis.set_minor_formatter(NullFormatter())

@@ -1,7 +1,7 @@
 """What the commands of beyond/ share: their options, how a run on fitted SAEs is opened, and how
 a table of a README is made.
 
-Who may import whom is listed in README.md, and held by a test.
+Who may import whom is held by a test (IMPORTS in test_beyond.py).
 """
 import argparse
 import contextlib

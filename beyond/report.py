@@ -218,9 +218,9 @@ def one_key(lines):
         for atom in line["example"][:4]:
             row = str(atom["atom"])
             cells[row, "coefficient"] = f"{atom['z']:.2f}"
-            cells[row, "fires on"] = f"{100 * atom['fired']:.1f}%"
+            cells[row, "fires on"] = f"{100 * atom['fired']:.1f}% of tokens"
             cells[row, "strongest tokens"] = quoted(atom["strongest"])
-            cells[row, "random firings"] = quoted(atom["sample"])
+            cells[row, "random examples"] = quoted(atom["sample"])
     return table("atom", cells)
 
 def judged(lines):
@@ -239,10 +239,12 @@ TESTED = {  # the lines of the table of verdicts: how a claim was tested, by whi
            "one layer (the worst): perplexity within 1%": ("worst layer alone",),
            "all layers: perplexity within 2%": ("all layers, one pass",),
            "all layers, searched: perplexity within 2%": ("all layers, searched",),
-           "all layers: accuracy within 2 points": ("cloze, one pass", "piqa, one pass")},
+           "all layers: accuracy on piqa (tiny: cloze) within 2 points": (
+               "cloze, one pass", "piqa, one pass")},
     "P7": {"per token: under half of bf16": ("per token",),
-           "4,096 tokens, with dictionaries: under half of bf16": ("4,096 tokens",)},
-    "P8": {"six tests on the atoms that two tokens share; how many hold": ()}}
+           "4,096 tokens, with dictionaries: under half of bf16": ("4,096 tokens",),
+           "a full context, with dictionaries: under half of bf16": ("full context",)},
+    "P8": {"six tests on the atoms that two tokens share: how many hold": ()}}
 
 def verdicts(lines):
     """P1 to P8 in words, a line for each test."""
@@ -257,7 +259,7 @@ def verdicts(lines):
                          if x["claim"] == claim and (not shown or x["part"] in shown)]
                 cells[label, OTHERS.get(model, model)] = (
                     "".join(words) if len(words) < 2 else
-                    f"{words.count('holds') or 'none'} of {len(words)}")
+                    f"{words.count('holds')} of {len(words)}")
     return table("", cells)
 
 def rises_alone(lines, model):
@@ -274,20 +276,21 @@ SUMMARY = {"dual": "the paper's codes, all layers",
 def summary(lines):
     """For the first screen: how much perplexity rises, by model, and what the cache takes."""
     one_layer = "the paper's codes, one layer (the median)"
-    cells = {(one_layer, heading): "" for heading in ("size", "break-even, tokens (SmolLM2)")}
+    cells = {(one_layer, heading): "" for heading in ("size", "dictionaries, MB (SmolLM2)")}
     for name, label in SUMMARY.items():
         for row in on_text(lines, kind="row", model=QWEN, name=name):
             cells[label, "size"] = percent(row["bytes_share"])
         for row in pick(lines, kind="row", model=SMOLLM2, name=name)[:1]:
-            cells[label, "break-even, tokens (SmolLM2)"] = about(row["break_even_tokens"])
-            if row["k_key"]:  # its heads are half as wide
-                cells[label, "size"] += f" (SmolLM2: {percent(row['bytes_share'])})"
+            cells[label, "dictionaries, MB (SmolLM2)"] = f"{row['once_bytes'] / 1e6:.1f}"
+            there = percent(row["bytes_share"])  # its heads are half as wide
+            if not cells[label, "size"].startswith(there[:3]):
+                cells[label, "size"] += f" (SmolLM2: {there})"
     for model in MODELS.values():
         rows, column = on_text(lines, kind="row", model=model), OTHERS.get(model, model)
         cells[one_layer, column] = median(rises_alone(lines, model))
         for name, label in SUMMARY.items():
             cells[label, column] = rise(pick(rows, name=name))
-    return table("increase in perplexity, %", cells)
+    return table("format", cells)
 
 def verdict_inputs(lines):
     """What each part was judged from: figure ± half its interval; control; seeds, n; verdict. The
@@ -297,7 +300,10 @@ def verdict_inputs(lines):
                for i, parts in enumerate(tests.values()) for part in parts}
     for model, parts in judged(lines).items():
         for x in parts:
-            row = f"{x['claim']}{letters.get((x['claim'], x['part']), '')} {x['part']}".strip()
+            letter = letters.get((x["claim"], x["part"]), "")
+            if len(TESTED[x["claim"]]) > 1 and not letter:
+                continue
+            row = f"{x['claim']}{letter} {x['part']}".strip()
             if x["claim"] not in explained:
                 explained.add(x["claim"])
                 _, cells[row, "measured: wanted"], cells[row, "control"] = CLAIMS[x["claim"]]
@@ -307,10 +313,7 @@ def verdict_inputs(lines):
             control = "no control" if x["control"] is None else f"control {x['control']:.4f}"
             cells[row, OTHERS.get(model, model)] = f"{x['verdict']}: " + "; ".join(filter(None, [
                 f"{x['figure']:.4f}{half}", control, n]))
-    def place(item):  # by claim, and in it by letter; parts without one come last
-        return item[0][0][:3].replace(" ", "z")
-
-    return table("part", dict(sorted(cells.items(), key=place)))
+    return table("part", dict(sorted(cells.items(), key=lambda item: item[0][0][:3])))
 
 FORMATS = ("packed", "layer SAE, packed", "dual", "searched", "grouped 2 bits", "grouped 3 bits",
            "rotated 2 bits", "rotated 3 bits", "transform 9.375", "transform 18.75",
@@ -323,18 +326,19 @@ def formats(lines):
     for name in FORMATS:
         shares = [percent(row["bytes_share"]) for model in ("tiny", SMOLLM2)
                   for row in pick(compared(lines, model), name=name)[:1]]
-        cells[name, "size / SmolLM2's"] = " / ".join(shares)
+        cells[name, "size (SmolLM2)"] = "{} ({})".format(*shares) if shares[1:] else ""
         for short, model in MODELS.items():
             rows = pick(compared(lines, model), name=name)
             cells[name, short] = rise(rows)
-            cells[name, f"{short}: break-even"] = "".join(
-                f"{row['break_even_tokens']:,}" for row in rows[:1])
+            if model != "tiny":  # whose context is 256 tokens
+                cells[name, f"{short}: break-even"] = "".join(
+                    f"{row['break_even_tokens']:,}" for row in rows[:1])
     return table("format", cells)
 
 def other_texts(lines):
     """Increase in perplexity by format, model and text, other than valid."""
     cells = {}
-    for name, (short, model), text in itertools.product(FORMATS, MODELS.items(), TEXTS[1:]):
+    for name, (short, model), text in itertools.product(FORMATS[2:], MODELS.items(), TEXTS[1:]):
         rows = pick(compared(lines, model, text), name=name)
         if rows:
             cells[name, f"{short}: {text}"] = rise(rows)
@@ -352,9 +356,9 @@ def by_two_passes(lines):
     return table("size", cells)
 
 LADDERS = ({  # names of rows, of which each changes one thing; % stands for the share
-    "packed": "the paper's code, in 16-bit words", "stretched, packed": "stretched",
-    "searched, packed": "searched, not stretched",
-    "layer SAE, searched, packed": "one SAE per layer, for all heads",
+    "packed": "*packed*", "stretched, packed": "stretched",
+    "searched, packed": "searched, instead of stretched",
+    "layer SAE, searched, packed": "one SAE per layer",
     "layer SAE, metric, searched, packed": "in the metric of the loss",
     "layer SAE, metric, shared, searched, packed": "bytes split between layers",
     "additive %": "additive: no coefficients"}, {
@@ -364,13 +368,12 @@ LADDERS = ({  # names of rows, of which each changes one thing; % stands for the
     "transform %": "transform: bits split between layers"})
 
 def ladder(lines, shares):
-    """Increase in perplexity at each step, by model and text, and nats by which it is better than
-    the step before, paired over windows and seeds, ± half its 95% interval over windows. shares:
-    {model: what % stands for in the names of its rows}."""
+    """Increase in perplexity at each step, by model, and nats by which it is better than the step
+    before, paired over windows and seeds, ± half its 95% interval over windows. shares: {model:
+    what % stands for in the names of its rows}."""
     cells = {}
-    for (model, share), text, steps in itertools.product(shares.items(), TEXTS, LADDERS):
-        before, rows = [], on_text(lines, text, kind="row", model=model)
-        column = f"{OTHERS.get(model, model)}, {text}"
+    for (model, share), steps in itertools.product(shares.items(), LADDERS):
+        before, rows, column = [], on_text(lines, kind="row", model=model), OTHERS.get(model, model)
         for name, label in steps.items():
             here = pick(rows, name=name.replace("%", share))
             gains = [excess(a, b) for a, b in itertools.product(before, here)
@@ -412,7 +415,6 @@ def accuracies(lines):
             for task, score in row["tasks"].items():
                 if row["name"] in ("dual", "searched", "additive 9.375", "additive 18.75"):
                     name = f"{label}, {row['name']}"
-                    cells[name, "size per token, of bf16"] = percent(row["bytes_share"])
                     lost, half = accuracy_lost(score)
                     cells[name, task] = f"{-100 * lost:+.1f} ± {100 * half:.1f}"
     return table("change of accuracy, points", cells)

@@ -1608,7 +1608,7 @@ def test_each_step_of_the_ladder_is_compared_with_the_one_before():
     made = report.ladder(lines, {"tiny": "9.375"})
     assert [line.split("|")[-2].strip() for line in made[3:]] == [
         "+0.2000 ± 0.2483", "", "+1.0000 ± 1.2413"]  # 4.3 standard errors, of three windows
-    assert "words | 1.0 ± 1.0" in made[2] and made[0].endswith("better by, nats |")
+    assert "packed* | 1.0 ± 1.0" in made[2] and made[0].endswith("better by, nats |")
 
 def test_layers_coded_alone_are_ranked_by_their_cost():
     """The median is over all layers; the first has a line of its own, whatever its rank."""
@@ -1683,7 +1683,7 @@ def test_help_needs_nothing(name, capsys, monkeypatch):
     assert "python" in capsys.readouterr().out
 
 def test_imports_run_one_way():
-    """The ground floor imports nothing of beyond/; within it, as README.md has it."""
+    """The ground floor imports nothing of beyond/; within it, as IMPORTS has it."""
     for path in (*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py")):
         text = path.read_text(encoding="utf-8")
         assert not re.search(r"^\s*(from|import) beyond", text, re.M), path
