@@ -399,17 +399,18 @@ with torch.no_grad(), sta.reconstruct(model, {1: codec}):
     assert result.stdout.endswith("[1, 12, 99])\n"), result.stderr
 
 # ---------------------------------------------------------------- 5. the fast path
-@pytest.mark.parametrize("k", [1, 5, 40])
-def test_top_k_of_matmul_is_what_its_docstring_says(k):
+@pytest.mark.parametrize("k,learned", [(1, "xWb"), (5, "xWb"), (40, "xWb"), (5, "b"), (5, "x")])
+def test_top_k_of_matmul_is_what_its_docstring_says(k, learned):
     """Values and gradients of the plain expression, in float64, to x as well."""
     results = []
     for function in (sta.top_k_of_matmul, lambda x, W, b, k: (x @ W + b).topk(k)):
         x, W, b = vectors_of(30).double(), rows_of(16, 40).double(), rows_of(1, 40)[0].double()
-        for tensor in (x, W, b):
-            tensor.requires_grad_()
+        for name, tensor in zip("xWb", (x, W, b)):
+            tensor.requires_grad_(name in learned)
         z, idx = function(x, W, b, k)
         (z * rows_of(60, k, seed=1).view(30, 2, k)).sum().backward()
-        results.append((z, idx, x.grad, W.grad, b.grad))
+        results.append([x for x in (z, idx, x.grad, W.grad, b.grad) if x is not None])
+    assert len(results[0]) == len(results[1]) == 2 + len(learned)
     for fast, plain in zip(*results):
         torch.testing.assert_close(fast, plain, atol=1e-9, rtol=0)
 

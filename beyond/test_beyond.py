@@ -606,10 +606,11 @@ def test_rows_of_the_variants(all_variants, tmp_path, capsys):
 def test_a_variant_that_lacks_a_layer_has_no_row(all_variants, tmp_path, capsys):
     saes = shutil.copytree(all_variants, tmp_path / "saes")
     shutil.rmtree(saes / "twin" / "tiny" / "layer2.key")
-    assert script(evaluate, "--saes", saes, "--model", "tiny", "--max-tokens", 512, "--limit", 4,
+    assert script(evaluate, "--saes", saes, "--model", "tiny", "--max-tokens", 512, "--tasks", "",
                   "--rows", "variants", "--only", "twin", "--out", tmp_path) == 0
     assert "twin/tiny: not of all 2 layers, so it has no rows" in capsys.readouterr().out
-    assert [row["name"] for row in read_json(tmp_path / "tiny.json")["rows"]] == ["dense"]
+    row, = read_json(tmp_path / "tiny.json")["rows"]
+    assert row["name"] == "dense" and row["tasks"] == {}
 
 @pytest.mark.parametrize("in_metric", [False, True])
 def test_one_sae_per_layer(in_metric, tmp_path):

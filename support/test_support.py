@@ -399,8 +399,8 @@ def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch)
             for seed, name in enumerate("ab"))
     train = ["--tokens", 2048, "--n-latents", 16, "--k-key", 2, "--k-val", 4, "--out", tmp_path,
              "--text", ROOT / "tiny" / "train.txt"]
-    results = ["--saes", tmp_path, "--k-key", 2, "--k-val", 4, "--max-tokens", 256, "--out",
-               tmp_path / "results", "--text", ROOT / "tiny" / "valid.txt"]
+    results = ["--saes", tmp_path, "--max-tokens", 256, "--out", tmp_path / "results", "--text",
+               ROOT / "tiny" / "valid.txt"]
     with monkeypatch.context() as patch:  # a stop before anything is saved
         patch.setattr(train_sae, "save_trained", lambda *args: (_ for _ in ()).throw(
             KeyboardInterrupt))
@@ -416,6 +416,8 @@ def test_models_of_one_folder_name_are_told_apart(tmp_path, capsys, monkeypatch)
     assert_one_line(capsys.readouterr().err, "SAEs of .* in float32, not of this model in "
                                              "torch.float16; float16 goes with float16 only")
     assert script(evaluate, "--model", a, *results, "--dtype", "bfloat16") == 0
+    rows = {x["name"]: x for x in read_json(tmp_path / "results" / "checkpoint-100.json")["rows"]}
+    assert (rows["dual"]["k_key"], rows["dual"]["k_val"]) == (2, 4)  # the SAEs' own budgets
     shutil.rmtree(tmp_path / "checkpoint-100")
     assert script(train_sae, "--model", b, *train) == 0
     capsys.readouterr()
