@@ -324,8 +324,8 @@ def run_dense(model, windows, layers, sink):
                for site, x in sta.harvest(model, part, layers, sink).items()}
     return vectors, model(input_ids=part.to(model.device), use_cache=False).logits
 
-def score_row(row, dense, model, windows, tasks, vectors, dense_logits, sink):
-    """A row's columns in the JSON. dense: those of the dense model, or None for its own row;
+def score_row(row, dense_columns, model, windows, tasks, vectors, dense_logits, sink):
+    """A row's columns in the JSON. dense_columns: those of the dense row, or None for itself;
     vectors, dense_logits: of `run_dense`."""
     if row.make_forward:
         patched = row.make_forward(model)
@@ -336,15 +336,15 @@ def score_row(row, dense, model, windows, tasks, vectors, dense_logits, sink):
         differences = next_tokens(logits, dense_logits)
         totals = {name: loglikelihoods(forward, questions, model, row.name)
                   for name, questions in tasks.items() if row.with_tasks}
-    scores = {name: score_task(tasks[name], totals[name], dense and dense["tasks"][name])
-              for name in totals}
+    dense_losses = dense_columns["window_ce"] if dense_columns else losses
+    dense_tasks = dense_columns["tasks"] if dense_columns else {}
+    scores = {name: score_task(tasks[name], totals[name], dense_tasks.get(name)) for name in totals}
     finite = [losses.isfinite().all(), *(math.isfinite(x["acc"]) for x in scores.values())]
-    if not dense and not all(finite):
+    if dense_columns is None and not all(finite):
         raise sta.UsageError("the model's own loss is not finite; use --dtype float32 or bfloat16")
     return {"name": row.name, "method": row.method or row.name, "k_key": row.budget[0],
-            "k_val": row.budget[1], "settings": row.settings,
-            **compare(losses, dense["window_ce"] if dense else losses), **differences,
-            "tasks": scores,
+            "k_val": row.budget[1], "settings": row.settings, **compare(losses, dense_losses),
+            **differences, "tasks": scores,
             **fidelity_and_bytes(row, vectors, model.get_decoder().config)}
 
 def choose_rows(run, args):
@@ -390,15 +390,15 @@ def main(argv=None, codec=None):
     vectors, dense_logits = run_dense(run.model, windows, run.layers, args.sink)
     result["curves"] = find_curves(run.saes, vectors)
     weights = [x.sum(dtype=torch.float64).item() for x in run.model.parameters()]
-    dense = None
+    dense_columns = None
     for row in rows:
         inputs = inputs_hash(run.about, args, row, windows, repr(tasks), weights)
         columns = finished.get(row.name, {})
         if columns.get("inputs") != inputs:
-            columns = score_row(row, dense, run.model, windows, tasks, vectors, dense_logits,
-                                args.sink)
+            columns = score_row(row, dense_columns, run.model, windows, tasks, vectors,
+                                dense_logits, args.sink)
             columns |= {"inputs": inputs, **run.about, "date": time.ctime()}
-        dense = dense or columns  # the first row's
+        dense_columns = dense_columns or columns  # the first row's
         result["rows"].append(columns)
         write_atomic(unfinished, json.dumps(result, indent=1, default=str) + "\n")
         print(format_row(columns, width), flush=True)

@@ -39,8 +39,7 @@ from support.tasks import margin, mean_stderr
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
 FACTORS = {"splits": {}, "twin": {}, "l1": {"tokens": 3, "lr": 4}}
 # Rows of which attention is measured
-LOOKED_AT = (r"dual|stretched|searched|l1|untrained twin|layer SAE(, searched)?|grouped . bits|"
-             r"rotated . bits|(transform|additive) (9.375|18.75)")
+ATTENTION_ROWS = "dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, searched"
 
 def train_controls(variant, folder, model_name, layers):
     """Train a variant's SAEs beside a folder's, with their settings times FACTORS, if missing."""
@@ -387,10 +386,10 @@ def print_verdict(x):
 
 # ------------------------------------------------------------------ the run
 def attention_by_rows(run, args):
-    """What `measure_attention` returns on 4,096 tokens, of LOOKED_AT, of OnAxes, and of k atoms per
-    key for several k; None if the model's attention cannot be taken apart."""
+    """What `measure_attention` returns on 4,096 tokens, of ATTENTION_ROWS, of OnAxes, and of k atoms
+    per key for several k; None if the model's attention cannot be taken apart."""
     ids = run.windows[:max(1, 4096 // run.windows.shape[1])]
-    args.only = f"^({LOOKED_AT})$"
+    args.only = f"^({'|'.join(ATTENTION_ROWS)})$"
     _, *chosen = evaluate.choose_rows(run, args)  # without dense
     rows = {row.name: row.codecs for row in chosen}
     rows["random axes"] = {layer: OnAxes(run.saes[layer, "key"], args.k_key)

@@ -25,8 +25,8 @@ from beyond import pick, spread, table
 from beyond.atoms import draw_attention
 from beyond.benchmark import table_of_peers
 from beyond.cache import table_of_costs
-from beyond.claims import (CLAIMS, Rows, accuracy_lost, excess, interval, judge, layers_alone,
-                           median, nats_lost, seed_of)
+from beyond.claims import (ATTENTION_ROWS, CLAIMS, Rows, accuracy_lost, excess, interval, judge,
+                           layers_alone, median, nats_lost, seed_of)
 from beyond.meaning import mean_auroc, share_alike, table_of_aurocs, table_of_seeds
 from beyond.s3 import table_of_recall
 from beyond.variants import SEARCHED
@@ -37,9 +37,6 @@ READMES = (ROOT / "README.md", ROOT / "beyond" / "README.md")
 PROVENANCE = ("model", "model_sha256", "context", "text", "text_sha256", "tokens", "seq_len",
               "dtype", "settings", "command", "commit", "device", "torch", "transformers", "date")
 BY_LAYER = ("fvu_key", "fvu_val", "cos_centred_key")  # what verdicts need
-SERVED = ("dual", "searched", "stretched", "l1", "untrained twin", "layer SAE, searched",
-          "random axes",
-          "k = 0")  # of which the table of attention has lines
 OF_EXPERIMENTS = r"(dual|searched|packed|stretched( per \w+)?)$"  # names of rows
 METHODS = ("dual", "stretched", "searched", "layer SAE", "grouped", "rotated", "transform",
            "additive")
@@ -186,10 +183,6 @@ def rise(rows):
         return "×{:.3g} ({:.3g} to {:.3g})".format(
             ratio, ratio * math.exp(-half), ratio * math.exp(half))
     return f"{round(100 * (ratio - 1), 1) + 0:.1f} ± {100 * ratio * half:.1f}"  # no -0.0
-
-def about(n_tokens):
-    """27,705 -> "28,000"."""
-    return f"{float(f'{n_tokens:.2g}'):,.0f}"
 
 def percent(share):
     return f"{100 * share:.3g}%" if share < 9.99 else f"{100 * share:,.0f}%"
@@ -444,7 +437,7 @@ def attention(lines):
     for short, model in MODELS.items():
         measured = [line["attention"] for line in pick(lines, kind="measured", model=model)
                     if line["attention"]]
-        for name in SERVED if measured else ():
+        for name in (*ATTENTION_ROWS, "random axes", "k = 0") if measured else ():
             for column, heading in ("r2", "r²"), ("slope", "slope"), ("fvu", "FVU of keys"):
                 cells[name, f"{heading}, {short}"] = spread([statistics.mean(
                     layer[column] for layer in by_row[name].values())
@@ -482,8 +475,9 @@ def overtakes(lines, model, name):
     """The tokens from which on a format takes less than rotated codes of 3 bits, dictionaries
     included."""
     row, rotated = (rows_named(lines, model, each)[0] for each in (name, "rotated 3 bits"))
-    return about((row["once_bytes"] - rotated["once_bytes"])
-                 / (rotated["bytes_per_token"] - row["bytes_per_token"]))
+    n_tokens = ((row["once_bytes"] - rotated["once_bytes"])
+                / (rotated["bytes_per_token"] - row["bytes_per_token"]))
+    return f"{float(f'{n_tokens:.2g}'):,.0f}"  # 27,705: "28,000"
 
 def gain(lines, model, name):
     """Nats by which a row is better than the paper's code in 16-bit words, over seeds."""
