@@ -38,7 +38,7 @@ from beyond import coded_layers, fitted_folder, parse_args
 from beyond.calibrate import (EightBits, apart, keep_settings, open_calibrated, plain_metric,
                               principal_axes, read_fitted, read_settings, side_by_side,
                               write_fitted)
-from support.files import run_main
+from support.files import expect_same, run_main
 
 SHARES = (0.0625, 0.09375, 0.125, 0.1875, 0.25)  # of bf16
 JOINT_SHARES = (0.015625, 0.03125, 0.0625)
@@ -317,6 +317,8 @@ def rows(model, tokenizer, saes, args, before):
             name = f"transform {100 * share:g}{step}"
             new_rows.append(evaluate.Row(name, codecs, once_bytes=once, method=f"transform{step}"))
     if (folder.with_name("joint") / f"layer{layers[-1]}.safetensors").exists():
+        expect_same(folder.with_name("joint"), read_settings(folder.with_name("joint")),
+                    {"calibration": settings})
         # axes are those of the last step
         new_rows += joint_rows(model, folder.parent, fitted, axes, shape, args.sink)
     for row in new_rows:

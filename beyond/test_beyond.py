@@ -460,6 +460,10 @@ def test_every_rival_has_its_row(calibrated, tmp_path, capsys, monkeypatch):
     for row, other in zip(joint[::2], joint[1::2]):
         assert row["bytes_share"] == pytest.approx(other["bytes_share"], rel=0.05)
         assert row["kl"] < other["kl"] and row["once_bytes"] > other["once_bytes"]
+    path = tmp_path / "joint" / "tiny" / "calibration" / "settings.json"  # calibrated anew
+    write_atomic(path, json.dumps({**read_json(path), "tokens": 99}))
+    assert script(evaluate, *run, "--only", "two passes") == 2
+    assert_one_line(capsys.readouterr().err, "joint was trained with calibration = ")
     run[3] = calibrated / "tiny"  # the model's folder does, too; --layer says what is coded
     assert script(evaluate, *run, "--layer", 3, "--only", "rotated 2") == 0
     result = read_json(tmp_path / "tiny.json")

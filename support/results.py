@@ -2,7 +2,6 @@
 
 evaluate.py and the commands of beyond/ begin with `load_run`, and write one JSON per model.
 """
-import functools
 import importlib.metadata
 import json
 import platform
@@ -111,8 +110,6 @@ def inputs_hash(about, args, row, *others):
     def content(x):  # of what json does not know
         if isinstance(x, torch.Tensor):
             return sha256(x), x.shape
-        if isinstance(x, functools.partial):
-            return x.args, x.keywords
         return vars(x) if hasattr(x, "__dict__") else repr(x)
 
     free = "command", "commit", "date", "rows", "only", "resume", "out"
