@@ -127,7 +127,7 @@ def test_a_layer_without_self_attention_is_called_so():
     config = transformers.models.mllama.MllamaTextConfig(
         vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
         num_attention_heads=4, num_key_value_heads=2, cross_attention_layers=[1], pad_token_id=0)
-    with pytest.raises(sta.UsageError, match="layer 1: .* or this is no self-attention"):
+    with pytest.raises(sta.UsageError, match="layer 1: .* or the layer is not self-attention"):
         check_sites(transformers.MllamaForCausalLM(config).eval())
 
 def test_a_model_is_loaded_up_to_a_layer_where_it_can_be(tmp_path):
