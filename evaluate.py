@@ -293,10 +293,11 @@ def print_elbows(curves):
 
 def print_dictionaries(rows):
     """The number of tokens beyond which each row's dictionaries pay off."""
-    for row in rows:
-        if row["break_even_tokens"]:
-            print(f"{row['name']}: dictionaries of {row['once_bytes']:,} bytes, stored once; with "
-                  f"them, smaller than bf16 beyond {row['break_even_tokens']:,} tokens")
+    counts = [f"{row['name']} {row['break_even_tokens']:,}" for row in rows
+              if row["break_even_tokens"]]
+    if counts:
+        print("smaller than bf16, dictionaries included, beyond how many tokens:",
+              ", ".join(counts))
 
 def print_next_tokens(rows, width):
     print("next token, against dense: mean KL in nats, its 99th percentile, same most likely token")
