@@ -361,9 +361,10 @@ def read_input(run, args):
                             args.seq_len, 2048, args.max_tokens)
     if args.sink >= windows.shape[1]:
         raise sta.UsageError(f"--sink {args.sink}: want fewer than a window's {windows.shape[1]}")
-    if args.tasks is None:
-        args.tasks = str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else ""
-    return windows, load_tasks(args.tasks, args.task_dir, args.limit, run.tokenizer,
+    tasks = args.tasks
+    if tasks is None:
+        tasks = str(ROOT / "tiny" / "cloze.jsonl") if run.name == "tiny" else ""
+    return windows, load_tasks(tasks, args.task_dir, args.limit, run.tokenizer,
                                context_length(run.model))
 
 def main(argv=None, codec=None):
