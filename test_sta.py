@@ -552,8 +552,10 @@ def test_paired_comparison():
     row = evaluate.compare(dense + 0.01 * noise, dense)
     stderr = 0.01 * noise.view(25, 8).mean(1).numpy().std(ddof=1) / np.sqrt(25)  # blocks of eight
     assert row["delta_ce_stderr"] == pytest.approx(stderr)
-    assert np.log(row["ratio_ci95"]) == pytest.approx(  # Student's t of 25 numbers
-        [row["delta_ce"] - 2.064 * stderr, row["delta_ce"] + 2.064 * stderr], rel=0.01)
+    half = evaluate.margin(stderr, 25)  # 2.07 of them, by Student's t
+    assert half == pytest.approx(2.064 * stderr, rel=0.005)
+    assert np.log(row["ratio_ci95"]) == pytest.approx(
+        [row["delta_ce"] - half, row["delta_ce"] + half])
 
 def in_readme(words):
     """The block of Python in README.md that has these words."""

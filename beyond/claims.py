@@ -33,7 +33,7 @@ from beyond.atoms import measure_attention
 from beyond.meaning import measure_depth
 from beyond.variants import SEARCHED, VARIANTS, beside, search, searched, settings_of
 from support.files import load_sae, run_main, write_atomic
-from support.tasks import margin, mean_stderr
+from support.tasks import margin, mean_margin
 
 # ------------------------------------------------------------------ the rows
 # An L1 penalty takes longer: at the SAEs' own settings it leaves twice as much variance.
@@ -154,11 +154,6 @@ CLAIMS = {
     "P8": ("atoms of shallow layers follow the word, those of deep layers its sense",
            "change from shallow to deep in the direction claimed: above 0 and above the control",
            "the same by a random dictionary")}
-
-def mean_margin(values):
-    """(mean, half its 95% interval)."""
-    mean, stderr = mean_stderr(values)
-    return mean, margin(stderr, len(values))
 
 def interval(values, halves, trained=True):
     """(mean, half its 95% interval) of a figure by seed, and half its interval within each run:
@@ -386,8 +381,8 @@ def print_verdict(x):
 
 # ------------------------------------------------------------------ the run
 def attention_by_rows(run, args):
-    """What `measure_attention` returns on 4,096 tokens, of ATTENTION_ROWS, of OnAxes, and of k atoms
-    per key for several k; None if the model's attention cannot be taken apart."""
+    """What `measure_attention` returns on 4,096 tokens, of ATTENTION_ROWS, of OnAxes, and of k
+    atoms per key for several k; None if the model's attention cannot be taken apart."""
     ids = run.windows[:max(1, 4096 // run.windows.shape[1])]
     args.only = f"^({'|'.join(ATTENTION_ROWS)})$"
     _, *chosen = evaluate.choose_rows(run, args)  # without dense

@@ -41,7 +41,7 @@ from beyond.atoms import by_atom, read_attention, read_codes, take_apart, words_
 from beyond.variants import beside
 from support.files import load_saes, run_main, write_atomic
 from support.results import find_saes
-from support.tasks import margin, mean_stderr
+from support.tasks import mean_margin
 
 CONCEPTS = {name: words.split() for name, words in {
     "countries": "England France Spain Mexico Germany Russia China Japan Cuba Canada Italy Brazil "
@@ -385,9 +385,8 @@ def table_of_aurocs(lines, models):
         if found:
             cells[row, heading] = spread([statistics.mean(found.values())])
             if name != "atoms":
-                mean, stderr = mean_stderr([atoms[concept] - found[concept] for concept in found])
-                cells[row, f"{heading}: atoms better by"] = (
-                    f"{mean:+.3f} ± {margin(stderr, len(found)):.3f}")
+                cells[row, f"{heading}: atoms better by"] = "{:+.3f} ± {:.3f}".format(
+                    *mean_margin([atoms[concept] - found[concept] for concept in found]))
     return table("AUROC (0.5: chance, 1: perfect)", cells)
 
 def table_of_seeds(lines, models):

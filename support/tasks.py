@@ -177,3 +177,8 @@ def margin(stderr, n):
     """Half the width of the 95% interval of a mean of n numbers with this standard error, by
     Student's t: of four numbers it is 3.2 standard errors, of many 1.96."""
     return stderr * STUDENT.get(n, 1.96 + 2.6 / max(1, n - 1))
+
+def mean_margin(values):
+    """(mean, half its 95% interval) of numbers."""
+    mean, stderr = mean_stderr(values)
+    return mean, margin(stderr, len(values))
