@@ -271,13 +271,13 @@ def summary(lines):
     one_layer = "the paper's codes, one layer (the median)"
     cells = {(one_layer, heading): "" for heading in ("size", "dictionaries, MB (SmolLM2)")}
     for name, label in SUMMARY.items():
+        cells[label, "size"], share = "", 0.0
         for row in on_text(lines, kind="row", model=QWEN, name=name):
-            cells[label, "size"] = percent(row["bytes_share"])
+            cells[label, "size"], share = percent(row["bytes_share"]), row["bytes_share"]
         for row in pick(lines, kind="row", model=SMOLLM2, name=name)[:1]:
             cells[label, "dictionaries, MB (SmolLM2)"] = f"{row['once_bytes'] / 1e6:.1f}"
-            there = percent(row["bytes_share"])  # its heads are half as wide
-            if not cells[label, "size"].startswith(there[:3]):
-                cells[label, "size"] += f" (SmolLM2: {there})"
+            if abs(row["bytes_share"] - share) > 0.001:  # its heads are half as wide
+                cells[label, "size"] += f" (SmolLM2: {percent(row['bytes_share'])})"
     for model in MODELS.values():
         rows, column = on_text(lines, kind="row", model=model), OTHERS.get(model, model)
         cells[one_layer, column] = median(rises_alone(lines, model))

@@ -262,7 +262,7 @@ def evaluate_on(model, tokenizer, saes, rows):
     return {"chosen": chosen, "retrieval": retrieval}
 
 # ------------------------------------------------------------------ a table, and the run
-LABELS = {  # what: (of recall in %, or of loss in nats)
+LABELS = {  # what was measured: its name in the table
     "recall by s3": "recall: atoms (S3)",
     "recall by dense": "recall: queries and keys themselves",
     "recall by dense, s3's layers": "recall: queries and keys, in S3's layers",
